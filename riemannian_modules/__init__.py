@@ -1,0 +1,36 @@
+"""Riemannian metrics for the layers of PyTorch models, and optimisation in them."""
+
+from riemannian_modules import (
+    errors,
+    factors,
+    manifolds,
+    nn,
+    optim,
+    output,
+    retractions,
+    rules,
+    woodbury,
+)
+from riemannian_modules._version import __version__
+from riemannian_modules.layerwise import LayerwiseMetric
+from riemannian_modules.mass import Mass
+from riemannian_modules.metric import LayerMetric, Part
+from riemannian_modules.tangent import TangentSpace
+
+__all__ = [
+    "LayerMetric",
+    "LayerwiseMetric",
+    "Mass",
+    "Part",
+    "TangentSpace",
+    "__version__",
+    "errors",
+    "factors",
+    "manifolds",
+    "nn",
+    "optim",
+    "output",
+    "retractions",
+    "rules",
+    "woodbury",
+]

@@ -1,0 +1,156 @@
+"""A block of parameters: the product of their tangent spaces, and its factor K."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from riemannian_modules.errors import ShapeError
+from riemannian_modules.factors import MetricFactor, block_gram
+from riemannian_modules.tangent import TangentSpace
+
+__all__ = ["Block", "Part", "Vectors"]
+
+_CHUNK_ENTRIES = 1 << 22
+
+Vectors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One parameter of a block: its name, tangent space and factor (None: K = 0)."""
+
+    name: str
+    space: TangentSpace
+    factor: MetricFactor | None = None
+
+
+class Block:
+    """The products that a block's metric is made of; K is the parts' side by side.
+
+    Args:
+        parts: the block's parameters, all factors of the same rank.
+        name: the block's name, for errors.
+        precision: data type of vectors of length rank and of the small matrices.
+
+    Raises:
+        ShapeError: no parts, or factors that do not fit together or their tensors.
+    """
+
+    def __init__(
+        self, parts: Sequence[Part], name: str, precision: torch.dtype
+    ) -> None:
+        ranks = {part.factor.rank for part in parts if part.factor is not None}
+        if not parts or len(ranks) > 1:
+            raise ShapeError(
+                f"block '{name}': needs at least one parameter and factors of one "
+                f"rank, got {len(parts)} parameters with ranks {sorted(ranks)}"
+            )
+        for part in parts:
+            shape = tuple(part.space.point.shape)
+            if part.factor is not None and part.factor.shape != shape:
+                raise ShapeError(
+                    f"block '{name}': the factor of '{part.name}' has shape "
+                    f"{part.factor.shape}, the parameter {shape}"
+                )
+        self.parts = tuple(parts)
+        self.name = name
+        self.precision = precision
+        self.rank = ranks.pop() if ranks else 0
+
+    @cached_property
+    def dim(self) -> int:
+        """Dimension of the product manifold."""
+        return sum(part.space.dim for part in self.parts)
+
+    @property
+    def size(self) -> int:
+        """Number of entries of all parameters."""
+        return sum(part.space.point.numel() for part in self.parts)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the parameters."""
+        return self.parts[0].space.point.device
+
+    def double(self) -> "Block":
+        """Return the same block in float64."""
+        parts = [
+            Part(p.name, p.space.double(), p.factor.double() if p.factor else None)
+            for p in self.parts
+        ]
+        return Block(parts, self.name, torch.float64)
+
+    # --- products
+
+    def matvec(self, u: Vectors) -> Tensor:
+        """Return ``K u``, ``(rank,)``."""
+        total = torch.zeros(self.rank, dtype=self.precision, device=self.device)
+        for part in self.parts:
+            if part.factor is not None:
+                total = total + part.factor.matvec(u[part.name])
+        return total
+
+    def rmatvec(self, a: Tensor) -> dict[str, Tensor]:
+        """Return the covectors ``K^T a``."""
+        return {
+            p.name: torch.zeros_like(p.space.point)
+            if p.factor is None
+            else p.factor.rmatvec(a)
+            for p in self.parts
+        }
+
+    def sharp(self, e: Vectors) -> dict[str, Tensor]:
+        """Return the Riesz map of the massed base metric."""
+        return {part.name: part.space.sharp(e[part.name]) for part in self.parts}
+
+    def pair(self, e: Vectors, u: Vectors) -> Tensor:
+        """Return ``e(u)``, a scalar."""
+        total = torch.zeros((), dtype=self.precision, device=self.device)
+        for part in self.parts:
+            total = total + (e[part.name] * u[part.name]).sum()
+        return total
+
+    # --- small matrices
+
+    def gram(self) -> Tensor:
+        """Return ``K sharp K^T``, ``(rank, rank)``, lower triangle valid."""
+        pairs = [(p.factor, p.space) for p in self.parts if p.factor is not None]
+        return block_gram(pairs, self.precision)
+
+    def coordinate_gram(self) -> Tensor:
+        """Return ``(K C)^T (K C)``, ``(size, size)``, in float64."""
+        G = torch.zeros(self.size, self.size, dtype=torch.float64, device=self.device)
+        for rows in self.coordinate_rows():
+            G.addmm_(rows.mT, rows)
+        return G
+
+    def coordinate_rows(self) -> Iterator[Tensor]:
+        """Yield ``K C`` in float64, in chunks of rows that bound the memory."""
+        step = max(1, _CHUNK_ENTRIES // self.size)
+        wide = [(part.factor, part.space.double()) for part in self.parts]
+        for start in range(0, self.rank, step):
+            stop = min(start + step, self.rank)
+            rows = [
+                space.point.new_zeros(stop - start, space.point.numel())
+                if factor is None
+                else space.root_adjoint(factor.rows(start, stop).double()).flatten(1)
+                for factor, space in wide
+            ]
+            yield torch.cat(rows, 1)
+
+    # --- flat vectors
+
+    def stack(self, u: Vectors) -> Tensor:
+        """Return the entries of all parameters as one vector, ``(size,)``."""
+        return torch.cat([u[part.name].reshape(-1) for part in self.parts])
+
+    def unstack(self, flat: Tensor) -> dict[str, Tensor]:
+        """Return the vectors whose :meth:`stack` is ``flat``."""
+        sizes = [part.space.point.numel() for part in self.parts]
+        return {
+            part.name: piece.view_as(part.space.point)
+            for part, piece in zip(self.parts, flat.split(sizes), strict=True)
+        }

@@ -1,0 +1,198 @@
+"""The trainable parameters of a model: where each lives and what it weighs."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import geoopt
+import torch
+from torch import Tensor, nn
+
+from riemannian_modules.errors import (
+    LostManifoldError,
+    MassError,
+    NonFiniteError,
+    NotOnManifoldError,
+)
+from riemannian_modules.manifolds import MetricManifold, ensure_contract
+from riemannian_modules.mass import Mass, MassLike, as_mass
+from riemannian_modules.tangent import TangentSpace
+
+__all__ = ["Declared", "DeclaredParameters"]
+
+_EUCLIDEAN = geoopt.Euclidean()
+
+
+@dataclass
+class Declared:
+    """One parameter: name, tensor, base manifold, geoopt view and mass."""
+
+    name: str
+    tensor: Tensor
+    manifold: geoopt.Manifold
+    view: MetricManifold | None
+    mass: Mass
+    verified: int = -1
+
+    def space(self) -> TangentSpace:
+        """Return the tangent space at the current value."""
+        point = self.tensor.detach().as_subclass(torch.Tensor)
+        if not isinstance(self.manifold, geoopt.Euclidean):
+            point = point.clone()
+        return TangentSpace(self.manifold, point, self.mass, self.name)
+
+
+class DeclaredParameters:
+    """The trainable parameters of a model, by name.
+
+    Args:
+        model: the model.
+        mass: see :class:`riemannian_modules.LayerwiseMetric`.
+
+    Raises:
+        MassError: a mass is invalid, or a mapping misses or misspells a name.
+        LostManifoldError: a layer declares a manifold that its parameter lost.
+        NotOnManifoldError: a parameter lies off its manifold.
+    """
+
+    def __init__(
+        self, model: nn.Module, mass: MassLike | Mapping[str, MassLike]
+    ) -> None:
+        self._model = model
+        named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        if not named:
+            raise MassError("the model has no trainable parameters to give a metric to")
+        masses = _masses(mass, {name: tuple(p.shape) for name, p in named.items()})
+        self._by_name = {}
+        for name, tensor in named.items():
+            view = getattr(tensor, "manifold", _EUCLIDEAN)
+            base = view.base if isinstance(view, MetricManifold) else view
+            self._by_name[name] = Declared(
+                name,
+                tensor,
+                ensure_contract(base, name),
+                view if isinstance(view, MetricManifold) else None,
+                masses[name],
+            )
+        self._names = {id(d.tensor): name for name, d in self._by_name.items()}
+        for declared in self:
+            declared.space()
+        self.verify()
+
+    def __iter__(self) -> Iterator[Declared]:
+        return iter(self._by_name.values())
+
+    def __getitem__(self, name: str) -> Declared:
+        return self._by_name[name]
+
+    def name_of(self, tensor: Tensor) -> str | None:
+        """Return the name of a parameter, or None if it is not trainable here."""
+        return self._names.get(id(tensor))
+
+    def of(self, tensor: Tensor) -> Declared:
+        """Return what is declared about a trainable parameter."""
+        return self._by_name[self._names[id(tensor)]]
+
+    def set_mass(self, mass: MassLike | Mapping[str, MassLike]) -> None:
+        """Change the masses from the next pull-back on.
+
+        Args:
+            mass: see :class:`riemannian_modules.LayerwiseMetric`.
+
+        Raises:
+            MassError: a mass is invalid; all stay as they were.
+        """
+        shapes = {name: tuple(d.tensor.shape) for name, d in self._by_name.items()}
+        masses = _masses(mass, shapes)
+        for declared in self:
+            TangentSpace(declared.manifold, declared.tensor, masses[declared.name])
+        for declared in self:
+            declared.mass = masses[declared.name]
+
+    def verify(self) -> None:
+        """Check that every parameter is still itself, and on its manifold.
+
+        The value is looked at only if something other than an optimizer of this
+        library wrote it since the last time.
+
+        Raises:
+            LostManifoldError: a parameter was replaced, or lost its manifold.
+            NotOnManifoldError: a value lies off its manifold.
+            NonFiniteError: a value is NaN or infinite.
+        """
+        current = dict(self._model.named_parameters())
+        for declared in self:
+            now = current.get(declared.name)
+            if now is not declared.tensor:
+                raise LostManifoldError(_lost(declared, now))
+            if declared.tensor._version != declared.verified:
+                _check_value(declared)
+                declared.verified = declared.tensor._version
+        for path, module in self._model.named_modules():
+            for attribute in getattr(module, "declared_manifolds", {}):
+                tensor = getattr(module, attribute)
+                if not isinstance(tensor, geoopt.ManifoldTensor):
+                    name = f"{path}.{attribute}" if path else attribute
+                    raise LostManifoldError(
+                        f"'{name}' was declared on "
+                        f"{module.declared_manifolds[attribute].name} and is a plain "  # type: ignore[index, union-attr]
+                        f"{type(tensor).__name__} now; {_REMEDY}"
+                    )
+
+
+_REMEDY = (
+    "load_state_dict(assign=True) and conversions that overwrite parameters do that: "
+    "load without assign=True, or build the model, the metric and the optimizer anew"
+)
+
+
+def _lost(declared: Declared, now: Tensor | None) -> str:
+    what = "is gone" if now is None else f"is another {type(now).__name__} now"
+    where = declared.manifold.name
+    return f"parameter '{declared.name}', declared on {where}, {what}; {_REMEDY}"
+
+
+def _check_value(declared: Declared) -> None:
+    value = declared.tensor.detach().as_subclass(torch.Tensor)
+    if value.is_meta:
+        return
+    if not bool(torch.isfinite(value).all()):
+        raise NonFiniteError(
+            f"parameter '{declared.name}' holds NaN or infinity; load a good state "
+            "before going on"
+        )
+    if isinstance(declared.manifold, geoopt.Euclidean):
+        return
+    tolerance = 1e-4 if value.dtype != torch.float64 else 1e-7
+    ok, reason = declared.manifold.check_point_on_manifold(
+        value, explain=True, atol=tolerance, rtol=tolerance
+    )
+    if not ok:
+        raise NotOnManifoldError(
+            f"parameter '{declared.name}' of shape {tuple(value.shape)} is off its "
+            f"manifold {declared.manifold.name}: {reason}. Put it back with "
+            "parameter.data.copy_(parameter.manifold.projx(parameter.data))"
+        )
+
+
+def _masses(
+    mass: MassLike | Mapping[str, MassLike], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Mass]:
+    if not isinstance(mass, Mapping):
+        return {name: as_mass(mass, shape, name) for name, shape in shapes.items()}
+    unused = [key for key in mass if not any(fnmatchcase(n, key) for n in shapes)]
+    keys = {
+        name: next((key for key in mass if fnmatchcase(name, key)), None)
+        for name in shapes
+    }
+    missing = [name for name, key in keys.items() if key is None]
+    if unused or missing:
+        raise MassError(
+            f"masses by name: no parameter matches {unused}, no mass for {missing}; "
+            f"keys are names or patterns such as '*.bias' of {sorted(shapes)}"
+        )
+    return {
+        name: as_mass(mass[key], shapes[name], name)
+        for name, key in keys.items()
+        if key is not None
+    }

@@ -1,0 +1,64 @@
+"""Exceptions: what went wrong, in which layer, with which shapes, and what to do."""
+
+__all__ = [
+    "EmptyBatchError",
+    "LinearizationError",
+    "LostManifoldError",
+    "ManifoldContractError",
+    "MassError",
+    "NonFiniteError",
+    "NotOnManifoldError",
+    "NotPositiveDefiniteError",
+    "NotRecordedError",
+    "OutputMetricError",
+    "RiemannianModulesError",
+    "ShapeError",
+]
+
+
+class RiemannianModulesError(Exception):
+    """Base class of every error that this library raises on purpose."""
+
+
+class ShapeError(RiemannianModulesError, ValueError):
+    """A tensor does not have the shape that its role asks for."""
+
+
+class NonFiniteError(RiemannianModulesError, ValueError):
+    """A tensor holds NaN or infinity."""
+
+
+class EmptyBatchError(RiemannianModulesError, ValueError):
+    """A batch without examples: its metric and its mean loss are undefined."""
+
+
+class MassError(RiemannianModulesError, ValueError):
+    """A mass that is not positive, or that its manifold cannot carry."""
+
+
+class NotOnManifoldError(RiemannianModulesError, ValueError):
+    """A parameter's value lies off the manifold that it was declared on."""
+
+
+class ManifoldContractError(RiemannianModulesError, TypeError):
+    """A manifold class whose Riesz map or retraction is not what it claims to be."""
+
+
+class LostManifoldError(RiemannianModulesError, RuntimeError):
+    """A parameter that was declared on a manifold is a plain tensor now."""
+
+
+class NotPositiveDefiniteError(RiemannianModulesError, RuntimeError):
+    """The small matrix of a layer metric could not be factorised."""
+
+
+class NotRecordedError(RiemannianModulesError, RuntimeError):
+    """The metric is asked about a forward pass that it did not record."""
+
+
+class LinearizationError(RiemannianModulesError, RuntimeError):
+    """The recorded uses of a parameter do not explain its gradient."""
+
+
+class OutputMetricError(RiemannianModulesError, ValueError):
+    """Model outputs that the output metric cannot measure."""

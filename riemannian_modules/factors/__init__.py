@@ -1,0 +1,8 @@
+"""Factors K of the layer metric: the interface and its structured kinds."""
+
+from riemannian_modules.factors.base import MetricFactor
+from riemannian_modules.factors.block import block_gram
+from riemannian_modules.factors.dense import DenseFactor
+from riemannian_modules.factors.linear import BiasFactor, LinearFactor
+
+__all__ = ["BiasFactor", "DenseFactor", "LinearFactor", "MetricFactor", "block_gram"]

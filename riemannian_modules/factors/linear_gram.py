@@ -1,0 +1,211 @@
+r"""Gram matrices ``K sharp K^T`` of a linear layer's weight without forming K.
+
+With rows ``l_i x_i^T`` the Gram matrix in the Frobenius product is the entrywise
+product ``(L L^T) o (X X^T)``; every base manifold adds a low-rank correction. Here
+``W`` is the weight, ``p = W x``, ``q = W^T l``, ``U`` has entries ``l_i . p_j`` and
+rows that belong to the same example share its x:
+
+==================  ===========================================================
+Euclidean           (L L^T) o (X X^T)
+Poincare rows       the same, with l divided by the conformal factor of each row
+Stiefel, wide       (L L^T) o (X X^T - P P^T / 2) - (U o U^T) / 2
+Stiefel, tall       (L L^T - Q Q^T / 2) o (X X^T) - (U o U^T) / 2
+canonical Stiefel   (L L^T) o (X X^T) - U o U^T
+sphere rows         (L L^T) o (X X^T) - (L o P)(L o P)^T
+SPD                 ((L W L^T) o (X W X^T) + U o U^T) / 2
+==================  ===========================================================
+
+Each is ``<k_i, sharp k_j>`` multiplied out. With several positions the sum runs
+over pairs of them.
+"""
+
+from collections.abc import Callable
+from functools import singledispatch
+from itertools import product
+
+import geoopt
+import torch
+from torch import Tensor
+
+from riemannian_modules.manifolds.riesz import riesz
+from riemannian_modules.manifolds.stiefel import CanonicalStiefel
+from riemannian_modules.mass import Mass
+
+__all__ = ["absorbs_bias", "linear_gram"]
+
+_BLOCK_ROWS = 384
+
+
+def absorbs_bias(manifold: geoopt.Manifold, mass: Mass) -> bool:
+    """Whether the bias' Gram matrix is a constant added to ``X X^T``."""
+    kinds = (geoopt.Euclidean, geoopt.EuclideanStiefel, CanonicalStiefel, geoopt.Sphere)
+    return mass.is_scalar and isinstance(manifold, kinds)
+
+
+def _add_hadamard(
+    out: Tensor, left: Tensor, right: Tensor, kernel: Tensor, *, first: bool
+) -> None:
+    # Lower block triangle only: the factorisation never reads the rest.
+    n = kernel.shape[0]
+    step = n * max(1, _BLOCK_ROWS // n)
+    for start in range(0, out.shape[0], step):
+        stop = min(start + step, out.shape[0])
+        block = out[start:stop, :stop]
+        tiles = block.unflatten(0, (-1, n)).unflatten(2, (-1, n))
+        weights = kernel.view(1, n, 1, n)
+        if first:
+            torch.mm(left[start:stop], right[:stop].mT, out=block)
+            tiles.mul_(weights)
+        else:
+            other = (left[start:stop] @ right[:stop].mT).view(tiles.shape)
+            tiles.addcmul_(other, weights)
+
+
+def _add_crossed(out: Tensor, u: Tensor, v: Tensor, alpha: float) -> None:
+    # out[(a, i), (b, j)] += alpha u[a, i, j] v[b, j, i]
+    n = u.shape[-1]
+    left = u.view(-1, n, 1, n)
+    right = v.view(-1, n, n).permute(2, 0, 1).unsqueeze(0)
+    out.view(left.shape[0], n, -1, n).addcmul_(left, right, value=alpha)
+
+
+def linear_gram(
+    manifold: geoopt.Manifold,
+    W: Tensor,
+    x: Tensor,
+    l: Tensor,
+    mass: Mass,
+    bias: float,
+) -> Tensor:
+    """Return the Gram matrix of the rows ``sum_t l_t x_t^T``, lower triangle valid.
+
+    Args:
+        manifold: base manifold of the weight.
+        W: the weight, ``(out, in)``.
+        x: inputs, ``(n, positions, in)``.
+        l: cotangents, ``(r, n, positions, out)``.
+        mass: scalar or rank-one mass of the weight.
+        bias: constant added to ``X X^T``; only where :func:`absorbs_bias`.
+
+    Returns:
+        ``(r n, r n)`` in the data type of the arguments, with the mass absorbed.
+    """
+    r, n, positions, _ = l.shape
+    if mass.row is not None and mass.column is not None:
+        l = l / (mass.scalar * mass.row).sqrt().to(l)
+        x = x / mass.column.sqrt().to(x)
+    elif mass.scalar != 1.0:
+        l, bias = l / mass.scalar**0.5, bias * mass.scalar
+    add = _terms(manifold, W, x, l, bias)
+    out = torch.empty(r * n, r * n, dtype=l.dtype, device=l.device)
+    for index, (s, t) in enumerate(product(range(positions), repeat=2)):
+        add(out, s, t, index == 0)
+    return out
+
+
+Terms = Callable[[Tensor, int, int, bool], None]
+
+
+def _views(x: Tensor, l: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    return list(x.unbind(1)), list(l.flatten(0, 1).unbind(1))
+
+
+@singledispatch
+def _terms(
+    manifold: geoopt.Manifold, W: Tensor, x: Tensor, l: Tensor, bias: float
+) -> Terms:
+    rows = torch.einsum("rnto,ntd->rnod", l, x).flatten(0, 1)
+    images = riesz(manifold, W, rows).flatten(1)
+
+    def add(out: Tensor, s: int, t: int, first: bool) -> None:
+        if first:
+            torch.mm(rows.flatten(1), images.mT, out=out)
+
+    return add
+
+
+@_terms.register(geoopt.Euclidean)
+def _(
+    manifold: geoopt.Euclidean, W: Tensor, x: Tensor, l: Tensor, bias: float
+) -> Terms:
+    xs, ls = _views(x, l)
+
+    def add(out: Tensor, s: int, t: int, first: bool) -> None:
+        _add_hadamard(out, ls[s], ls[t], xs[s] @ xs[t].mT + bias, first=first)
+
+    return add
+
+
+@_terms.register(geoopt.PoincareBall)
+def _(
+    manifold: geoopt.PoincareBall, W: Tensor, x: Tensor, l: Tensor, bias: float
+) -> Terms:
+    return _terms(geoopt.Euclidean(), W, x, l / manifold.lambda_x(W), bias)
+
+
+@_terms.register(geoopt.Sphere)
+def _(manifold: geoopt.Sphere, W: Tensor, x: Tensor, l: Tensor, bias: float) -> Terms:
+    if manifold.projector is not None:
+        return _terms.dispatch(object)(manifold, W, x, l, bias)
+    euclidean = _terms(geoopt.Euclidean(), W, x, l, bias)
+    radial = (l * (x @ W.mT)).sum(2).flatten(0, 1)
+
+    def add(out: Tensor, s: int, t: int, first: bool) -> None:
+        euclidean(out, s, t, first)
+        if first:
+            out.addmm_(radial, radial.mT, alpha=-1.0)
+
+    return add
+
+
+@_terms.register(geoopt.EuclideanStiefel)
+def _(
+    manifold: geoopt.EuclideanStiefel, W: Tensor, x: Tensor, l: Tensor, bias: float
+) -> Terms:
+    xs, ls = _views(x, l)
+    ps, qs = _views(x @ W.mT, l @ W)
+    wide = W.shape[-2] < W.shape[-1]
+
+    def add(out: Tensor, s: int, t: int, first: bool) -> None:
+        kernel = xs[s] @ xs[t].mT
+        if wide:
+            inner = kernel + bias - 0.5 * ps[s] @ ps[t].mT
+            _add_hadamard(out, ls[s], ls[t], inner, first=first)
+        else:
+            _add_hadamard(out, ls[s], ls[t], kernel + bias, first=first)
+            _add_hadamard(out, qs[s], qs[t], -0.5 * kernel, first=False)
+        _add_crossed(out, ls[s] @ ps[t].mT, ls[t] @ ps[s].mT, -0.5)
+
+    return add
+
+
+@_terms.register(CanonicalStiefel)
+def _(
+    manifold: CanonicalStiefel, W: Tensor, x: Tensor, l: Tensor, bias: float
+) -> Terms:
+    euclidean = _terms(geoopt.Euclidean(), W, x, l, bias)
+    ps, ls = _views(x @ W.mT, l)
+
+    def add(out: Tensor, s: int, t: int, first: bool) -> None:
+        euclidean(out, s, t, first)
+        _add_crossed(out, ls[s] @ ps[t].mT, ls[t] @ ps[s].mT, -1.0)
+
+    return add
+
+
+@_terms.register(geoopt.SymmetricPositiveDefinite)
+def _(
+    manifold: geoopt.SymmetricPositiveDefinite,
+    W: Tensor,
+    x: Tensor,
+    l: Tensor,
+    bias: float,
+) -> Terms:
+    xs, ls = _views(x, l)
+    ps, qs = _views(x @ W, l @ W)
+
+    def add(out: Tensor, s: int, t: int, first: bool) -> None:
+        _add_hadamard(out, qs[s], ls[t], 0.5 * ps[s] @ xs[t].mT, first=first)
+        _add_crossed(out, ls[s] @ ps[t].mT, ls[t] @ ps[s].mT, 0.5)
+
+    return add

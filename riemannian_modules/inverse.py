@@ -1,0 +1,181 @@
+r"""The inverse of a block's metric: factorise once, solve many times.
+
+With the masses absorbed in ``sharp`` and ``C C^T = sharp`` the inverse of
+``g0 + K^T K`` is
+
+- dual:    ``sharp K^T S^-1 y`` for a covector ``K^T y``, and
+  ``sharp (e - K^T S^-1 K sharp e)`` for any other, with ``S = 1 + K sharp K^T``;
+- primal:  ``C G^-1 C^T e`` with ``G = 1 + (K C)^T (K C)``.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from riemannian_modules import woodbury
+from riemannian_modules.block import Block, Vectors
+from riemannian_modules.errors import NotPositiveDefiniteError
+
+__all__ = ["Inverse", "Solution"]
+
+_FALLBACK_ENTRIES = 1 << 23
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A solved Riesz problem ``g(x, .) = e`` with what is known about it.
+
+    Attributes:
+        vectors: ``{parameter name: x}``, tangent vectors.
+        velocity: ``K x``, the whitened velocity of the outputs, ``(rank,)``.
+        squared_norm: ``g(x, x) = e(x)``, a scalar tensor.
+        branch: which form ran: ``"base"`` (no factor), ``"push-through"``,
+            ``"woodbury"``, ``"push-through + woodbury"``, ``"primal"``, ``"qr"``.
+    """
+
+    vectors: dict[str, Tensor]
+    velocity: Tensor
+    squared_norm: Tensor
+    branch: str
+
+
+class Inverse:
+    """Solves ``g(x, .) = K^T y + e`` for one block, in the form that suits its shape.
+
+    Args:
+        block: the block.
+    """
+
+    def __init__(self, block: Block) -> None:
+        self.block = block
+        self.form = woodbury.branch(block.rank, block.dim) if block.rank else "base"
+
+    @cached_property
+    def factor(self) -> woodbury.CholeskyFactor:
+        """Cholesky factor of S (dual) or G (primal), made when first needed."""
+        dual = self.form == "dual"
+        matrix = self.block.gram() if dual else self.block.coordinate_gram()
+        matrix.diagonal().add_(1.0)
+        return woodbury.cholesky(matrix)
+
+    @property
+    def succeeded(self) -> Tensor:
+        """Whether the factorisation worked, a boolean scalar on the device."""
+        if self.form == "base":
+            return torch.ones((), dtype=torch.bool, device=self.block.device)
+        return self.factor.info == 0
+
+    def solve(self, y: Tensor | None, e: Vectors | None, refinements: int) -> Solution:
+        """Solve for the covector ``K^T y + e``.
+
+        Args:
+            y: ``(rank,)`` or None for zero.
+            e: ambient covectors or None for zero.
+            refinements: refinement steps of the subtracting form.
+
+        Returns:
+            The solution.
+
+        Raises:
+            NotPositiveDefiniteError: the factorisation failed and QR is too large or
+                cannot help.
+        """
+        if self.form == "base" or (y is None and e is None):
+            return self._base(e)
+        # Reading a flag is free on the CPU only; elsewhere `succeeded` carries it.
+        if self.factor.info.device.type == "cpu" and int(self.factor.info) != 0:
+            return self._qr(y, e)
+        if self.form == "primal":
+            return self._coordinates(y, e, self.factor.solve, "primal")
+        return self._dual(y, e, refinements)
+
+    def _base(self, e: Vectors | None) -> Solution:
+        block = self.block
+        still = torch.zeros(block.rank, dtype=block.precision, device=block.device)
+        if e is None:
+            x = {p.name: torch.zeros_like(p.space.point) for p in block.parts}
+            return Solution(x, still, still.sum(), "base")
+        x = block.sharp(e)
+        return Solution(x, still, block.pair(e, x), "base")
+
+    def _dual(self, y: Tensor | None, e: Vectors | None, refinements: int) -> Solution:
+        if y is None:
+            assert e is not None
+            return self._subtracting(e, refinements)
+        pushed = self._pushing(y.to(self.block.precision))
+        if e is None:
+            return pushed
+        rest = self._subtracting(e, refinements)
+        # |x1 + x2|^2 = e1(x1) + 2 y . K x2 + e2(x2), since g is symmetric.
+        cross = 2.0 * (y * rest.velocity).sum()
+        return Solution(
+            {name: x + rest.vectors[name] for name, x in pushed.vectors.items()},
+            pushed.velocity + rest.velocity,
+            pushed.squared_norm + cross + rest.squared_norm,
+            f"{pushed.branch} + {rest.branch}",
+        )
+
+    def _pushing(self, y: Tensor) -> Solution:
+        a = self.factor.solve(y)
+        x = self.block.sharp(self.block.rmatvec(a))
+        velocity = y - a
+        return Solution(x, velocity, (y * velocity).sum(), "push-through")
+
+    def _subtracting(self, e: Vectors, refinements: int) -> Solution:
+        x, c = self._woodbury(e)
+        for _ in range(refinements):
+            lowered = self.block.rmatvec(self.block.matvec(x))
+            error = {
+                p.name: e[p.name] - p.space.flat(x[p.name]) - lowered[p.name]
+                for p in self.block.parts
+            }
+            correction, dc = self._woodbury(error)
+            x = {name: x[name] + correction[name] for name in x}
+            c = c + dc
+        return Solution(x, c, self.block.pair(e, x), "woodbury")
+
+    def _woodbury(self, e: Vectors) -> tuple[dict[str, Tensor], Tensor]:
+        block = self.block
+        c = self.factor.solve(block.matvec(block.sharp(e)))
+        lowered = block.rmatvec(c)
+        return block.sharp({n: e[n] - low for n, low in lowered.items()}), c
+
+    def _coordinates(
+        self,
+        y: Tensor | None,
+        e: Vectors | None,
+        solve: Callable[[Tensor], Tensor],
+        branch: str,
+    ) -> Solution:
+        # A small block: all of it in float64, since G^-1 amplifies what rounding
+        # leaves in K^T y by the inverse of the mass.
+        wide = self.block.double()
+        total = {p.name: torch.zeros_like(p.space.point) for p in wide.parts}
+        if y is not None:
+            total = wide.rmatvec(y.double())
+        if e is not None:
+            total = {name: t + e[name].double() for name, t in total.items()}
+        adjoint = {p.name: p.space.root_adjoint(total[p.name]) for p in wide.parts}
+        z = wide.unstack(solve(wide.stack(adjoint)))
+        x = {p.name: p.space.root(z[p.name]) for p in wide.parts}
+        narrow = {p.name: x[p.name].to(p.space.point) for p in self.block.parts}
+        return Solution(narrow, wide.matvec(x), wide.pair(total, x), branch)
+
+    def _qr(self, y: Tensor | None, e: Vectors | None) -> Solution:
+        block = self.block
+        ones = {p.name: torch.ones_like(p.space.point) for p in block.parts}
+        finite = bool(block.matvec(ones).isfinite().all())
+        if not finite or block.rank * block.size > _FALLBACK_ENTRIES:
+            why = "the mass is too small" if finite else "its factor is not finite"
+            masses = {p.name: p.space.mass.scalar for p in block.parts}
+            raise NotPositiveDefiniteError(
+                f"block '{block.name}': the {self.form} matrix (rank {block.rank}, dim "
+                f"{block.dim}, {block.precision}) failed at pivot "
+                f"{int(self.factor.info)}: {why}; masses {masses}. Raise the mass or "
+                "lower the learning rate"
+            )
+        KC = torch.cat(list(block.coordinate_rows()))
+        return self._coordinates(y, e, lambda g: woodbury.qr(KC, 1.0, g), "qr")

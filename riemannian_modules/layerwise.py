@@ -1,0 +1,361 @@
+r"""The geometry of a model: one layer metric for each block, pulled back together.
+
+The recursion of Pehle & Slotine (2026) in five lines:
+
+    L    = output.factor(outputs)                    rows of the output metric
+    L, v = backward(L), backward(d loss/d outputs)   one batched reverse pass
+    K    = rule(layer).factors(inputs, L)            each parameter's factor
+    g    = mass g0 + K^T K                           each block's metric
+    x    = sharp(K^T y + e),  L^T y + rest = v       the Riemannian gradient
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from riemannian_modules.checks import (
+    compare_gradients,
+    output_costate,
+    recordable_layers,
+    require_finite,
+)
+from riemannian_modules.declared import DeclaredParameters
+from riemannian_modules.errors import EmptyBatchError, NotRecordedError
+from riemannian_modules.linearize import Linearization, Reduction, linearize
+from riemannian_modules.mass import MassLike
+from riemannian_modules.metric import LayerMetric, Part, Solution
+from riemannian_modules.output import OutputMetric
+from riemannian_modules.tape import Tape
+
+__all__ = ["LayerwiseMetric"]
+
+Blocks = Literal["tensor", "layer", "model"]
+
+
+class LayerwiseMetric:
+    """The metric of every block of a model, pulled back from an output metric.
+
+    Args:
+        model: the model; parameters that are geoopt ManifoldParameters live on
+            their manifold, all others are Euclidean.
+        output: metric on the model's outputs; None: no factor, so that the metric
+            is the massed base metric.
+        mass: a positive number; or a mapping from parameter names or patterns
+            (``"*.bias"``) to numbers, ``(row, column)`` pairs of vectors, or tensors
+            of the parameter's shape.
+        blocks: which tensors are solved together: ``"layer"`` (the paper's metric),
+            ``"tensor"`` (what geoopt's optimizers see) or ``"model"`` (the exact
+            joint Gauss-Newton or natural-gradient metric).
+        reduction: how the loss sums over examples, ``"mean"`` or ``"sum"``.
+        precision: data type of the small matrices; None: float64 up to rank 2048.
+
+    Attributes:
+        version: number of pull-backs so far.
+        passes: number of backward passes so far (frozen ones count).
+        blocks: ``{block name: LayerMetric}`` of the last one.
+
+    Raises:
+        MassError: a mass is not positive or does not fit its parameter.
+        NotOnManifoldError: a parameter's value is off its manifold.
+        LostManifoldError: a layer declares a manifold that its parameter lost.
+        ValueError: unknown ``blocks`` or ``reduction``.
+
+    Cost of a step with n examples, r rows each and R = n r: one reverse pass with
+    r + 1 cotangents, R^2 (layer outputs) for the Gram matrices and R^3 / 3 for each
+    block's factorisation.
+
+    >>> import riemannian_modules as rm
+    >>> model = torch.nn.Linear(3, 2)
+    >>> metric = rm.LayerwiseMetric(model, output=rm.output.Categorical(), mass=0.1)
+    >>> with metric.record():
+    ...     logits = model(torch.randn(5, 3))
+    >>> loss = torch.nn.functional.cross_entropy(logits, torch.zeros(5).long())
+    >>> metric.backward(loss, logits)
+    >>> sorted(metric.natural_gradient())
+    ['bias', 'weight']
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        output: OutputMetric | None,
+        *,
+        mass: MassLike | Mapping[str, MassLike] = 1e-2,
+        blocks: Blocks = "layer",
+        reduction: Reduction = "mean",
+        precision: torch.dtype | None = None,
+    ) -> None:
+        if blocks not in ("tensor", "layer", "model"):
+            raise ValueError(f"blocks={blocks!r}; choose 'tensor', 'layer' or 'model'")
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction={reduction!r}; choose 'mean' or 'sum'")
+        self.model = model
+        self.output = output
+        self.reduction = reduction
+        self.precision = precision
+        self.parameters = DeclaredParameters(model, mass)
+        self.version = 0
+        self.blocks: dict[str, LayerMetric] = {}
+        self._groups = _group(self.parameters, blocks)
+        self._tape: Tape | None = None
+        self._batched: dict[tuple[str, ...], bool] = {}
+        self._frozen = False
+        self._found: Linearization | None = None
+        self._marks: dict[str, int] = {}
+        self.passes = 0
+
+    def __repr__(self) -> str:
+        frozen = ", frozen" if self._frozen else ""
+        lines = [f"  {name}: {block!r}" for name, block in self.blocks.items()]
+        head = f"LayerwiseMetric(version {self.version}, output {self.output}{frozen})"
+        return "\n".join([head, *lines])
+
+    def set_mass(self, mass: MassLike | Mapping[str, MassLike]) -> None:
+        """Change the mass from the next pull-back on.
+
+        Args:
+            mass: as in the constructor.
+
+        Raises:
+            MassError: a mass is invalid; all stay as they were.
+        """
+        self.parameters.set_mass(mass)
+
+    @contextmanager
+    def record(self) -> Iterator[None]:
+        """Record the forward pass inside this scope; it is the one linearised next.
+
+        Yields:
+            None.
+
+        Raises:
+            LinearizationError: the model has a trainable layer without a rule, or
+                BatchNorm in training mode.
+            LostManifoldError: a parameter was replaced or lost its manifold.
+            NotOnManifoldError: a parameter was moved off its manifold.
+            NonFiniteError: a parameter holds NaN or infinity.
+        """
+        self.parameters.verify()
+        layers = recordable_layers(self.model, self.parameters)
+        tape = Tape()
+        handles = tape.watch(layers)
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+        self._tape = tape
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Hold the factors inside this scope, as a line search needs it.
+
+        Backward passes then refresh the gradient but not the metric, which is
+        evaluated at the parameters' current values with the factors of before.
+
+        Yields:
+            None.
+        """
+        before, self._frozen = self._frozen, True
+        try:
+            yield
+        finally:
+            self._frozen = before
+
+    def backward(self, loss: Tensor, outputs: Tensor) -> None:
+        """Linearise the recorded pass: fill ``.grad`` and renew every block's metric.
+
+        One reverse pass carries d loss/d outputs and all rows of the output metric.
+        ``.grad`` is set to the ordinary gradient (it does not accumulate). The
+        first time a graph is seen, this gradient is compared with autograd's.
+
+        Args:
+            loss: scalar that depends on the parameters through ``outputs`` only.
+            outputs: the recorded outputs, ``(n, *output)``.
+
+        Raises:
+            NotRecordedError: no recorded pass leads to ``outputs``, or ``loss`` does
+                not depend on them.
+            LinearizationError: the recorded uses do not explain the gradient.
+            NonFiniteError: NaN or infinity in the loss or the outputs.
+            EmptyBatchError: no examples.
+        """
+        tape = self._checked_tape(outputs)
+        require_finite(loss, "the loss", tape)
+        self._pass(tape, outputs, loss)
+
+    def pull_back(self, outputs: Tensor) -> None:
+        """Renew every block's metric without a loss; ``.grad`` is left alone.
+
+        Args:
+            outputs: the recorded outputs, ``(n, *output)``.
+
+        Raises:
+            NotRecordedError: no recorded pass leads to ``outputs``.
+            NonFiniteError: NaN or infinity in the outputs.
+            EmptyBatchError: no examples.
+        """
+        self._pass(self._checked_tape(outputs), outputs, None)
+
+    def natural_gradient(self) -> dict[str, Tensor]:
+        """Return ``{parameter name: Riemannian gradient}`` of the last backward pass.
+
+        Implements the solve of :eq:`update`.
+
+        Returns:
+            Tangent vectors at the parameters' values.
+
+        Raises:
+            NotRecordedError: there was no backward pass yet.
+            NotPositiveDefiniteError: a block's small matrix could not be factorised.
+        """
+        solutions = self.solve().values()
+        return {n: x for solution in solutions for n, x in solution.vectors.items()}
+
+    def solve(
+        self, covector: Mapping[str, Tensor] | None = None, *, gradient: float = 1.0
+    ) -> dict[str, Solution]:
+        """Solve every block for ``gradient * (d loss) + covector``.
+
+        Args:
+            covector: ambient covectors by parameter name, added to the gradient.
+            gradient: how often the gradient of the loss counts; its part in the
+                span of the rows takes the form without cancellation.
+
+        Returns:
+            ``{block name: solution}``.
+
+        Raises:
+            NotRecordedError: there was no backward pass yet.
+            NotPositiveDefiniteError: a block's small matrix could not be factorised.
+        """
+        found = self._found
+        if found is None or not found.gradient:
+            raise NotRecordedError(
+                "there is no gradient yet: run the model inside metric.record() and "
+                "call metric.backward(loss, outputs) first"
+            )
+        residual, rest = None, covector
+        if gradient != 0.0:
+            residual = None if found.residual is None else gradient * found.residual
+            if found.rest is not None:
+                own = {name: gradient * e for name, e in found.rest.items()}
+                rest = own if rest is None else {n: own[n] + rest[n] for n in own}
+        return {
+            name: block.solve(residual=residual, covector=rest)
+            for name, block in self.blocks.items()
+        }
+
+    def succeeded(self) -> Tensor:
+        """Return whether every factorisation so far worked, a boolean on the device."""
+        flags = [block.inverse.succeeded for block in self.blocks.values()]
+        return torch.stack(flags).all()
+
+    def gradient_is_untouched(self) -> bool:
+        """Whether every ``.grad`` is still what the last backward pass put there."""
+        own = {} if self._found is None else self._found.gradient
+        return all(
+            self.parameters[name].tensor.grad is covector
+            and covector._version == self._marks[name]
+            for name, covector in own.items()
+        )
+
+    # --- how a pass becomes the state
+
+    def _pass(self, tape: Tape, outputs: Tensor, loss: Tensor | None) -> None:
+        signature = tuple(use.name for use in tape.uses)
+        known = signature in self._batched
+        costate = None if loss is None else output_costate(loss, outputs)
+        expected = None
+        if loss is not None and not known:
+            expected = self._autograd(loss)
+        with torch.no_grad():
+            found = linearize(
+                tape,
+                outputs,
+                costate,
+                output=self.output,
+                reduction=self.reduction,
+                parameters=self.parameters,
+                batched=self._batched.get(signature),
+            )
+            if expected is not None:
+                compare_gradients(found.gradient, expected)
+            if self._frozen and self.blocks:
+                # The old factors do not span the new gradient.
+                found = replace(found, residual=None, rest=found.gradient)
+                self._move_blocks()
+            else:
+                self._build_blocks(found)
+        self._found = found
+        self._tape = None
+        self._marks = {name: g._version for name, g in found.gradient.items()}
+        if loss is not None:
+            self._batched[signature] = found.batched
+            self.passes += 1
+            for declared in self.parameters:
+                declared.tensor.grad = found.gradient.get(declared.name)
+
+    def _build_blocks(self, found: Linearization) -> None:
+        self.version += 1
+        self.blocks = {}
+        for block, members in self._groups.items():
+            parts = [self._part(name, found) for name in members if name in found.names]
+            if parts:
+                self.blocks[block] = LayerMetric(
+                    parts, name=block, version=self.version, precision=self.precision
+                )
+        for name in found.factors:
+            view = self.parameters[name].view
+            if view is not None:
+                part = self._part(name, found)
+                view.bind(LayerMetric([part], name=name, version=self.version))
+
+    def _part(self, name: str, found: Linearization) -> Part:
+        return Part(name, self.parameters[name].space(), found.factors.get(name))
+
+    def _move_blocks(self) -> None:
+        for name, block in self.blocks.items():
+            points = {
+                part.name: self.parameters[part.name].space().point
+                for part in block.parts
+            }
+            self.blocks[name] = block.at(points)
+
+    # --- checks
+
+    def _checked_tape(self, outputs: Tensor) -> Tape:
+        if outputs.ndim == 0 or outputs.shape[0] == 0:
+            raise EmptyBatchError(
+                f"outputs have shape {tuple(outputs.shape)}: a batch needs at least "
+                "one example in its first dimension; skip empty batches"
+            )
+        if self._tape is None or not self._tape.uses or not outputs.requires_grad:
+            raise NotRecordedError(
+                "no recorded forward pass leads to these outputs: run the model inside "
+                "'with metric.record():', with gradients enabled, before every "
+                "metric.backward or metric.pull_back"
+            )
+        self._tape.check_inputs(outputs.shape[0])
+        require_finite(outputs, "the outputs", self._tape)
+        return self._tape
+
+    def _autograd(self, loss: Tensor) -> dict[str, Tensor | None]:
+        declared = list(self.parameters)
+        grads = torch.autograd.grad(
+            loss, [d.tensor for d in declared], retain_graph=True, allow_unused=True
+        )
+        return {d.name: g for d, g in zip(declared, grads, strict=True)}
+
+
+def _group(parameters: DeclaredParameters, blocks: Blocks) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for declared in parameters:
+        layer = declared.name.rpartition(".")[0] or "model"
+        key = {"tensor": declared.name, "layer": layer, "model": "model"}[blocks]
+        groups.setdefault(key, []).append(declared.name)
+    return groups

@@ -1,0 +1,298 @@
+r"""Stiefel manifolds in the orientation that fits: orthonormal columns or rows.
+
+Both metrics share one description of a tangent vector. With ``Q`` an orthonormal
+completion of ``X`` in the span of ``[X, U]``,
+
+    U = X A + Q B,        A = X^T U skew,        B = Q^T U,
+
+and geodesics and the Cayley map are a function of a small matrix made of A and B
+(Edelman, Arias & Smith, 1998; Wen & Yin, 2013; Hueper, Markina & Silva Leite, 2021),
+so their cost is O(n k^2), not O(n^3).
+"""
+
+from collections.abc import Callable
+
+import geoopt
+import torch
+from geoopt.utils import size2shape
+from torch import Tensor
+
+__all__ = ["CanonicalStiefel", "Stiefel", "cayley_step", "qr_step"]
+
+
+def _is_wide(x: Tensor) -> bool:
+    return x.shape[-2] < x.shape[-1]
+
+
+def _upright(kernel: Callable[..., Tensor], x: Tensor, *vectors: Tensor) -> Tensor:
+    """Run a kernel for tall matrices on either orientation."""
+    if _is_wide(x):
+        return kernel(x.mT, *(v.mT for v in vectors)).mT
+    return kernel(x, *vectors)
+
+
+def _skew(a: Tensor) -> Tensor:
+    return 0.5 * (a - a.mT)
+
+
+def _orthonormalise(a: Tensor) -> Tensor:
+    """Return the Q of the QR decomposition whose R has a positive diagonal."""
+    q, r = torch.linalg.qr(a)
+    return q * _signs(r).unsqueeze(-2)
+
+
+def _signs(r: Tensor) -> Tensor:
+    diagonal = r.diagonal(dim1=-2, dim2=-1)
+    return torch.where(diagonal < 0, -torch.ones_like(diagonal), 1.0)
+
+
+def _polar(x: Tensor) -> Tensor:
+    u, _, vh = torch.linalg.svd(x, full_matrices=False)
+    return u @ vh
+
+
+def _tangent_part(x: Tensor, u: Tensor) -> Tensor:
+    xu = x.mT @ u
+    return u - 0.5 * x @ (xu + xu.mT)
+
+
+def _canonical_riesz(x: Tensor, e: Tensor) -> Tensor:
+    return e - x @ (e.mT @ x)
+
+
+def _qr_step(x: Tensor, u: Tensor) -> Tensor:
+    return _orthonormalise(x + u)
+
+
+def _coordinates(x: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``[X Q]``, A and B.
+
+    The completion comes from a QR of ``[X, U]`` as a whole: a QR of the normal part
+    alone is not orthogonal to X where that part is rank deficient. It also cleans X
+    of the rounding of earlier steps.
+    """
+    x, u = torch.broadcast_tensors(x, u)
+    k = x.shape[-1]
+    frame, r = torch.linalg.qr(torch.cat((x, u - x @ (x.mT @ u)), dim=-1))
+    x = frame[..., :k] * _signs(r[..., :k, :k]).unsqueeze(-2)
+    q = frame[..., k:]
+    return torch.cat((x, q), dim=-1), _skew(x.mT @ u), q.mT @ u
+
+
+def _small_generator(a: Tensor, b: Tensor) -> Tensor:
+    corner = b.new_zeros(*b.shape[:-2], b.shape[-2], b.shape[-2])
+    return torch.cat(
+        (torch.cat((a, -b.mT), dim=-1), torch.cat((b, corner), dim=-1)), -2
+    )
+
+
+def _cayley_step(x: Tensor, u: Tensor) -> Tensor:
+    frame, a, b = _coordinates(x, u)
+    half = 0.5 * _small_generator(a, b)
+    eye = torch.eye(half.shape[-1], dtype=half.dtype, device=half.device)
+    k = x.shape[-1]
+    return frame @ torch.linalg.solve(eye - half, (eye + half)[..., :k])
+
+
+def _canonical_geodesic(x: Tensor, u: Tensor) -> Tensor:
+    frame, a, b = _coordinates(x, u)
+    rotation = torch.matrix_exp(_small_generator(a, b))
+    return frame @ rotation[..., : x.shape[-1]]
+
+
+def _euclidean_geodesic(x: Tensor, u: Tensor) -> Tensor:
+    frame, a, b = _coordinates(x, u)
+    rotation = torch.matrix_exp(_small_generator(2.0 * a, b))
+    return frame @ rotation[..., : x.shape[-1]] @ torch.matrix_exp(-a)
+
+
+def qr_step(x: Tensor, u: Tensor) -> Tensor:
+    """Return the orthonormal factor of ``x + u``, with the signs that continue ``x``.
+
+    Args:
+        x: points of a Stiefel manifold, ``(*batch, a, b)``, either orientation.
+        u: tangent vectors at ``x``.
+
+    Returns:
+        Points of the shape of ``x + u``. Agrees with the geodesics to first order.
+        Cost: O(n k^2) for n the larger and k the smaller side.
+    """
+    return _upright(_qr_step, x, u)
+
+
+def cayley_step(x: Tensor, u: Tensor) -> Tensor:
+    """Return ``(I - W/2)^-1 (I + W/2) x`` for the skew W that generates ``u``.
+
+    ``W = P u x^T - x u^T P`` with ``P = I - x x^T / 2`` (Wen & Yin, 2013), reduced to
+    a solve in the span of x and u.
+
+    Args:
+        x: points of a Stiefel manifold, ``(*batch, a, b)``, either orientation.
+        u: tangent vectors at ``x``.
+
+    Returns:
+        Points of the shape of ``x + u``. Agrees to second order with the geodesics of
+        the canonical metric, to first order with those of the Euclidean metric. Cost:
+        O(n k^2) for n the larger and k the smaller side.
+    """
+    return _upright(_cayley_step, x, u)
+
+
+class _EitherOrientation(geoopt.Stiefel):  # type: ignore[misc]
+    """What does not depend on the metric: points, tangent vectors, projections."""
+
+    reversible = False
+
+    def projx(self, x: Tensor) -> Tensor:
+        """Return the nearest point of the manifold: the polar factor of ``x``."""
+        return _upright(_polar, x)
+
+    def proju(self, x: Tensor, u: Tensor) -> Tensor:
+        """Return the orthogonal projection of ``u`` on the tangent space at ``x``."""
+        return _upright(_tangent_part, x, u)
+
+    def transp(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
+        """Transport ``v`` from ``x`` to ``y`` by projection; not an isometry."""
+        return self.proju(y, v)
+
+    def random(
+        self,
+        *size: int,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> geoopt.ManifoldTensor:
+        """Draw points from the uniform (Haar) distribution.
+
+        Args:
+            *size: shape, ``(*batch, a, b)``.
+            dtype: data type.
+            device: device.
+
+        Returns:
+            Points of the manifold.
+        """
+        self._assert_check_shape(size2shape(*size), "x")
+        gaussian = torch.randn(*size, dtype=dtype, device=device)
+        return geoopt.ManifoldTensor(_upright(_orthonormalise, gaussian), manifold=self)
+
+    random_naive = random
+
+    def origin(
+        self,
+        *size: int,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        seed: int | None = 42,
+    ) -> geoopt.ManifoldTensor:
+        """Return the leading block of the identity.
+
+        Args:
+            *size: shape, ``(*batch, a, b)``.
+            dtype: data type.
+            device: device.
+            seed: ignored; part of geoopt's interface.
+
+        Returns:
+            Points of the manifold.
+        """
+        shape = size2shape(*size)
+        self._assert_check_shape(shape, "x")
+        eye = torch.eye(*shape[-2:], dtype=dtype, device=device)
+        return geoopt.ManifoldTensor(eye.expand(shape).clone(), manifold=self)
+
+    def _check_shape(
+        self, shape: tuple[int, ...], name: str
+    ) -> tuple[bool, str | None]:
+        if len(shape) < 2 or 0 in shape[-2:]:
+            return (
+                False,
+                f"`{name}` should be a matrix (or a batch), got {tuple(shape)}",
+            )
+        return True, None
+
+    def _check_point_on_manifold(
+        self, x: Tensor, *, atol: float = 1e-5, rtol: float = 1e-5
+    ) -> tuple[bool, str | None]:
+        gram = x @ x.mT if _is_wide(x) else x.mT @ x
+        eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+        if not torch.allclose(gram, eye.expand_as(gram), atol=atol, rtol=rtol):
+            side = "X X^T" if _is_wide(x) else "X^T X"
+            return False, f"`{side} != I` with atol={atol}, rtol={rtol}"
+        return True, None
+
+    def _check_vector_on_tangent(
+        self, x: Tensor, u: Tensor, *, atol: float = 1e-5, rtol: float = 1e-5
+    ) -> tuple[bool, str | None]:
+        xu = x @ u.mT if _is_wide(x) else x.mT @ u
+        if not torch.allclose(xu, -xu.mT, atol=atol, rtol=rtol):
+            side = "X U^T" if _is_wide(x) else "X^T U"
+            return False, f"`{side}` is not skew with atol={atol}, rtol={rtol}"
+        return True, None
+
+
+class Stiefel(_EitherOrientation, geoopt.EuclideanStiefel):  # type: ignore[misc]
+    """Matrices with orthonormal columns (tall) or rows (wide), Euclidean metric.
+
+    ``geoopt.EuclideanStiefel`` for both orientations: a weight of shape ``(32, 64)``
+    has orthonormal rows. The default retraction is the QR decomposition with positive
+    diagonal (Absil, Mahony & Sepulchre, 2008, example 4.1.3).
+
+    >>> point = Stiefel().random(2, 3, dtype=torch.float64)
+    >>> torch.allclose(point @ point.mT, torch.eye(2, dtype=torch.float64))
+    True
+    """
+
+    name = "Stiefel"
+
+    def egrad2rgrad(self, x: Tensor, u: Tensor) -> Tensor:
+        """Return the tangent vector that represents the covector ``u``."""
+        return self.proju(x, u)
+
+    def retr(self, x: Tensor, u: Tensor) -> Tensor:
+        """Return :func:`qr_step`; first order."""
+        return qr_step(x, u)
+
+    def expmap(self, x: Tensor, u: Tensor) -> Tensor:
+        """Follow the geodesic of the Euclidean metric; exact, O(n k^2)."""
+        return _upright(_euclidean_geodesic, x, u)
+
+
+class CanonicalStiefel(_EitherOrientation):
+    """Matrices with orthonormal columns (tall) or rows (wide), canonical metric.
+
+    ``g(u, v) = tr u^T (I - x x^T / 2) v`` on tall matrices (Edelman, Arias & Smith,
+    1998). Replaces ``geoopt.CanonicalStiefel``, whose ``retr`` and ``expmap`` move
+    with twice the speed in the directions ``x A`` and whose ``proju`` is not a
+    projection. The default retraction is the Cayley map.
+
+    >>> x = torch.eye(3, 2)
+    >>> CanonicalStiefel().egrad2rgrad(x, torch.ones(3, 2))
+    tensor([[0., 0.],
+            [0., 0.],
+            [1., 1.]])
+    """
+
+    name = "CanonicalStiefel"
+
+    def inner(
+        self, x: Tensor, u: Tensor, v: Tensor | None = None, *, keepdim: bool = False
+    ) -> Tensor:
+        """Return the canonical inner product of tangent vectors."""
+        if _is_wide(x):
+            x, u, v = x.mT, u.mT, None if v is None else v.mT
+        xu = x.mT @ u
+        v, xv = (u, xu) if v is None else (v, x.mT @ v)
+        ambient = (u * v).sum((-1, -2), keepdim=keepdim)
+        return ambient - 0.5 * (xu * xv).sum((-1, -2), keepdim=keepdim)
+
+    def egrad2rgrad(self, x: Tensor, u: Tensor) -> Tensor:
+        """Return the tangent vector that represents the covector ``u``."""
+        return _upright(_canonical_riesz, x, u)
+
+    def retr(self, x: Tensor, u: Tensor) -> Tensor:
+        """Return :func:`cayley_step`; second order."""
+        return cayley_step(x, u)
+
+    def expmap(self, x: Tensor, u: Tensor) -> Tensor:
+        """Follow the geodesic of the canonical metric; exact, O(n k^2)."""
+        return _upright(_canonical_geodesic, x, u)

@@ -1,0 +1,94 @@
+"""A linear layer whose weight lives on a manifold."""
+
+import math
+
+import geoopt
+import torch
+from torch import Tensor, nn
+
+from riemannian_modules.errors import ShapeError
+from riemannian_modules.manifolds import Euclidean, MetricManifold
+from riemannian_modules.nn.base import RiemannianModule
+
+__all__ = ["Linear"]
+
+
+class Linear(RiemannianModule, nn.Linear):
+    """``y = x W^T + b`` with the weight ``(out, in)`` on a manifold.
+
+    The weight is a geoopt ManifoldParameter and starts at a random point of its
+    manifold (on a Euclidean one, at torch's default). The bias is Euclidean.
+
+    Args:
+        in_features: size of the input.
+        out_features: size of the output.
+        bias: whether to add a bias.
+        manifold: where the weight lives; None: Euclidean. ``Stiefel()`` means
+            orthonormal rows if ``out <= in``, else orthonormal columns; ``Sphere()``
+            unit rows; ``PoincareBall()`` rows in the ball; ``SPD()`` needs
+            ``in == out``.
+        device: device of the parameters.
+        dtype: floating point type of the parameters.
+
+    Raises:
+        ShapeError: no point of the manifold has the shape ``(out, in)``.
+
+    >>> from riemannian_modules import manifolds
+    >>> layer = Linear(64, 32, manifold=manifolds.Stiefel())
+    >>> torch.allclose(layer.weight @ layer.weight.T, torch.eye(32), atol=1e-5)
+    True
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        manifold: geoopt.Manifold | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        RiemannianModule.__init__(self)
+        self.in_features = in_features
+        self.out_features = out_features
+        view = MetricManifold(Euclidean() if manifold is None else manifold)
+        base = view.base
+        empty = torch.empty(out_features, in_features, device=device, dtype=dtype)
+        ok, reason = base._check_shape(empty.shape, "weight")
+        if not ok or (
+            base.name == "SymmetricPositiveDefinite" and out_features != in_features
+        ):
+            raise ShapeError(
+                f"no weight of shape {tuple(empty.shape)} lives on {base.name}: "
+                f"{reason or 'it must be square'}"
+            )
+        self.declare("weight", _initial(base, empty), view)
+        if bias:
+            bound = 1.0 / math.sqrt(in_features) if in_features else 0.0
+            start = empty.new_empty(out_features).uniform_(-bound, bound)
+            self.declare("bias", start, Euclidean())
+        else:
+            self.register_parameter("bias", None)
+
+    def extra_repr(self) -> str:
+        """Say the sizes and where the weight lives."""
+        base = self.declared_manifolds["weight"]
+        return f"{nn.Linear.extra_repr(self)}, manifold={base.name}"
+
+
+def _initial(base: geoopt.Manifold, empty: Tensor) -> Tensor:
+    if isinstance(base, geoopt.Euclidean):
+        nn.init.kaiming_uniform_(empty, a=math.sqrt(5.0))
+        return empty
+    if isinstance(base, geoopt.PoincareBall):
+        # Near the origin, where the ball is flat: far out the conformal factor
+        # makes every step tiny.
+        return torch.as_tensor(base.projx(1e-2 * torch.randn_like(empty)))
+    if isinstance(base, geoopt.SymmetricPositiveDefinite):
+        noise = torch.randn_like(empty) / math.sqrt(max(1, empty.shape[-1]))
+        return torch.linalg.matrix_exp(0.25 * (noise + noise.mT))
+    if isinstance(base, geoopt.Sphere):
+        return torch.as_tensor(base.projx(torch.randn_like(empty)))
+    point: Tensor = base.random(*empty.shape, device=empty.device, dtype=empty.dtype)
+    return point

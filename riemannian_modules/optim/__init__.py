@@ -1,0 +1,6 @@
+"""Optimizers that step in the metric."""
+
+from riemannian_modules.optim.report import BlockReport, StepReport
+from riemannian_modules.optim.rsgd import RiemannianSGD
+
+__all__ = ["BlockReport", "RiemannianSGD", "StepReport"]

@@ -1,0 +1,127 @@
+"""One parameter's part of a step, worked out before anything is changed."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import geoopt
+import torch
+from torch import Tensor
+
+from riemannian_modules.declared import Declared
+from riemannian_modules.errors import NonFiniteError
+from riemannian_modules.retractions import Retraction
+
+__all__ = ["Plan"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a step does to one parameter.
+
+    Attributes:
+        declared: the parameter.
+        scale: how often the fresh gradient enters the direction.
+        extra: the rest of the direction, a covector, or None.
+        buffer: the new momentum covector, or None without momentum.
+        lr: step length, negative when maximising.
+        decay: decoupled decay, ``lr * weight_decay``.
+    """
+
+    declared: Declared
+    scale: float
+    extra: Tensor | None
+    buffer: Tensor | None
+    lr: float
+    decay: float
+
+    @classmethod
+    def make(
+        cls, declared: Declared, group: dict[str, Any], old: Tensor | None
+    ) -> "Plan":
+        """Work out the momentum of one parameter.
+
+        Args:
+            declared: the parameter, with its gradient.
+            group: its parameter group.
+            old: its momentum covector so far, or None.
+
+        Returns:
+            The plan.
+        """
+        gradient = declared.tensor.grad
+        assert gradient is not None
+        scale, extra, buffer = 1.0, None, None
+        momentum = group["momentum"]
+        if momentum > 0.0:
+            space = declared.space()
+            tangential = space.project(gradient)
+            if old is None:
+                buffer = tangential.clone()
+            else:
+                carried = momentum * space.project(old)
+                buffer = carried + (1.0 - group["dampening"]) * tangential
+                scale, extra = 1.0 - group["dampening"], carried
+            if group["nesterov"]:
+                scale = 1.0 + momentum * scale
+                extra = None if extra is None else momentum * extra
+        sign = -1.0 if group["maximize"] else 1.0
+        decay = group["lr"] * group["weight_decay"]
+        return cls(declared, scale, extra, buffer, sign * group["lr"], decay)
+
+    def direction(self) -> Tensor:
+        """Return the whole direction as one covector."""
+        gradient = self.declared.tensor.grad
+        assert gradient is not None
+        whole = self.scale * gradient
+        return whole if self.extra is None else whole + self.extra
+
+    def update(self, vector: Tensor) -> Tensor:
+        """Return the tangent step for the direction ``vector``."""
+        step = -self.lr * vector
+        if self.decay:
+            space = self.declared.space()
+            step = step - self.decay * space.project(space.point)
+        return step
+
+    def retract(self, retraction: Retraction, update: Tensor) -> Tensor | None:
+        """Return the new point; None on Euclidean parameters, where it is a sum.
+
+        Args:
+            retraction: how a tangent step becomes a point.
+            update: the tangent step.
+
+        Returns:
+            The point.
+
+        Raises:
+            NonFiniteError: the retraction left the numbers.
+        """
+        manifold = self.declared.manifold
+        if isinstance(manifold, geoopt.Euclidean):
+            return None
+        point = retraction(manifold, self.declared.space().point, update)
+        if point.device.type == "cpu" and not bool(torch.isfinite(point).all()):
+            raise NonFiniteError(
+                f"the step of '{self.declared.name}' on {manifold.name} has no finite "
+                f"end point (step norm {float(update.norm()):.2e}); lower the learning "
+                "rate. Nothing was changed"
+            )
+        return point
+
+    def commit(self, point: Tensor | None, update: Tensor, healthy: Tensor) -> None:
+        """Write the new value, unless a factorisation on the device failed.
+
+        Args:
+            point: the new point, or None on Euclidean parameters.
+            update: the tangent step.
+            healthy: boolean scalar on the device; always true on the CPU.
+        """
+        tensor = self.declared.tensor
+        if tensor.device.type != "cpu":
+            moved = tensor.detach() + update if point is None else point
+            tensor.copy_(torch.where(healthy, moved, tensor.detach()))
+        elif point is None:
+            tensor.add_(update)
+        else:
+            tensor.copy_(point)
+        self.declared.verified = tensor._version

@@ -1,0 +1,109 @@
+"""What one optimizer step did, block by block, as numbers and as a table."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from riemannian_modules.metric import LayerMetric, Solution
+
+__all__ = ["BlockReport", "StepReport"]
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """One block's part of a step. Numbers are computed, and read, when asked for.
+
+    Attributes:
+        name: the block.
+        metric: its metric at the point where the step began.
+        solution: the solved Riesz problem.
+        lr: the step length.
+        update: ``{parameter name: tangent step}``.
+    """
+
+    name: str
+    metric: LayerMetric
+    solution: Solution
+    lr: float
+    update: dict[str, Tensor]
+
+    @property
+    def rank(self) -> int:
+        """Rows of the factor."""
+        return self.metric.rank
+
+    @property
+    def dim(self) -> int:
+        """Dimension of the block's manifold."""
+        return self.metric.dim
+
+    @property
+    def branch(self) -> str:
+        """Which form of the inverse ran."""
+        return self.solution.branch
+
+    @cached_property
+    def gradient_norm(self) -> float:
+        """Norm of the direction in the metric, ``sqrt(g(x, x))``."""
+        return float(self.solution.squared_norm.clamp_min(0.0).sqrt())
+
+    @cached_property
+    def update_norm(self) -> float:
+        """Euclidean norm of the tangent step."""
+        squares = [u.detach().double().square().sum() for u in self.update.values()]
+        return float(torch.stack(squares).sum().sqrt())
+
+    @property
+    def predicted_decrease(self) -> float:
+        """First-order decrease of the loss, ``lr g(x, x)``, for a plain gradient step."""
+        return self.lr * self.gradient_norm**2
+
+    @cached_property
+    def residual(self) -> float:
+        """Relative residual of the solve, measured on ``K x``. Cost: one product."""
+        if self.rank == 0:
+            return 0.0
+        measured = self.metric.image(self.solution.vectors)
+        error = (measured - self.solution.velocity).norm()
+        return float(error / self.solution.velocity.norm().clamp_min(1e-300))
+
+    @cached_property
+    def condition(self) -> float:
+        """Condition number of the inner matrix. Cost: its eigenvalues, O(rank^3)."""
+        return float(self.metric.condition())
+
+    @cached_property
+    def contraction_rate(self) -> float:
+        """Output-space rate ``lambda_min(M (1 + M)^-1)``. Cost: as ``condition``."""
+        return float(self.metric.contraction_rate())
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """The blocks of one step; ``print`` shows a table."""
+
+    blocks: dict[str, BlockReport]
+
+    def __getitem__(self, name: str) -> BlockReport:
+        return self.blocks[name]
+
+    def __iter__(self) -> Iterator[BlockReport]:
+        return iter(self.blocks.values())
+
+    def __str__(self) -> str:
+        head = ["block", "dim", "rank", "solver", "|grad|_g", "|step|", "decrease"]
+        head += ["residual", "condition", "rate"]
+        rows = [head]
+        for b in self:
+            numbers = [b.gradient_norm, b.update_norm, b.predicted_decrease]
+            numbers += [b.residual, b.condition, b.contraction_rate]
+            texts = [f"{number:.2e}" for number in numbers]
+            rows.append([b.name, str(b.dim), str(b.rank), b.branch, *texts])
+        widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+        return "\n".join(
+            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True))
+            for row in rows
+        )

@@ -1,0 +1,217 @@
+"""Riemannian stochastic gradient descent in the layer metric."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from riemannian_modules.errors import NonFiniteError, NotRecordedError
+from riemannian_modules.layerwise import LayerwiseMetric
+from riemannian_modules.metric import Solution
+from riemannian_modules.optim.plan import Plan
+from riemannian_modules.optim.report import BlockReport, StepReport
+from riemannian_modules.retractions import Default, Retraction
+
+__all__ = ["RiemannianSGD"]
+
+
+class RiemannianSGD(torch.optim.Optimizer):
+    """Steps ``w <- R_w(-lr sharp(m))`` with the momentum m of the gradient covector.
+
+    Implements :eq:`update`. With an identity metric on Euclidean parameters this is
+    torch.optim.SGD. The momentum is a covector: the metric of each step is applied
+    to it anew, and only its part along the manifold is kept.
+
+    Args:
+        metric: the model's geometry; ``metric.backward`` replaces ``loss.backward``.
+        params: parameters or groups, as in any torch optimizer; None: all of the
+            metric's.
+        lr: step length; 1 is the full Gauss-Newton step of ``blocks="model"``. With
+            L blocks the quadratic model is stable below 2 / L.
+        momentum: factor of the previous momentum, in [0, 1).
+        dampening: the gradient enters the momentum times ``1 - dampening``.
+        nesterov: look ahead by one momentum step.
+        weight_decay: decoupled, as in AdamW: ``w`` shrinks by ``lr * weight_decay``,
+            on manifolds along the tangent part of ``w`` (none on spheres and
+            Stiefel manifolds).
+        retraction: how a tangent step becomes a point.
+        maximize: ascend instead.
+
+    Raises:
+        ValueError: a hyperparameter out of its range, or a parameter that is not in
+            the metric.
+
+    Needs from a manifold: ``egrad2rgrad``, ``proju``, and what the retraction needs.
+
+    >>> import riemannian_modules as rm
+    >>> _ = torch.manual_seed(0)
+    >>> model = rm.nn.Linear(4, 2, manifold=rm.manifolds.Stiefel())
+    >>> metric = rm.LayerwiseMetric(model, output=rm.output.Euclidean(), mass=0.1)
+    >>> optimizer = RiemannianSGD(metric, lr=0.1)
+    >>> with metric.record():
+    ...     outputs = model(torch.ones(3, 4))
+    >>> metric.backward(outputs.square().mean(), outputs)
+    >>> optimizer.step()
+    >>> sorted(block.name for block in optimizer.report)
+    ['model']
+    """
+
+    def __init__(
+        self,
+        metric: LayerwiseMetric,
+        params: Iterable[Any] | None = None,
+        *,
+        lr: float = 0.1,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        nesterov: bool = False,
+        weight_decay: float = 0.0,
+        retraction: Retraction | None = None,
+        maximize: bool = False,
+    ) -> None:
+        if lr < 0.0 or weight_decay < 0.0 or not 0.0 <= momentum < 1.0:
+            raise ValueError(
+                f"lr={lr}, momentum={momentum}, weight_decay={weight_decay}: lr and "
+                "weight_decay must not be negative, momentum lies in [0, 1)"
+            )
+        if nesterov and (momentum == 0.0 or dampening != 0.0):
+            raise ValueError("nesterov needs a momentum and no dampening")
+        self.metric = metric
+        self.retraction = Default() if retraction is None else retraction
+        self._report: StepReport | None = None
+        self._stepped = 0
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "nesterov": nesterov,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+        }
+        everything = [declared.tensor for declared in metric.parameters]
+        super().__init__(everything if params is None else params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of the metric's parameters.
+
+        Args:
+            param_group: as in torch.optim.Optimizer.
+
+        Raises:
+            ValueError: a parameter is not in the metric.
+        """
+        super().add_param_group(param_group)
+        for tensor in self.param_groups[-1]["params"]:
+            if self.metric.parameters.name_of(tensor) is None:
+                self.param_groups.pop()
+                raise ValueError(
+                    f"a parameter of shape {tuple(tensor.shape)} is not in the metric; "
+                    "build the metric from the model that holds it"
+                )
+
+    @property
+    def report(self) -> StepReport:
+        """What the last step did, per block; see :class:`StepReport`.
+
+        Raises:
+            NotRecordedError: there was no step yet.
+        """
+        if self._report is None:
+            raise NotRecordedError("no step was taken yet, so there is no report")
+        return self._report
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Take one step from the last ``metric.backward``.
+
+        Nothing changes if an error is raised.
+
+        Args:
+            closure: evaluates the model, calls ``metric.backward`` and returns the loss.
+
+        Returns:
+            What the closure returned.
+
+        Raises:
+            NotRecordedError: no ``metric.backward`` since the last step.
+            NotPositiveDefiniteError: a block's small matrix could not be factorised.
+            NonFiniteError: a step is not finite.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self.metric.passes == self._stepped:
+            raise NotRecordedError(
+                "optimizer.step() needs a new metric.backward(loss, outputs) before "
+                "every step; loss.backward() alone does not renew the metric"
+            )
+        with torch.no_grad():
+            self._step()
+        self._stepped = self.metric.passes
+        return loss
+
+    def _step(self) -> None:
+        plans = self._plans()
+        solutions = self._solve(plans)
+        vectors = {n: x for s in solutions.values() for n, x in s.vectors.items()}
+        updates = {name: plan.update(vectors[name]) for name, plan in plans.items()}
+        points = {
+            name: plan.retract(self.retraction, updates[name])
+            for name, plan in plans.items()
+        }
+        healthy = self.metric.succeeded()
+        for name, plan in plans.items():
+            plan.commit(points[name], updates[name], healthy)
+            if plan.buffer is not None:
+                self.state[plan.declared.tensor]["momentum_buffer"] = plan.buffer
+        reports = {}
+        for block, solution in solutions.items():
+            own = {n: updates[n] for n in solution.vectors if n in plans}
+            if own:
+                metric, lr = self.metric.blocks[block], plans[next(iter(own))].lr
+                reports[block] = BlockReport(block, metric, solution, lr, own)
+        self._report = StepReport(reports)
+
+    def _plans(self) -> dict[str, Plan]:
+        plans = {}
+        for group in self.param_groups:
+            for tensor in group["params"]:
+                if tensor.grad is not None:
+                    declared = self.metric.parameters.of(tensor)
+                    old = self.state[tensor].get("momentum_buffer")
+                    plans[declared.name] = Plan.make(declared, group, old)
+        return plans
+
+    def _solve(self, plans: dict[str, Plan]) -> dict[str, Solution]:
+        scales = {plan.scale for plan in plans.values()}
+        if len(scales) == 1 and self.metric.gradient_is_untouched():
+            extra = {n: p.extra for n, p in plans.items() if p.extra is not None}
+            covector = self._complete(extra) if extra else None
+            solutions = self.metric.solve(covector, gradient=scales.pop())
+        else:
+            # Clipped gradients or mixed groups: a covector like any other.
+            covector = {n: plan.direction() for n, plan in plans.items()}
+            solutions = self.metric.solve(self._complete(covector), gradient=0.0)
+        for block, solution in solutions.items():
+            norm = solution.squared_norm
+            if norm.device.type == "cpu" and not bool(torch.isfinite(norm)):
+                raise NonFiniteError(
+                    f"the step of block '{block}' is not finite; nothing was changed. "
+                    "Lower the learning rate or raise the mass"
+                )
+        return solutions
+
+    def _complete(self, covector: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            declared.name: covector.get(
+                declared.name, torch.zeros_like(declared.tensor)
+            )
+            for declared in self.metric.parameters
+        }

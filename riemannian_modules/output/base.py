@@ -1,0 +1,189 @@
+"""The interface of an output metric, with defaults that follow from its factor."""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from riemannian_modules.errors import EmptyBatchError, OutputMetricError, ShapeError
+from riemannian_modules.output.rows import ROUNDING
+
+__all__ = ["OutputMetric"]
+
+
+class OutputMetric(ABC):
+    """A Riemannian metric on the space of a model's outputs.
+
+    Subclasses write :meth:`factor`; the other methods have defaults that follow
+    from it. Nothing here averages over the batch or looks at targets, and nothing
+    branches on the values of a tensor. ``outputs`` has the shape ``(n, *output)``,
+    the first dimension being the examples.
+
+    Example:
+        A metric that weighs the coordinates of the output.
+
+        >>> import torch
+        >>> class Weighted(OutputMetric):
+        ...     def __init__(self, weights):
+        ...         self.weights = weights
+        ...
+        ...     def factor(self, outputs):
+        ...         return self.weights.sqrt().diag().expand(len(outputs), -1, -1)
+        >>> metric = Weighted(torch.tensor([1.0, 4.0]))
+        >>> outputs, cotangent = torch.zeros(3, 2), torch.ones(3, 2)
+        >>> y, rest = metric.whiten(outputs, cotangent)
+        >>> y[0], rest[0]
+        (tensor([1.0000, 0.5000]), tensor([0., 0.]))
+    """
+
+    @abstractmethod
+    def factor(self, outputs: Tensor) -> Tensor:
+        """Return rows ``L`` with ``L^T L = G_o`` for each example.
+
+        Args:
+            outputs: ``(n, *output)``.
+
+        Returns:
+            ``(n, r, *output)`` of the dtype and device of ``outputs``; a fixed rank
+            r, not weighted by ``1/n``. It may be an expanded view: do not write
+            into it.
+        """
+
+    def whiten(
+        self, outputs: Tensor, cotangent: Tensor
+    ) -> tuple[Tensor | None, Tensor]:
+        """Split a cotangent of the outputs into a combination of rows and a rest.
+
+        The default solves the least-squares problem of least norm in float64, by
+        the singular values of the factor, with one step of refinement. Its rest is
+        what the rounded combination leaves of the cotangent, with entries at the
+        level of rounding set to zero. Cost O(n r D min(r, D)) for D output entries.
+
+        Args:
+            outputs: ``(n, *output)``.
+            cotangent: derivative of a loss, of the shape of ``outputs``.
+
+        Returns:
+            ``y`` of shape ``(n, r)`` and ``rest`` of the shape of ``outputs`` with
+            ``sum_j y_j L_j + rest == cotangent``; ``rest`` is exactly zero where the
+            cotangent lies in the row space up to rounding. ``y`` is None where the
+            metric offers no such combination; ``rest`` is the cotangent then.
+        """
+        self.validate_cotangent(outputs, cotangent)
+        rows = self.factor(outputs).flatten(2).double()
+        target = cotangent.detach().flatten(1).double()
+        left, values, right = torch.linalg.svd(rows, full_matrices=False)
+        eps = torch.finfo(outputs.dtype).eps
+        largest = values.amax(-1, keepdim=True) if values.shape[-1] else values
+        kept = values > eps * max(rows.shape[1:]) * largest
+        inverse = torch.where(kept, values.reciprocal(), 0.0).unsqueeze(-1)
+
+        def solve(v: Tensor) -> Tensor:
+            solution: Tensor = left @ (inverse * (right @ v.unsqueeze(-1)))
+            return solution.squeeze(-1)
+
+        def combine(rows: Tensor, y: Tensor) -> Tensor:
+            return (rows.mT @ y.unsqueeze(-1)).squeeze(-1)
+
+        y = solve(target)
+        y = (y + solve(target - combine(rows, y))).to(outputs.dtype)
+        y = torch.where(y.isfinite(), y, 0.0)
+        rest = target - combine(rows, y.double())
+        summands = target.abs() + combine(rows.abs(), y.double().abs())
+        noise = rest.abs() <= ROUNDING * eps * summands.amax(-1, keepdim=True)
+        rest = torch.where(noise, 0.0, rest).to(outputs.dtype)
+        return y, rest.view_as(outputs)
+
+    def sample(
+        self, outputs: Tensor, probes: int, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Draw random rows whose outer product is ``G_o`` on average.
+
+        The default combines the rows of the factor with independent random signs.
+        Likelihoods draw a target from their own prediction and return its score.
+
+        Args:
+            outputs: ``(n, *output)``.
+            probes: number of independent rows for each example.
+            generator: source of randomness on the device of ``outputs``; None takes
+                torch's global one.
+
+        Returns:
+            ``(n, probes, *output)``, not divided by the number of probes.
+        """
+        rows = self.factor(outputs)
+        signs = torch.empty(
+            rows.shape[0], probes, rows.shape[1], dtype=rows.dtype, device=rows.device
+        ).bernoulli_(0.5, generator=generator)
+        combined = (2.0 * signs - 1.0) @ rows.flatten(2)
+        return combined.view(rows.shape[0], probes, *outputs.shape[1:])
+
+    def terms(self, outputs: Tensor) -> int:
+        """Return the number of likelihood terms that a mean loss divides by.
+
+        Args:
+            outputs: ``(n, *output)``.
+
+        Returns:
+            The number of examples, unless the class says otherwise.
+        """
+        return outputs.shape[0]
+
+    def validate(self, outputs: Tensor) -> None:
+        """Check what can be known of the outputs without reading their values.
+
+        Args:
+            outputs: ``(n, *output)``.
+
+        Raises:
+            OutputMetricError: not a tensor of real floating-point numbers.
+            ShapeError: no batch dimension, or an output without entries.
+            EmptyBatchError: no examples.
+        """
+        if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
+            kind = outputs.dtype if isinstance(outputs, Tensor) else type(outputs)
+            raise OutputMetricError(
+                f"{self!r} measures real floating-point tensors, got {kind}; pass the "
+                "tensor of outputs that the loss is computed from"
+            )
+        shape = tuple(outputs.shape)
+        if not shape:
+            raise ShapeError(
+                f"{self!r} needs a batch dimension first, got outputs of shape (); "
+                "use outputs.unsqueeze(0) for a single example"
+            )
+        if shape[0] == 0:
+            raise EmptyBatchError(
+                f"{self!r} got outputs of shape {shape}, a batch without examples; "
+                "skip empty batches"
+            )
+        if outputs.numel() == 0:
+            raise ShapeError(
+                f"{self!r} got outputs of shape {shape}, without any entries; "
+                "every dimension after the first must be at least 1"
+            )
+
+    def validate_cotangent(self, outputs: Tensor, cotangent: Tensor) -> None:
+        """Check the outputs, and that the cotangent has their shape.
+
+        Args:
+            outputs: ``(n, *output)``.
+            cotangent: derivative of a loss with respect to the outputs.
+
+        Raises:
+            ShapeError: the two shapes differ.
+        """
+        self.validate(outputs)
+        if cotangent.shape != outputs.shape:
+            raise ShapeError(
+                f"{self!r} got a cotangent of shape {tuple(cotangent.shape)} for "
+                f"outputs of shape {tuple(outputs.shape)}; pass the derivative of "
+                "the loss with respect to these outputs"
+            )
+
+    def extra_repr(self) -> str:
+        """Return the arguments that the representation shows."""
+        return ""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.extra_repr()})"

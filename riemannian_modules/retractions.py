@@ -1,0 +1,250 @@
+"""Retractions as values: how a tangent step becomes a point.
+
+A retraction R satisfies ``R_w(0) = w`` and ``d/dt R_w(t v) = v`` at 0. Its *order* is
+the order of agreement with the geodesic of the manifold's own metric: the distance to
+``Exp_w(t v)`` is O(t^(order + 1)) (Absil, Mahony & Sepulchre, 2008, section 4.1 and
+proposition 5.5.5). The geodesics of a layer metric with a factor are other curves,
+with which every retraction agrees to first order.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import geoopt
+from torch import Tensor
+
+from riemannian_modules.errors import ManifoldContractError
+from riemannian_modules.manifolds.contract import base_of
+from riemannian_modules.manifolds.stiefel import (
+    CanonicalStiefel,
+    cayley_step,
+    qr_step,
+)
+
+__all__ = ["QR", "Cayley", "Default", "Exponential", "Projection", "Retraction"]
+
+
+class Retraction(ABC):
+    """A rule that moves a point along a tangent vector.
+
+    Subclass it, as a frozen dataclass, for a rule of your own; test it with
+    ``riemannian_modules.testing.check_retraction``.
+    """
+
+    @abstractmethod
+    def __call__(
+        self, manifold: geoopt.Manifold, point: Tensor, tangent: Tensor
+    ) -> Tensor:
+        """Return the point that ``tangent`` leads to.
+
+        Args:
+            manifold: the manifold, also inside a ``MetricManifold``.
+            point: where the step starts, ``(*batch, *shape)``.
+            tangent: tangent vector there, of the same shape.
+
+        Returns:
+            A new tensor; the arguments are unchanged.
+        """
+
+    @abstractmethod
+    def order(self, manifold: geoopt.Manifold) -> int:
+        """Return the order of agreement with the geodesic: 1, or 2 for 2 and more."""
+
+
+# By function, not by class: a subclass with a retraction of its own is not in here.
+_SECOND_ORDER_RETR: frozenset[Callable[..., Tensor]] = frozenset(
+    kind.retr
+    for kind in (
+        geoopt.Euclidean,
+        geoopt.Sphere,
+        geoopt.SphereExact,
+        geoopt.SymmetricPositiveDefinite,
+        geoopt.EuclideanStiefelExact,
+        geoopt.StereographicExact,
+        CanonicalStiefel,
+    )
+)
+
+
+def _lowest_order(
+    manifold: geoopt.Manifold, order: Callable[[geoopt.Manifold], int]
+) -> int:
+    """Return the order on a manifold or, for a product, on its worst part."""
+    base = base_of(manifold)
+    if isinstance(base, geoopt.ProductManifold):
+        return min(_lowest_order(part, order) for part in base.manifolds)
+    return order(base)
+
+
+def _stiefel(manifold: geoopt.Manifold, rule: str) -> geoopt.Stiefel:
+    base = base_of(manifold)
+    if not isinstance(base, geoopt.Stiefel):
+        raise ManifoldContractError(
+            f"retractions.{rule} needs a Stiefel manifold, got {base.name}; use "
+            "retractions.Default()"
+        )
+    return base
+
+
+@dataclass(frozen=True)
+class Default(Retraction):
+    """The manifold's own ``retr``.
+
+    Second order on Euclidean space, spheres, SPD matrices, ``CanonicalStiefel`` and
+    geoopt's "Exact" classes; first order on ``Stiefel`` (QR) and the Poincare ball.
+    On a manifold of your own the order is reported as 1.
+
+    >>> Default().order(geoopt.Sphere()), Default().order(geoopt.PoincareBall())
+    (2, 1)
+    """
+
+    def __call__(
+        self, manifold: geoopt.Manifold, point: Tensor, tangent: Tensor
+    ) -> Tensor:
+        """Return ``manifold.retr(point, tangent)``."""
+        moved: Tensor = manifold.retr(point, tangent)
+        return moved
+
+    def order(self, manifold: geoopt.Manifold) -> int:
+        """Return 2 where ``retr`` is known to be second order, else 1."""
+        return _lowest_order(
+            manifold, lambda base: 2 if type(base).retr in _SECOND_ORDER_RETR else 1
+        )
+
+
+@dataclass(frozen=True)
+class Exponential(Retraction):
+    """The manifold's ``expmap``: its geodesics themselves.
+
+    >>> Exponential().order(geoopt.PoincareBall())
+    2
+    """
+
+    def __call__(
+        self, manifold: geoopt.Manifold, point: Tensor, tangent: Tensor
+    ) -> Tensor:
+        """Return ``manifold.expmap(point, tangent)``.
+
+        Args:
+            manifold: the manifold, also inside a ``MetricManifold``.
+            point: where the step starts.
+            tangent: tangent vector there.
+
+        Returns:
+            The end point of the geodesic.
+
+        Raises:
+            ManifoldContractError: the manifold has no ``expmap``.
+        """
+        try:
+            moved: Tensor = manifold.expmap(point, tangent)
+        except NotImplementedError as error:
+            raise ManifoldContractError(
+                f"{base_of(manifold).name} has no expmap; use retractions.Default()"
+            ) from error
+        return moved
+
+    def order(self, manifold: geoopt.Manifold) -> int:
+        """Return 2, which stands for "2 and more"."""
+        return 2
+
+
+@dataclass(frozen=True)
+class Projection(Retraction):
+    """The nearest point to ``point + tangent``: ``manifold.projx``.
+
+    On Stiefel manifolds this is the polar retraction. Second order where the metric
+    is that of the surrounding space: Euclidean space, spheres, ``Stiefel`` (Absil &
+    Malick, 2012); first order with other metrics, and reported as such on a manifold
+    of your own.
+
+    >>> from riemannian_modules.manifolds import Stiefel
+    >>> Projection().order(Stiefel()), Projection().order(CanonicalStiefel())
+    (2, 1)
+    """
+
+    def __call__(
+        self, manifold: geoopt.Manifold, point: Tensor, tangent: Tensor
+    ) -> Tensor:
+        """Return ``manifold.projx(point + tangent)``."""
+        moved: Tensor = manifold.projx(point + tangent)
+        return moved
+
+    def order(self, manifold: geoopt.Manifold) -> int:
+        """Return 2 on embedded manifolds with the surrounding metric, else 1."""
+        embedded = (geoopt.Euclidean, geoopt.Sphere, geoopt.EuclideanStiefel)
+        return _lowest_order(
+            manifold, lambda base: 2 if isinstance(base, embedded) else 1
+        )
+
+
+@dataclass(frozen=True)
+class Cayley(Retraction):
+    """The Cayley map of the Stiefel manifolds (Wen & Yin, 2013), either orientation.
+
+    Second order with the canonical metric. With the Euclidean metric first order: its
+    acceleration has the tangent part ``(I - x x^T) u x^T u``.
+
+    >>> Cayley().order(CanonicalStiefel())
+    2
+    """
+
+    def __call__(
+        self, manifold: geoopt.Manifold, point: Tensor, tangent: Tensor
+    ) -> Tensor:
+        """Return :func:`riemannian_modules.manifolds.stiefel.cayley_step`.
+
+        Args:
+            manifold: a Stiefel manifold, also inside a ``MetricManifold``.
+            point: where the step starts, ``(*batch, a, b)``.
+            tangent: tangent vector there.
+
+        Returns:
+            The new point.
+
+        Raises:
+            ManifoldContractError: not a Stiefel manifold.
+        """
+        _stiefel(manifold, "Cayley")
+        return cayley_step(point, tangent)
+
+    def order(self, manifold: geoopt.Manifold) -> int:
+        """Return 2 with the canonical metric, 1 with the Euclidean one."""
+        return 2 if isinstance(_stiefel(manifold, "Cayley"), CanonicalStiefel) else 1
+
+
+@dataclass(frozen=True)
+class QR(Retraction):
+    """The QR retraction of the Stiefel manifolds, either orientation; first order.
+
+    The default of ``Stiefel``, and a cheaper step than the Cayley map for
+    ``CanonicalStiefel``.
+
+    >>> QR().order(CanonicalStiefel())
+    1
+    """
+
+    def __call__(
+        self, manifold: geoopt.Manifold, point: Tensor, tangent: Tensor
+    ) -> Tensor:
+        """Return :func:`riemannian_modules.manifolds.stiefel.qr_step`.
+
+        Args:
+            manifold: a Stiefel manifold, also inside a ``MetricManifold``.
+            point: where the step starts, ``(*batch, a, b)``.
+            tangent: tangent vector there.
+
+        Returns:
+            The new point.
+
+        Raises:
+            ManifoldContractError: not a Stiefel manifold.
+        """
+        _stiefel(manifold, "QR")
+        return qr_step(point, tangent)
+
+    def order(self, manifold: geoopt.Manifold) -> int:
+        """Return 1 on every Stiefel manifold."""
+        _stiefel(manifold, "QR")
+        return 1

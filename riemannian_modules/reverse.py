@@ -1,0 +1,61 @@
+"""One reverse pass for many cotangents: the recursion ``L_{a-1} = L_a A_a``."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+__all__ = ["reverse_pass"]
+
+
+def reverse_pass(
+    outputs: Tensor,
+    edges: Sequence[GradientEdge],
+    cotangents: Tensor,
+    *,
+    batched: bool | None,
+) -> tuple[list[Tensor | None], bool]:
+    """Carry cotangents at the outputs back to places in the graph.
+
+    Nothing is differentiated with respect to parameters or the model's input.
+
+    Args:
+        outputs: model outputs, ``(n, *output)``.
+        edges: places in the autograd graph, for instance layer outputs.
+        cotangents: ``(k, n, *output)``.
+        batched: True: all cotangents at once, and the graph is freed. False: one
+            by one, and the graph is freed. None: find out whether the graph can be
+            batched (compiled ones cannot), and keep the graph.
+
+    Returns:
+        For each edge a tensor ``(k, *shape)`` or None if the outputs do not depend
+        on it, and whether the pass was batched.
+    """
+    if batched is not False:
+        try:
+            grads = torch.autograd.grad(
+                outputs,
+                edges,
+                cotangents,
+                is_grads_batched=True,
+                allow_unused=True,
+                retain_graph=batched is None,
+            )
+        except RuntimeError:
+            if batched:
+                raise
+        else:
+            return list(grads), True
+    passes = [
+        torch.autograd.grad(
+            outputs,
+            edges,
+            cotangent,
+            allow_unused=True,
+            retain_graph=batched is None or index + 1 < len(cotangents),
+        )
+        for index, cotangent in enumerate(cotangents)
+    ]
+    columns = list(zip(*passes, strict=True))
+    return [None if c[0] is None else torch.stack(c) for c in columns], False

@@ -1,0 +1,106 @@
+"""The tangent space of one parameter: base manifold, point and mass together."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import geoopt
+import torch
+from torch import Tensor
+
+from riemannian_modules.errors import MassError
+from riemannian_modules.manifolds.riesz import (
+    dimension,
+    flat,
+    riesz,
+    root,
+    root_adjoint,
+)
+from riemannian_modules.mass import Mass
+
+__all__ = ["TangentSpace"]
+
+
+@dataclass(frozen=True)
+class TangentSpace:
+    """A tangent space with the massed base metric ``g0(D u, v)``.
+
+    The layer metric adds ``K^T K`` to this. Everything takes leading batch
+    dimensions and leaves its arguments alone.
+
+    Args:
+        manifold: base manifold (a geoopt manifold that keeps its contract).
+        point: value of the parameter, ``shape``.
+        mass: the mass D; other than scalar only on Euclidean parameters, where
+            ``D^-1`` and the Riesz map commute.
+        name: the parameter's name, for errors.
+
+    Raises:
+        MassError: a row, column or diagonal mass on a manifold that has no
+            canonical meaning for it.
+
+    >>> space = TangentSpace(geoopt.Euclidean(), torch.zeros(2), Mass(scalar=4.0))
+    >>> space.sharp(torch.ones(2))
+    tensor([0.2500, 0.2500])
+    """
+
+    manifold: geoopt.Manifold
+    point: Tensor
+    mass: Mass = Mass()
+    name: str = "parameter"
+
+    def __post_init__(self) -> None:
+        if not (self.mass.is_scalar or isinstance(self.manifold, geoopt.Euclidean)):
+            raise MassError(
+                f"'{self.name}' lives on {self.manifold.name}, where a mass for each "
+                "row, column or entry has no canonical meaning; give it a number, or "
+                "declare the parameter Euclidean"
+            )
+
+    def sharp(self, e: Tensor) -> Tensor:
+        """Return the tangent vector that represents the covector ``e``."""
+        return self.mass.divide(riesz(self.manifold, self.point, e))
+
+    def flat(self, u: Tensor) -> Tensor:
+        """Return a covector that represents the tangent vector ``u``."""
+        return self.mass.multiply(flat(self.manifold, self.point, u))
+
+    def inner(self, u: Tensor, v: Tensor) -> Tensor:
+        """Return ``g0(D u, v)`` summed over all entries, a scalar."""
+        return (self.flat(u) * v).sum()
+
+    def project(self, u: Tensor) -> Tensor:
+        """Return the tangent part of an ambient vector or covector ``u``."""
+        if isinstance(self.manifold, geoopt.Euclidean):
+            return u
+        projected: Tensor = self.manifold.proju(self.point, u)
+        return projected
+
+    def root(self, z: Tensor) -> Tensor:
+        """Return ``C z``, where ``C C^T`` is :meth:`sharp`."""
+        return root(self.manifold, self.point, self.mass.divide_root(z))
+
+    def root_adjoint(self, e: Tensor) -> Tensor:
+        """Return ``C^T e``."""
+        return self.mass.divide_root(root_adjoint(self.manifold, self.point, e))
+
+    @cached_property
+    def dim(self) -> int:
+        """Dimension of the manifold."""
+        return int(dimension(self.manifold, self.point))
+
+    def basis(self) -> Tensor:
+        """Return tangent vectors that are orthonormal entry by entry, ``(dim, *shape)``.
+
+        Identity on Euclidean parameters. Cost O(p^3) elsewhere: for dense references.
+        """
+        p = self.point.numel()
+        eye = torch.eye(p, dtype=self.point.dtype, device=self.point.device)
+        if isinstance(self.manifold, geoopt.Euclidean):
+            return eye.view(p, *self.point.shape)
+        images = self.project(eye.view(p, *self.point.shape)).reshape(p, p)
+        left, _, _ = torch.linalg.svd(images.mT)
+        return left[:, : self.dim].mT.reshape(self.dim, *self.point.shape)
+
+    def double(self) -> "TangentSpace":
+        """Return the same space in float64."""
+        return TangentSpace(self.manifold, self.point.double(), self.mass, self.name)

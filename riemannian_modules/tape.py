@@ -1,0 +1,103 @@
+"""What a recorded forward pass remembers: every use of every layer with a rule."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils.hooks import RemovableHandle
+
+from riemannian_modules.errors import LinearizationError
+
+__all__ = ["Tape", "Use"]
+
+
+@dataclass(frozen=True)
+class Use:
+    """One call of a layer.
+
+    The output is kept as an edge of the autograd graph, not as a tensor: an
+    in-place operation on the output afterwards moves the tensor, not the edge.
+
+    Attributes:
+        name: qualified name of the layer in the model.
+        module: the layer.
+        input: its input, detached, ``(n, *positions, in)``.
+        edge: where the layer's output enters the autograd graph.
+        version: version counter of the input when it was used.
+    """
+
+    name: str
+    module: nn.Module
+    input: Tensor
+    edge: GradientEdge
+    version: int
+
+
+@dataclass
+class Tape:
+    """The uses of one recorded scope, in the order in which they ran."""
+
+    uses: list[Use] = field(default_factory=list)
+
+    def watch(self, layers: Iterable[tuple[str, nn.Module]]) -> list[RemovableHandle]:
+        """Append a use to the tape at every call of one of ``layers``.
+
+        Args:
+            layers: qualified names and layers.
+
+        Returns:
+            Handles that end the recording.
+        """
+        return [
+            layer.register_forward_hook(self._hook(name), always_call=False)
+            for name, layer in layers
+        ]
+
+    def _hook(self, name: str):  # type: ignore[no-untyped-def]
+        def remember(
+            module: nn.Module, args: tuple[Tensor, ...], output: Tensor
+        ) -> None:
+            if output.requires_grad:
+                source = args[0]
+                edge = get_gradient_edge(output)
+                self.uses.append(
+                    Use(name, module, source.detach(), edge, source._version)
+                )
+
+        return remember
+
+    def check_inputs(self, examples: int) -> None:
+        """Check that the recorded inputs are intact and have the examples first.
+
+        Args:
+            examples: number of examples in the batch.
+
+        Raises:
+            LinearizationError: an input was changed in place, or its first dimension
+                is not the examples; names the layer.
+        """
+        for use in self.uses:
+            if use.input._version != use.version:
+                raise LinearizationError(
+                    f"the input of layer '{use.name}' was changed in place after the "
+                    "layer had used it, so its factor is lost; use the out-of-place "
+                    "operation"
+                )
+            if use.input.ndim < 2 or use.input.shape[0] != examples:
+                raise LinearizationError(
+                    f"layer '{use.name}' saw an input of shape "
+                    f"{tuple(use.input.shape)} in a batch of {examples} outputs; the "
+                    "first dimension must be the examples everywhere"
+                )
+
+    def first_nonfinite(self) -> str:
+        """Return where NaN or infinity entered, in words for an error."""
+        for use in self.uses:
+            for parameter, value in use.module.named_parameters(recurse=False):
+                if not bool(torch.isfinite(value).all()):
+                    return f"parameter '{use.name}.{parameter}' is not finite"
+            if not bool(torch.isfinite(use.input).all()):
+                return f"the input of layer '{use.name}' is the first not finite"
+        return "every recorded layer input is finite, so it arose behind the last layer"

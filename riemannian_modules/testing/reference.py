@@ -1,0 +1,181 @@
+"""The dense reference: the same mathematics with every matrix written out.
+
+Jacobians by ``torch.func.jacrev``, the base metric from the manifold's own
+``inner`` on a tangent basis, the inverse by QR. Nothing is shared with the
+structured code but the manifold and the output metric. O(p^3): small models only.
+"""
+
+from collections.abc import Callable, Mapping
+
+import geoopt
+import torch
+from torch import Tensor, nn
+
+from riemannian_modules.declared import DeclaredParameters
+from riemannian_modules.mass import MassLike
+from riemannian_modules.output import OutputMetric
+from riemannian_modules.tangent import TangentSpace
+from riemannian_modules.woodbury import qr
+
+__all__ = [
+    "base_matrix",
+    "dense_factor",
+    "dense_natural_gradient",
+    "dense_sharp",
+    "tangent_basis",
+]
+
+
+def tangent_basis(manifold: geoopt.Manifold, point: Tensor) -> Tensor:
+    """Return a Frobenius-orthonormal basis of the tangent space, ``(dim, *shape)``.
+
+    Args:
+        manifold: base manifold.
+        point: point on it.
+
+    Returns:
+        The basis, from the singular vectors of the tangent projection.
+    """
+    p = point.numel()
+    eye = torch.eye(p, dtype=point.dtype, device=point.device).view(p, *point.shape)
+    images = torch.stack([manifold.proju(point, e) for e in eye]).reshape(p, p)
+    _, values, right = torch.linalg.svd(images)
+    return right[values > 0.5].view(-1, *point.shape)
+
+
+def base_matrix(space: TangentSpace, basis: Tensor) -> Tensor:
+    """Return the massed base metric on a basis, ``(dim, dim)``, from ``inner``.
+
+    Args:
+        space: tangent space.
+        basis: ``(dim, *shape)``.
+
+    Returns:
+        The symmetric matrix.
+    """
+    rows = [
+        torch.stack(
+            [
+                space.manifold.inner(
+                    space.point, space.mass.multiply(u), v, keepdim=True
+                )
+                .reshape(-1)
+                .sum()
+                for v in basis
+            ]
+        )
+        for u in basis
+    ]
+    return torch.stack(rows)
+
+
+def dense_sharp(
+    spaces: Mapping[str, TangentSpace],
+    K: Mapping[str, Tensor],
+    covector: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """Return the x with ``g(x, v) = e(v)`` for all tangent v, all matrices explicit.
+
+    Args:
+        spaces: tangent space of each parameter of one block.
+        K: dense factors, ``(rank, p)`` each.
+        covector: e, ambient.
+
+    Returns:
+        ``{name: tangent vector}``.
+    """
+    columns, rows, right = [], [], []
+    for name, space in spaces.items():
+        basis = tangent_basis(space.manifold, space.point)
+        matrix = base_matrix(space, basis)
+        lower = torch.linalg.cholesky(0.5 * (matrix + matrix.mT))
+        flat = torch.linalg.solve_triangular(lower, basis.flatten(1), upper=False)
+        columns.append(flat)
+        rows.append(K[name] @ flat.mT)
+        right.append(flat @ covector[name].reshape(-1))
+    z = qr(torch.cat(rows, 1), 1.0, torch.cat(right))
+    pieces = z.split([len(c) for c in columns])
+    return {
+        name: (piece @ flat).view_as(space.point)
+        for (name, space), flat, piece in zip(
+            spaces.items(), columns, pieces, strict=True
+        )
+    }
+
+
+def dense_factor(
+    model: nn.Module, output: OutputMetric, x: Tensor, reduction: str = "mean"
+) -> dict[str, Tensor]:
+    """Return ``{parameter name: K}`` with rows ordered as (output row, example).
+
+    Args:
+        model: the model; its examples must not interact.
+        output: the output metric.
+        x: inputs, ``(n, ...)``.
+        reduction: ``"mean"`` or ``"sum"``.
+
+    Returns:
+        Dense factors ``(r n, p)``.
+    """
+    values = {
+        n: p.detach().as_subclass(torch.Tensor) for n, p in model.named_parameters()
+    }
+
+    def forward(parameters: dict[str, Tensor]) -> Tensor:
+        result: Tensor = torch.func.functional_call(model, parameters, (x,))
+        return result
+
+    outputs = forward(values)
+    jacobians = torch.func.jacrev(forward)(values)
+    L = output.factor(outputs)
+    n, r = L.shape[:2]
+    weight = 1.0 / output.terms(outputs) if reduction == "mean" else 1.0
+    flat = weight**0.5 * L.reshape(n, r, -1)
+    return {
+        name: torch.einsum(
+            "nro,nop->rnp", flat, jacobian.reshape(n, flat.shape[-1], -1)
+        ).reshape(r * n, -1)
+        for name, jacobian in jacobians.items()
+    }
+
+
+def dense_natural_gradient(
+    model: nn.Module,
+    output: OutputMetric,
+    x: Tensor,
+    loss: Callable[[Tensor], Tensor],
+    *,
+    mass: MassLike | Mapping[str, MassLike] = 1e-2,
+    blocks: str = "layer",
+    reduction: str = "mean",
+) -> dict[str, Tensor]:
+    """Return the Riemannian gradient of every parameter with all matrices explicit.
+
+    Args:
+        model: the model.
+        output: the output metric.
+        x: inputs.
+        loss: function of the outputs.
+        mass: as in :class:`riemannian_modules.LayerwiseMetric`.
+        blocks: as there.
+        reduction: as there.
+
+    Returns:
+        ``{parameter name: tangent vector}``.
+    """
+    declared = {d.name: d for d in DeclaredParameters(model, mass)}
+    K = dense_factor(model, output, x, reduction)
+    tensors = [d.tensor for d in declared.values()]
+    grads = dict(
+        zip(declared, torch.autograd.grad(loss(model(x)), tensors), strict=True)
+    )
+    groups: dict[str, list[str]] = {}
+    for name in declared:
+        layer = name.rpartition(".")[0]
+        key = {"tensor": name, "layer": layer, "model": ""}[blocks]
+        groups.setdefault(key, []).append(name)
+    result = {}
+    for names in groups.values():
+        spaces = {name: declared[name].space() for name in names}
+        result.update(dense_sharp(spaces, K, grads))
+    return result
