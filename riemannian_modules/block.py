@@ -33,7 +33,7 @@ class Block:
     Args:
         parts: the block's parameters, all factors of the same rank.
         name: the block's name, for errors.
-        precision: data type of vectors of length rank and of the small matrices.
+        precision: data type of vectors of length rank.
 
     Raises:
         ShapeError: no parts, or factors that do not fit together or their tensors.
@@ -71,6 +71,11 @@ class Block:
         return sum(part.space.point.numel() for part in self.parts)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Data type of the parameters."""
+        return self.parts[0].space.point.dtype
+
+    @property
     def device(self) -> torch.device:
         """Device of the parameters."""
         return self.parts[0].space.point.device
@@ -93,6 +98,25 @@ class Block:
                 total = total + part.factor.matvec(u[part.name])
         return total
 
+    def image(self, e: Vectors, source: Mapping[str, MetricFactor] | None) -> Tensor:
+        """Return ``K sharp e``, ``(rank,)``.
+
+        Args:
+            e: covectors.
+            source: factors whose row sums are these covectors, if known.
+
+        Returns:
+            The image.
+        """
+        if source is None:
+            return self.matvec(self.sharp(e))
+        total = torch.zeros(self.rank, dtype=self.precision, device=self.device)
+        for part in self.parts:
+            if part.factor is not None:
+                image = part.factor.image(part.space, e[part.name], source[part.name])
+                total = total + image
+        return total
+
     def rmatvec(self, a: Tensor) -> dict[str, Tensor]:
         """Return the covectors ``K^T a``."""
         return {
@@ -106,19 +130,23 @@ class Block:
         """Return the Riesz map of the massed base metric."""
         return {part.name: part.space.sharp(e[part.name]) for part in self.parts}
 
+    def sharp_(self, e: Vectors) -> dict[str, Tensor]:
+        """Return :meth:`sharp` of covectors that may be overwritten."""
+        return {part.name: part.space.sharp_(e[part.name]) for part in self.parts}
+
     def pair(self, e: Vectors, u: Vectors) -> Tensor:
         """Return ``e(u)``, a scalar."""
         total = torch.zeros((), dtype=self.precision, device=self.device)
         for part in self.parts:
-            total = total + (e[part.name] * u[part.name]).sum()
+            total = total + torch.dot(e[part.name].reshape(-1), u[part.name].reshape(-1))
         return total
 
     # --- small matrices
 
-    def gram(self) -> Tensor:
+    def gram(self, dtype: torch.dtype) -> Tensor:
         """Return ``K sharp K^T``, ``(rank, rank)``, lower triangle valid."""
         pairs = [(p.factor, p.space) for p in self.parts if p.factor is not None]
-        return block_gram(pairs, self.precision)
+        return block_gram(pairs, dtype)
 
     def coordinate_gram(self) -> Tensor:
         """Return ``(K C)^T (K C)``, ``(size, size)``, in float64."""

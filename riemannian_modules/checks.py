@@ -10,14 +10,17 @@ from riemannian_modules.errors import (
     LinearizationError,
     NonFiniteError,
     NotRecordedError,
+    ShapeError,
 )
 from riemannian_modules.rules import has_rule
 from riemannian_modules.tape import Tape
 
 __all__ = [
+    "batch_norms",
     "compare_gradients",
     "output_costate",
     "recordable_layers",
+    "refuse_coupling",
     "require_finite",
 ]
 
@@ -25,31 +28,78 @@ __all__ = [
 def recordable_layers(
     model: nn.Module, parameters: DeclaredParameters
 ) -> list[tuple[str, nn.Module]]:
+    """Return the layers whose uses are recorded: those with trainable parameters.
+
+    Args:
+        model: the model.
+        parameters: its trainable parameters.
+
+    Returns:
+        Qualified names and layers.
+
+    Raises:
+        LinearizationError: a layer has no rule.
+    """
     layers = []
     for path, module in model.named_modules():
-        own = [p for p in module.parameters(recurse=False) if parameters.name_of(p)]
-        batchnorm = isinstance(module, nn.modules.batchnorm._BatchNorm)
-        if batchnorm and (module.training or not module.track_running_stats):
-            raise LinearizationError(
-                f"layer '{path}' ({type(module).__name__}) couples the examples of a "
-                "batch in training mode, so no factor per example exists; call "
-                f"model.get_submodule('{path}').eval() or use LayerNorm"
-            )
-        if own and not has_rule(module):
-            raise LinearizationError(
-                f"layer '{path}' ({type(module).__name__}) has trainable parameters "
-                "and no rule makes factors of them; freeze it with "
-                "requires_grad_(False) before building the metric, or register_rule"
-            )
-        if own:
+        if any(parameters.name_of(p) for p in module.parameters(recurse=False)):
+            if not has_rule(module):
+                raise LinearizationError(
+                    f"{_label(path, module)} has trainable parameters and no rule makes "
+                    "factors of them; freeze it with requires_grad_(False) before "
+                    "building the metric, or register_rule"
+                )
             layers.append((path, module))
     return layers
 
 
+def batch_norms(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the BatchNorm layers of a model with their qualified names."""
+    kind = nn.modules.batchnorm._BatchNorm
+    return [(path, m) for path, m in model.named_modules() if isinstance(m, kind)]
+
+
+def refuse_coupling(layers: list[tuple[str, nn.Module]]) -> None:
+    """Refuse BatchNorm layers that normalise with the statistics of the batch.
+
+    Args:
+        layers: the model's BatchNorm layers.
+
+    Raises:
+        LinearizationError: one is in training mode or keeps no running statistics.
+    """
+    for path, module in layers:
+        if module.training or not module.track_running_stats:
+            raise LinearizationError(
+                f"{_label(path, module)} couples the examples of a batch in training "
+                "mode, so no factor per example exists; call "
+                f"model.get_submodule({path!r}).eval() or use LayerNorm"
+            )
+
+
+def _label(path: str, module: nn.Module) -> str:
+    return f"{f'layer {path!r}' if path else 'the model'} ({type(module).__name__})"
+
+
 def output_costate(loss: Tensor, outputs: Tensor) -> Tensor:
+    """Return d loss/d outputs, of the shape of the outputs; the graph is kept.
+
+    Args:
+        loss: scalar.
+        outputs: model outputs.
+
+    Returns:
+        The costate at the outputs.
+
+    Raises:
+        NotRecordedError: the loss does not depend on the outputs.
+        ShapeError: the loss is not a scalar.
+        NonFiniteError: its derivative is not finite.
+    """
     if loss.ndim != 0:
-        raise NotRecordedError(
-            f"the loss has shape {tuple(loss.shape)}; it must be a scalar"
+        raise ShapeError(
+            f"the loss has shape {tuple(loss.shape)}; it must be a scalar: call "
+            "loss.mean() (reduction='mean') or loss.sum() (reduction='sum')"
         )
     costate = None
     if loss.requires_grad:
@@ -61,27 +111,60 @@ def output_costate(loss: Tensor, outputs: Tensor) -> Tensor:
             "the loss does not depend on these outputs; hand metric.backward the very "
             "tensor that the model returned and the loss was computed from"
         )
+    if costate.device.type == "cpu" and not bool(torch.isfinite(costate).all()):
+        raise NonFiniteError(
+            "the derivative of the loss by the outputs, of shape "
+            f"{tuple(costate.shape)}, holds NaN or infinity while the loss does not; "
+            "nothing was changed. Check the loss for roots, norms and logarithms of zero"
+        )
     return costate
 
 
 def require_finite(value: Tensor, what: str, tape: Tape) -> None:
+    """Refuse NaN and infinity, and say where they entered.
+
+    Args:
+        value: loss or outputs.
+        what: its name in the message.
+        tape: the recorded pass.
+
+    Raises:
+        NonFiniteError: a value is not finite.
+    """
     # Off the CPU this would wait for the device; there a failed factorisation
     # leaves the parameters unchanged instead.
     if value.device.type != "cpu" or bool(torch.isfinite(value).all()):
         return
     raise NonFiniteError(
-        f"{what} hold NaN or infinity ({tape.first_nonfinite()}); nothing was "
-        "changed. Check the data, lower the learning rate or raise the mass"
+        f"NaN or infinity in {what} of shape {tuple(value.shape)} "
+        f"({tape.first_nonfinite()}); nothing was changed. Check the data, lower the "
+        "learning rate or raise the mass"
     )
 
 
 def compare_gradients(
     gradient: Mapping[str, Tensor], expected: Mapping[str, Tensor | None]
 ) -> None:
-    """Compare the assembled gradient with autograd's."""
+    """Compare the assembled gradient with autograd's.
+
+    Args:
+        gradient: assembled from the recorded uses.
+        expected: autograd's, None for parameters that the loss does not depend on.
+
+    Raises:
+        LinearizationError: they differ; names the parameter.
+        NonFiniteError: the assembled gradient is not finite; names the parameter.
+    """
     known = [g for g in expected.values() if g is not None]
     if not known or known[0].device.type == "meta":
         return
+    for name, own in gradient.items():
+        if not bool(torch.isfinite(own).all()):
+            raise NonFiniteError(
+                f"the gradient of parameter '{name}' holds NaN or infinity while the "
+                "loss and the outputs do not; nothing was changed. Check the model for "
+                "roots, norms and logarithms of zero behind that layer"
+            )
     scale = max(float(g.norm()) for g in known)
     tolerance = min(0.1, 1e4 * torch.finfo(known[0].dtype).eps)
     for name, reference in expected.items():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from riemannian_modules.errors import (
+    LinearizationError,
     LostManifoldError,
     MassError,
     NonFiniteError,
@@ -32,7 +33,13 @@ class Declared:
     manifold: geoopt.Manifold
     view: MetricManifold | None
     mass: Mass
+    owner: nn.Module
     verified: int = -1
+
+    @property
+    def current(self) -> Tensor | None:
+        """The tensor that the model holds under this name now."""
+        return self.owner._parameters.get(self.name.rpartition(".")[2])
 
     def space(self) -> TangentSpace:
         """Return the tangent space at the current value."""
@@ -58,7 +65,6 @@ class DeclaredParameters:
     def __init__(
         self, model: nn.Module, mass: MassLike | Mapping[str, MassLike]
     ) -> None:
-        self._model = model
         named = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if not named:
             raise MassError("the model has no trainable parameters to give a metric to")
@@ -73,10 +79,12 @@ class DeclaredParameters:
                 ensure_contract(base, name),
                 view if isinstance(view, MetricManifold) else None,
                 masses[name],
+                model.get_submodule(name.rpartition(".")[0]),
             )
         self._names = {id(d.tensor): name for name, d in self._by_name.items()}
         for declared in self:
             declared.space()
+        _require_declared_manifolds(model)
         self.verify()
 
     def __iter__(self) -> Iterator[Declared]:
@@ -105,7 +113,8 @@ class DeclaredParameters:
         shapes = {name: tuple(d.tensor.shape) for name, d in self._by_name.items()}
         masses = _masses(mass, shapes)
         for declared in self:
-            TangentSpace(declared.manifold, declared.tensor, masses[declared.name])
+            name = declared.name
+            TangentSpace(declared.manifold, declared.tensor, masses[name], name)
         for declared in self:
             declared.mass = masses[declared.name]
 
@@ -119,31 +128,39 @@ class DeclaredParameters:
             LostManifoldError: a parameter was replaced, or lost its manifold.
             NotOnManifoldError: a value lies off its manifold.
             NonFiniteError: a value is NaN or infinite.
+            LinearizationError: a parameter was frozen after the metric was built.
         """
-        current = dict(self._model.named_parameters())
         for declared in self:
-            now = current.get(declared.name)
+            now = declared.current
             if now is not declared.tensor:
                 raise LostManifoldError(_lost(declared, now))
+            if not now.requires_grad:
+                raise LinearizationError(
+                    f"parameter '{declared.name}' has requires_grad=False, but the "
+                    "metric was built with it trainable; build the metric and the "
+                    "optimizer anew after freezing or unfreezing parameters"
+                )
             if declared.tensor._version != declared.verified:
                 _check_value(declared)
                 declared.verified = declared.tensor._version
-        for path, module in self._model.named_modules():
-            for attribute in getattr(module, "declared_manifolds", {}):
-                tensor = getattr(module, attribute)
-                if not isinstance(tensor, geoopt.ManifoldTensor):
-                    name = f"{path}.{attribute}" if path else attribute
-                    raise LostManifoldError(
-                        f"'{name}' was declared on "
-                        f"{module.declared_manifolds[attribute].name} and is a plain "  # type: ignore[index, union-attr]
-                        f"{type(tensor).__name__} now; {_REMEDY}"
-                    )
 
 
 _REMEDY = (
     "load_state_dict(assign=True) and conversions that overwrite parameters do that: "
     "load without assign=True, or build the model, the metric and the optimizer anew"
 )
+
+
+def _require_declared_manifolds(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        for attribute, manifold in getattr(module, "declared_manifolds", {}).items():
+            tensor = getattr(module, attribute)
+            if not isinstance(tensor, geoopt.ManifoldTensor):
+                name = f"{path}.{attribute}" if path else attribute
+                raise LostManifoldError(
+                    f"parameter '{name}' was declared on {manifold.name} and is a plain "
+                    f"{type(tensor).__name__} now; {_REMEDY}"
+                )
 
 
 def _lost(declared: Declared, now: Tensor | None) -> str:
@@ -182,14 +199,16 @@ def _masses(
         return {name: as_mass(mass, shape, name) for name, shape in shapes.items()}
     unused = [key for key in mass if not any(fnmatchcase(n, key) for n in shapes)]
     keys = {
-        name: next((key for key in mass if fnmatchcase(name, key)), None)
+        name: name
+        if name in mass
+        else next((key for key in mass if fnmatchcase(name, key)), None)
         for name in shapes
     }
     missing = [name for name, key in keys.items() if key is None]
     if unused or missing:
         raise MassError(
             f"masses by name: no parameter matches {unused}, no mass for {missing}; "
-            f"keys are names or patterns such as '*.bias' of {sorted(shapes)}"
+            f"use names of {sorted(shapes)} or patterns such as '*.bias' as keys"
         )
     return {
         name: as_mass(mass[key], shapes[name], name)

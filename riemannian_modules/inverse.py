@@ -8,7 +8,7 @@ With the masses absorbed in ``sharp`` and ``C C^T = sharp`` the inverse of
 - primal:  ``C G^-1 C^T e`` with ``G = 1 + (K C)^T (K C)``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,10 +18,15 @@ from torch import Tensor
 from riemannian_modules import woodbury
 from riemannian_modules.block import Block, Vectors
 from riemannian_modules.errors import NotPositiveDefiniteError
+from riemannian_modules.factors import MetricFactor
 
 __all__ = ["Inverse", "Solution"]
 
 _FALLBACK_ENTRIES = 1 << 23
+_LOSS = 1e-4
+_SINGLE_LOSS = 4e-6
+
+Source = Mapping[str, MetricFactor] | None
 
 
 @dataclass(frozen=True)
@@ -47,19 +52,43 @@ class Inverse:
 
     Args:
         block: the block.
+        precision: data type of S; None: the block's, unless the model is in lower
+            precision and float32 is accurate enough (looked up on the CPU only).
     """
 
-    def __init__(self, block: Block) -> None:
+    def __init__(self, block: Block, precision: torch.dtype | None = None) -> None:
         self.block = block
         self.form = woodbury.branch(block.rank, block.dim) if block.rank else "base"
+        self._precision = precision
+        self._trace = torch.zeros((), dtype=block.precision, device=block.device)
 
     @cached_property
     def factor(self) -> woodbury.CholeskyFactor:
         """Cholesky factor of S (dual) or G (primal), made when first needed."""
-        dual = self.form == "dual"
-        matrix = self.block.gram() if dual else self.block.coordinate_gram()
-        matrix.diagonal().add_(1.0)
+        if self.form == "primal":
+            matrix = self.block.coordinate_gram()
+            matrix.diagonal().add_(1.0)
+        else:
+            matrix = self._capacitance()
         return woodbury.cholesky(matrix)
+
+    def _capacitance(self) -> Tensor:
+        wide = self._precision or self.block.precision
+        single = torch.float32
+        narrow = self._precision is None and self.block.dtype != torch.float64
+        if narrow and wide == torch.float64 and self.block.device.type == "cpu":
+            S = self._shifted_gram(single)
+            # The push-through form loses the square root of |K sharp K^T| in
+            # precision; the trace bounds it and reading it is free on the CPU.
+            if torch.finfo(single).eps * float(self._trace) ** 0.5 <= _SINGLE_LOSS:
+                return S
+        return self._shifted_gram(wide)
+
+    def _shifted_gram(self, dtype: torch.dtype) -> Tensor:
+        S = self.block.gram(dtype)
+        self._trace = S.diagonal().sum()
+        S.diagonal().add_(1.0)
+        return S
 
     @property
     def succeeded(self) -> Tensor:
@@ -68,13 +97,27 @@ class Inverse:
             return torch.ones((), dtype=torch.bool, device=self.block.device)
         return self.factor.info == 0
 
-    def solve(self, y: Tensor | None, e: Vectors | None, refinements: int) -> Solution:
+    def _loses_digits(self) -> bool:
+        # The subtracting form loses log10 |S| digits; the trace bounds that.
+        # Off the CPU reading it would wait for the device: refine always.
+        eps = torch.finfo(self.block.dtype).eps
+        return self._trace.device.type != "cpu" or eps * float(self._trace) > _LOSS
+
+    def solve(
+        self,
+        y: Tensor | None,
+        e: Vectors | None,
+        source: Source = None,
+        refinements: int | None = None,
+    ) -> Solution:
         """Solve for the covector ``K^T y + e``.
 
         Args:
             y: ``(rank,)`` or None for zero.
             e: ambient covectors or None for zero.
-            refinements: refinement steps of the subtracting form.
+            source: factors whose row sums are e, if known; only saves time.
+            refinements: refinement steps of the subtracting form; None: one, unless
+                rounding costs less than 1e-4 anyway.
 
         Returns:
             The solution.
@@ -87,10 +130,12 @@ class Inverse:
             return self._base(e)
         # Reading a flag is free on the CPU only; elsewhere `succeeded` carries it.
         if self.factor.info.device.type == "cpu" and int(self.factor.info) != 0:
-            return self._qr(y, e)
+            return self._retry(y, e)
         if self.form == "primal":
             return self._coordinates(y, e, self.factor.solve, "primal")
-        return self._dual(y, e, refinements)
+        if refinements is None:
+            refinements = int(e is not None and self._loses_digits())
+        return self._dual(y, e, source, refinements)
 
     def _base(self, e: Vectors | None) -> Solution:
         block = self.block
@@ -101,14 +146,16 @@ class Inverse:
         x = block.sharp(e)
         return Solution(x, still, block.pair(e, x), "base")
 
-    def _dual(self, y: Tensor | None, e: Vectors | None, refinements: int) -> Solution:
+    def _dual(
+        self, y: Tensor | None, e: Vectors | None, source: Source, refinements: int
+    ) -> Solution:
         if y is None:
             assert e is not None
-            return self._subtracting(e, refinements)
+            return self._subtracting(e, source, refinements)
         pushed = self._pushing(y.to(self.block.precision))
         if e is None:
             return pushed
-        rest = self._subtracting(e, refinements)
+        rest = self._subtracting(e, source, refinements)
         # |x1 + x2|^2 = e1(x1) + 2 y . K x2 + e2(x2), since g is symmetric.
         cross = 2.0 * (y * rest.velocity).sum()
         return Solution(
@@ -119,29 +166,39 @@ class Inverse:
         )
 
     def _pushing(self, y: Tensor) -> Solution:
-        a = self.factor.solve(y)
-        x = self.block.sharp(self.block.rmatvec(a))
+        a = self._solve(y)
+        x = self.block.sharp_(self.block.rmatvec(a))
         velocity = y - a
         return Solution(x, velocity, (y * velocity).sum(), "push-through")
 
-    def _subtracting(self, e: Vectors, refinements: int) -> Solution:
-        x, c = self._woodbury(e)
+    def _solve(self, rhs: Tensor) -> Tensor:
+        lower = self.factor.lower
+        return self.factor.solve(rhs.to(lower.dtype)).to(self.block.precision)
+
+    def _subtracting(
+        self, e: Vectors, source: Source, refinements: int
+    ) -> Solution:
+        x, c = self._woodbury(e, source)
         for _ in range(refinements):
             lowered = self.block.rmatvec(self.block.matvec(x))
             error = {
                 p.name: e[p.name] - p.space.flat(x[p.name]) - lowered[p.name]
                 for p in self.block.parts
             }
-            correction, dc = self._woodbury(error)
+            correction, dc = self._woodbury(error, None)
             x = {name: x[name] + correction[name] for name in x}
             c = c + dc
         return Solution(x, c, self.block.pair(e, x), "woodbury")
 
-    def _woodbury(self, e: Vectors) -> tuple[dict[str, Tensor], Tensor]:
+    def _woodbury(
+        self, e: Vectors, source: Source
+    ) -> tuple[dict[str, Tensor], Tensor]:
         block = self.block
-        c = self.factor.solve(block.matvec(block.sharp(e)))
+        c = self._solve(block.image(e, source))
         lowered = block.rmatvec(c)
-        return block.sharp({n: e[n] - low for n, low in lowered.items()}), c
+        for name, low in lowered.items():
+            torch.sub(e[name], low, out=low)
+        return block.sharp_(lowered), c
 
     def _coordinates(
         self,
@@ -163,6 +220,14 @@ class Inverse:
         x = {p.name: p.space.root(z[p.name]) for p in wide.parts}
         narrow = {p.name: x[p.name].to(p.space.point) for p in self.block.parts}
         return Solution(narrow, wide.matvec(x), wide.pair(total, x), branch)
+
+    def _retry(self, y: Tensor | None, e: Vectors | None) -> Solution:
+        block = self.block
+        double = torch.float64
+        if self.form == "primal" or self.factor.lower.dtype == double:
+            return self._qr(y, e)
+        wider = Block(block.parts, block.name, double)
+        return Inverse(wider, double).solve(y, e)
 
     def _qr(self, y: Tensor | None, e: Vectors | None) -> Solution:
         block = self.block

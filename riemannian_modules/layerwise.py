@@ -18,9 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from riemannian_modules.checks import (
+    batch_norms,
     compare_gradients,
     output_costate,
     recordable_layers,
+    refuse_coupling,
     require_finite,
 )
 from riemannian_modules.declared import DeclaredParameters
@@ -51,7 +53,8 @@ class LayerwiseMetric:
             ``"tensor"`` (what geoopt's optimizers see) or ``"model"`` (the exact
             joint Gauss-Newton or natural-gradient metric).
         reduction: how the loss sums over examples, ``"mean"`` or ``"sum"``.
-        precision: data type of the small matrices; None: float64 up to rank 2048.
+        precision: data type of the small matrices; None: float64 up to rank 2048, or
+            float32 where that costs a float32 model no accuracy.
 
     Attributes:
         version: number of pull-backs so far.
@@ -101,6 +104,8 @@ class LayerwiseMetric:
         self.version = 0
         self.blocks: dict[str, LayerMetric] = {}
         self._groups = _group(self.parameters, blocks)
+        self._batch_norms = batch_norms(model)
+        self._layers: list[tuple[str, nn.Module]] | None = None
         self._tape: Tape | None = None
         self._batched: dict[tuple[str, ...], bool] = {}
         self._frozen = False
@@ -140,9 +145,11 @@ class LayerwiseMetric:
             NonFiniteError: a parameter holds NaN or infinity.
         """
         self.parameters.verify()
-        layers = recordable_layers(self.model, self.parameters)
+        refuse_coupling(self._batch_norms)
+        if self._layers is None:
+            self._layers = recordable_layers(self.model, self.parameters)
         tape = Tape()
-        handles = tape.watch(layers)
+        handles = tape.watch(self._layers)
         try:
             yield
         finally:
@@ -239,14 +246,16 @@ class LayerwiseMetric:
                 "there is no gradient yet: run the model inside metric.record() and "
                 "call metric.backward(loss, outputs) first"
             )
-        residual, rest = None, covector
+        residual, rest, source = None, covector, None
         if gradient != 0.0:
             residual = None if found.residual is None else gradient * found.residual
-            if found.rest is not None:
+            if found.rest is not None and rest is None and gradient == 1.0:
+                rest, source = found.rest, found.source
+            elif found.rest is not None:
                 own = {name: gradient * e for name, e in found.rest.items()}
                 rest = own if rest is None else {n: own[n] + rest[n] for n in own}
         return {
-            name: block.solve(residual=residual, covector=rest)
+            name: block.solve(residual=residual, covector=rest, source=source)
             for name, block in self.blocks.items()
         }
 
@@ -287,7 +296,9 @@ class LayerwiseMetric:
                 compare_gradients(found.gradient, expected)
             if self._frozen and self.blocks:
                 # The old factors do not span the new gradient.
-                found = replace(found, residual=None, rest=found.gradient)
+                found = replace(
+                    found, residual=None, rest=found.gradient, source=None
+                )
                 self._move_blocks()
             else:
                 self._build_blocks(found)

@@ -39,6 +39,7 @@ class Linearization:
         gradient: ``{name: d loss}``; empty without a loss.
         residual: y with ``d loss = K^T y + rest``, ``(rank,)``; None: no exact one.
         rest: ``{name: covector}``; None: zero.
+        source: ``{name: factor}`` whose row sums are the rest; None with the rest.
         batched: whether the reverse pass could carry all cotangents at once.
     """
 
@@ -47,6 +48,7 @@ class Linearization:
     gradient: dict[str, Tensor]
     residual: Tensor | None
     rest: dict[str, Tensor] | None
+    source: dict[str, MetricFactor] | None
     batched: bool
 
 
@@ -92,15 +94,19 @@ def linearize(
             "metric.record() and hand on what it returned"
         )
     factors = _assemble(reached, 0, r, parameters) if r else {}
-    gradient, rest_covectors = {}, None
+    gradient, own, source, covectors = {}, {}, None, None
     if costate is not None:
-        gradient = _covectors(_assemble(reached, r, r + 1, parameters))
+        own = _assemble(reached, r, r + 1, parameters)
+        gradient = {name: factor.row_sum() for name, factor in own.items()}
         if residual is None:
-            rest_covectors = gradient
+            source, covectors = own, gradient
         elif rest is not None:
-            rest_covectors = _covectors(_assemble(reached, r + 1, r + 2, parameters))
-    names = list(gradient or factors)
-    return Linearization(names, factors, gradient, residual, rest_covectors, batched)
+            source = _assemble(reached, r + 1, r + 2, parameters)
+            covectors = {name: factor.row_sum() for name, factor in source.items()}
+    names = list(own or factors)
+    return Linearization(
+        names, factors, gradient, residual, covectors, source, batched
+    )
 
 
 def _output_rows(
@@ -146,12 +152,3 @@ def _assemble(
                 known = factors.get(name)
                 factors[name] = factor if known is None else known + factor
     return factors
-
-
-def _covectors(factors: dict[str, MetricFactor]) -> dict[str, Tensor]:
-    return {
-        name: factor.rmatvec(
-            torch.ones(factor.rank, dtype=factor.dtype, device=factor.device)
-        )
-        for name, factor in factors.items()
-    }

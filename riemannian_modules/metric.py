@@ -10,6 +10,7 @@ from torch import Tensor
 
 from riemannian_modules.block import Block, Part, Vectors
 from riemannian_modules.errors import ShapeError
+from riemannian_modules.factors import MetricFactor
 from riemannian_modules.inverse import Inverse, Solution
 
 __all__ = ["LayerMetric", "Part", "Solution"]
@@ -30,8 +31,8 @@ class LayerMetric:
         parts: the block's parameters, all factors of the same rank.
         name: the block's name, for errors and reports.
         version: counts the pull-backs of the metric that this one belongs to.
-        precision: data type of the small matrix; None: float64 up to rank 2048
-            and never below float32.
+        precision: data type of the small matrix; None: float64 up to rank 2048, or
+            float32 where that costs a float32 model no accuracy; never below that.
 
     Raises:
         ShapeError: no parts, or factors that do not fit together or their tensors.
@@ -53,9 +54,9 @@ class LayerMetric:
         version: int = 0,
         precision: torch.dtype | None = None,
     ) -> None:
-        self.precision = precision or _precision(parts)
+        self.precision = precision
         self.version = version
-        self._block = Block(parts, name, self.precision)
+        self._block = Block(parts, name, precision or _precision(parts))
 
     def __repr__(self) -> str:
         names = ", ".join(part.name for part in self.parts)
@@ -87,7 +88,7 @@ class LayerMetric:
     @cached_property
     def inverse(self) -> Inverse:
         """The factorised inverse, made when first needed."""
-        return Inverse(self._block)
+        return Inverse(self._block, self.precision)
 
     # --- the metric and its inverse
 
@@ -133,7 +134,7 @@ class LayerMetric:
     def sharp(self, e: V) -> V:
         """Return the tangent vector x with ``g(x, v) = e(v)`` for every tangent v.
 
-        This is the subtracting form with one refinement where rank < dim, and the
+        This is the subtracting form with a refinement where rank < dim, and the
         primal form else. For the gradient of the loss prefer :meth:`solve` with
         its whitened residual, which loses no digits however small the mass.
 
@@ -143,14 +144,15 @@ class LayerMetric:
         Returns:
             Tangent vectors.
         """
-        return self._like(e, self.solve(covector=self._vectors(e)).vectors)
+        return self._like(e, self.solve(covector=self._vectors(e), refinements=1).vectors)
 
     def solve(
         self,
         *,
         residual: Tensor | None = None,
         covector: Vectors | None = None,
-        refinements: int = 1,
+        source: Mapping[str, MetricFactor] | None = None,
+        refinements: int | None = None,
     ) -> Solution:
         """Solve ``g(x, .) = K^T y + e`` for the tangent vector x.
 
@@ -161,7 +163,9 @@ class LayerMetric:
         Args:
             residual: whitened residual y, ``(rank,)``, or None for zero.
             covector: ambient covectors e, or None for zero.
-            refinements: refinement steps of the subtracting form.
+            source: factors whose row sums are e, if known; only saves time.
+            refinements: refinement steps of the subtracting form; None: one, unless
+                rounding costs less than 1e-4 anyway.
 
         Returns:
             The solution with its norm and the form that ran.
@@ -170,14 +174,14 @@ class LayerMetric:
             NotPositiveDefiniteError: the small matrix could not be factorised
                 (raised where reading the outcome costs no synchronisation).
         """  # noqa: DOC502 (raised by the inverse)
-        return self.inverse.solve(residual, covector, refinements)
+        return self.inverse.solve(residual, covector, source, refinements)
 
     # --- what it looks like
 
     def logdet(self) -> Tensor:
         """Return the log-determinant of g relative to g0. Cost: that of :meth:`sharp`."""
         logs = [part.space.mass.logdet(part.space.dim) for part in self.parts]
-        total = torch.as_tensor(sum(logs), dtype=self.precision)
+        total = torch.as_tensor(sum(logs), dtype=self._block.precision)
         return total + self.inverse.factor.logdet() if self.rank else total
 
     def gram_spectrum(self) -> Tensor:
@@ -187,9 +191,9 @@ class LayerMetric:
         number of entries.
         """
         if self.rank == 0:
-            return torch.zeros(0, dtype=self.precision)
+            return torch.zeros(0, dtype=self._block.precision)
         dual = self.inverse.form == "dual"
-        matrix = self._block.gram() if dual else self._block.coordinate_gram()
+        matrix = self._block.gram(self._block.precision) if dual else self._block.coordinate_gram()
         values = torch.linalg.eigvalsh(matrix).flip(0)
         return values[: min(self.rank, self.dim)].clamp_min(0.0)
 
@@ -212,7 +216,7 @@ class LayerMetric:
         when the outputs have more directions than the block has parameters.
         """
         if self.rank == 0 or self.rank > self.dim:
-            return torch.zeros((), dtype=self.precision)
+            return torch.zeros((), dtype=self._block.precision)
         smallest = self.gram_spectrum()[-1]
         return smallest / (1.0 + smallest)
 
@@ -220,7 +224,7 @@ class LayerMetric:
         """Return the condition number of the inner matrix that the solve factorises."""
         values = self.gram_spectrum()
         if self.rank == 0:
-            return torch.ones((), dtype=self.precision)
+            return torch.ones((), dtype=self._block.precision)
         # In ambient coordinates the normal directions keep the eigenvalue 1.
         embedded = self.inverse.form == "primal" and self._block.size > self.dim
         smallest = torch.zeros_like(values[-1]) if embedded else values[-1]

@@ -184,7 +184,8 @@ class Cayley(Retraction):
     """The Cayley map of the Stiefel manifolds (Wen & Yin, 2013), either orientation.
 
     Second order with the canonical metric. With the Euclidean metric first order: its
-    acceleration has the tangent part ``(I - x x^T) u x^T u``.
+    acceleration has the tangent part ``(I - x x^T) u x^T u``. A ManifoldContractError
+    on other manifolds.
 
     >>> Cayley().order(CanonicalStiefel())
     2
@@ -193,19 +194,7 @@ class Cayley(Retraction):
     def __call__(
         self, manifold: geoopt.Manifold, point: Tensor, tangent: Tensor
     ) -> Tensor:
-        """Return :func:`riemannian_modules.manifolds.stiefel.cayley_step`.
-
-        Args:
-            manifold: a Stiefel manifold, also inside a ``MetricManifold``.
-            point: where the step starts, ``(*batch, a, b)``.
-            tangent: tangent vector there.
-
-        Returns:
-            The new point.
-
-        Raises:
-            ManifoldContractError: not a Stiefel manifold.
-        """
+        """Return :func:`riemannian_modules.manifolds.stiefel.cayley_step`."""
         _stiefel(manifold, "Cayley")
         return cayley_step(point, tangent)
 
@@ -219,7 +208,7 @@ class QR(Retraction):
     """The QR retraction of the Stiefel manifolds, either orientation; first order.
 
     The default of ``Stiefel``, and a cheaper step than the Cayley map for
-    ``CanonicalStiefel``.
+    ``CanonicalStiefel``. A ManifoldContractError on other manifolds.
 
     >>> QR().order(CanonicalStiefel())
     1
@@ -228,19 +217,7 @@ class QR(Retraction):
     def __call__(
         self, manifold: geoopt.Manifold, point: Tensor, tangent: Tensor
     ) -> Tensor:
-        """Return :func:`riemannian_modules.manifolds.stiefel.qr_step`.
-
-        Args:
-            manifold: a Stiefel manifold, also inside a ``MetricManifold``.
-            point: where the step starts, ``(*batch, a, b)``.
-            tangent: tangent vector there.
-
-        Returns:
-            The new point.
-
-        Raises:
-            ManifoldContractError: not a Stiefel manifold.
-        """
+        """Return :func:`riemannian_modules.manifolds.stiefel.qr_step`."""
         _stiefel(manifold, "QR")
         return qr_step(point, tangent)
 

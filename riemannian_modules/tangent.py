@@ -58,7 +58,17 @@ class TangentSpace:
 
     def sharp(self, e: Tensor) -> Tensor:
         """Return the tangent vector that represents the covector ``e``."""
-        return self.mass.divide(riesz(self.manifold, self.point, e))
+        return self.mass.divide(self.riesz(e))
+
+    def sharp_(self, e: Tensor) -> Tensor:
+        """Return :meth:`sharp` of a covector that may be overwritten."""
+        if self.mass.is_scalar and isinstance(self.manifold, geoopt.Euclidean):
+            return e if self.mass.scalar == 1.0 else e.div_(self.mass.scalar)
+        return self.sharp(e)
+
+    def riesz(self, e: Tensor) -> Tensor:
+        """Return :meth:`sharp` for mass 1."""
+        return riesz(self.manifold, self.point, e)
 
     def flat(self, u: Tensor) -> Tensor:
         """Return a covector that represents the tangent vector ``u``."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
-from riemannian_modules.errors import LinearizationError
+from riemannian_modules.errors import LinearizationError, NonFiniteError
 
 __all__ = ["Tape", "Use"]
 
@@ -34,6 +34,11 @@ class Use:
     edge: GradientEdge
     version: int
 
+    @property
+    def label(self) -> str:
+        """The layer in words for an error."""
+        return f"layer '{self.name}'" if self.name else "the model"
+
 
 @dataclass
 class Tape:
@@ -51,16 +56,19 @@ class Tape:
             Handles that end the recording.
         """
         return [
-            layer.register_forward_hook(self._hook(name), always_call=False)
+            layer.register_forward_hook(self._hook(name), with_kwargs=True)
             for name, layer in layers
         ]
 
     def _hook(self, name: str):  # type: ignore[no-untyped-def]
         def remember(
-            module: nn.Module, args: tuple[Tensor, ...], output: Tensor
+            module: nn.Module,
+            args: tuple[Tensor, ...],
+            kwargs: dict[str, Tensor],
+            output: Tensor,
         ) -> None:
             if output.requires_grad:
-                source = args[0]
+                source = args[0] if args else next(iter(kwargs.values()))
                 edge = get_gradient_edge(output)
                 self.uses.append(
                     Use(name, module, source.detach(), edge, source._version)
@@ -69,7 +77,7 @@ class Tape:
         return remember
 
     def check_inputs(self, examples: int) -> None:
-        """Check that the recorded inputs are intact and have the examples first.
+        """Check that the recorded inputs are intact, finite and have the examples first.
 
         Args:
             examples: number of examples in the batch.
@@ -77,27 +85,40 @@ class Tape:
         Raises:
             LinearizationError: an input was changed in place, or its first dimension
                 is not the examples; names the layer.
+            NonFiniteError: an input holds NaN or infinity (looked at on the CPU only,
+                where it costs no synchronisation).
         """
         for use in self.uses:
             if use.input._version != use.version:
                 raise LinearizationError(
-                    f"the input of layer '{use.name}' was changed in place after the "
-                    "layer had used it, so its factor is lost; use the out-of-place "
-                    "operation"
+                    f"the input of {use.label} was changed in place after the layer "
+                    "had used it, so its factor is lost; use the out-of-place operation"
                 )
             if use.input.ndim < 2 or use.input.shape[0] != examples:
                 raise LinearizationError(
-                    f"layer '{use.name}' saw an input of shape "
-                    f"{tuple(use.input.shape)} in a batch of {examples} outputs; the "
-                    "first dimension must be the examples everywhere"
+                    f"{use.label} saw an input of shape {tuple(use.input.shape)} in a "
+                    f"batch of {examples} outputs; the first dimension must be the "
+                    "examples everywhere: use unsqueeze(0) or transpose(0, 1)"
+                )
+            if use.input.device.type == "cpu" and not _finite(use.input):
+                raise NonFiniteError(
+                    f"the layer inputs hold NaN or infinity ({self.first_nonfinite()}); "
+                    "nothing was changed. Check the data, lower the learning rate or "
+                    "raise the mass"
                 )
 
     def first_nonfinite(self) -> str:
         """Return where NaN or infinity entered, in words for an error."""
         for use in self.uses:
             for parameter, value in use.module.named_parameters(recurse=False):
-                if not bool(torch.isfinite(value).all()):
-                    return f"parameter '{use.name}.{parameter}' is not finite"
-            if not bool(torch.isfinite(use.input).all()):
-                return f"the input of layer '{use.name}' is the first not finite"
+                if not _finite(value):
+                    name = f"{use.name}.{parameter}" if use.name else parameter
+                    return f"parameter '{name}' is not finite"
+            if not _finite(use.input):
+                return f"the input of {use.label} is the first not finite"
         return "every recorded layer input is finite, so it arose behind the last layer"
+
+
+def _finite(value: Tensor) -> bool:
+    # One pass for the usual case; a sum may overflow without a value doing so.
+    return bool(torch.isfinite(value.sum()) or torch.isfinite(value).all())

@@ -43,6 +43,23 @@ class MetricFactor(ABC):
     def rmatvec(self, a: Tensor) -> Tensor:
         """Return the covector ``K^T a`` of ``shape`` for ``a`` of shape ``(rank,)``."""
 
+    def row_sum(self) -> Tensor:
+        """Return ``K^T 1``, the sum of all rows, of ``shape``."""
+        return self.rmatvec(torch.ones(self.rank, dtype=self.dtype, device=self.device))
+
+    def image(self, space: TangentSpace, e: Tensor, source: "MetricFactor") -> Tensor:
+        """Return ``K sharp e`` for a covector that is ``source.row_sum()``.
+
+        Args:
+            space: tangent space with the Riesz map and the mass.
+            e: the covector.
+            source: a factor whose rows add up to it.
+
+        Returns:
+            ``(rank,)``.
+        """
+        return self.matvec(space.sharp(e))
+
     @abstractmethod
     def rows(self, start: int, stop: int) -> Tensor:
         """Return rows ``start:stop`` of K, shape ``(stop - start, *shape)``."""

@@ -6,6 +6,7 @@ Row ``(j, i)`` of K, for output row j of example i, is the sum over positions t
 L at the layer's output and ``x`` the layer's input.
 """
 
+import geoopt
 import torch
 from torch import Tensor
 
@@ -30,6 +31,10 @@ def _check(inputs: Tensor | None, cotangents: Tensor) -> None:
         )
 
 
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape
+
+
 class _CotangentFactor(MetricFactor):
     cotangents: Tensor
 
@@ -49,6 +54,9 @@ class _CotangentFactor(MetricFactor):
             return self.cotangents[0] * a.to(self.dtype).view(n, 1, 1)
         weights = a.to(self.dtype).view(r, n, 1, 1)
         return (self.cotangents * weights).sum(0)
+
+    def _total(self) -> Tensor:
+        return self.cotangents[0] if len(self.cotangents) == 1 else self.cotangents.sum(0)
 
 
 class LinearFactor(_CotangentFactor):
@@ -76,6 +84,7 @@ class LinearFactor(_CotangentFactor):
         self.cotangents = cotangents
         self.rank = cotangents.shape[0] * cotangents.shape[1]
         self.shape = (cotangents.shape[-1], inputs.shape[-1])
+        self._kernels: dict[torch.dtype, Tensor] = {}
 
     def matvec(self, u: Tensor) -> Tensor:
         """Return ``K u``: each row's cotangent against ``u x``."""
@@ -84,8 +93,35 @@ class LinearFactor(_CotangentFactor):
 
     def rmatvec(self, a: Tensor) -> Tensor:
         """Return ``K^T a``: one backward product with the combined cotangent."""
-        combined = self._combine(a).flatten(0, 1)
-        return combined.mT @ self.inputs.flatten(0, 1)
+        return self._pull(self._combine(a))
+
+    def row_sum(self) -> Tensor:
+        """Return ``K^T 1``."""
+        return self._pull(self._total())
+
+    def _pull(self, cotangent: Tensor) -> Tensor:
+        return cotangent.flatten(0, 1).mT @ self.inputs.flatten(0, 1)
+
+    def image(self, space: TangentSpace, e: Tensor, source: MetricFactor) -> Tensor:
+        """Return ``K sharp e``, through ``X X^T`` where that is cheaper than ``e``."""
+        n, positions, width = self.inputs.shape
+        out = self.shape[0]
+        small = positions == 1 and n * (width + out) < width * out
+        plain = isinstance(space.manifold, geoopt.Euclidean) and space.mass.is_scalar
+        if not (small and plain and isinstance(source, LinearFactor)):
+            return super().image(space, e, source)
+        if not _same(source.inputs, self.inputs):
+            return super().image(space, e, source)
+        z = self._kernel(self.dtype) @ source._total().flatten(0, 1)
+        image = (self.cotangents * z.unsqueeze(1)).sum((-1, -2)).reshape(-1)
+        return image / space.mass.scalar
+
+    def _kernel(self, dtype: torch.dtype) -> Tensor:
+        # X X^T of a layer with one position, wanted by the Gram matrix and `image`.
+        if dtype not in self._kernels:
+            x = self.inputs.flatten(0, 1).to(dtype)
+            self._kernels[dtype] = x @ x.mT
+        return self._kernels[dtype]
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Return rows ``start:stop`` of K; their memory is what this class avoids."""
@@ -118,6 +154,7 @@ class LinearFactor(_CotangentFactor):
             self.cotangents.to(dtype),
             space.mass,
             bias,
+            self._kernel(dtype) if self.inputs.shape[1] == 1 else None,
         )
 
     def __add__(self, other: MetricFactor) -> MetricFactor:
@@ -160,6 +197,10 @@ class BiasFactor(_CotangentFactor):
     def rmatvec(self, a: Tensor) -> Tensor:
         """Return ``K^T a``."""
         return self._combine(a).sum((0, 1))
+
+    def row_sum(self) -> Tensor:
+        """Return ``K^T 1``."""
+        return self._total().sum((0, 1))
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Return rows ``start:stop`` of K."""

@@ -76,6 +76,7 @@ def linear_gram(
     l: Tensor,
     mass: Mass,
     bias: float,
+    kernel: Tensor | None = None,
 ) -> Tensor:
     """Return the Gram matrix of the rows ``sum_t l_t x_t^T``, lower triangle valid.
 
@@ -86,6 +87,7 @@ def linear_gram(
         l: cotangents, ``(r, n, positions, out)``.
         mass: scalar or rank-one mass of the weight.
         bias: constant added to ``X X^T``; only where :func:`absorbs_bias`.
+        kernel: ``X X^T`` if it is known and there is one position.
 
     Returns:
         ``(r n, r n)`` in the data type of the arguments, with the mass absorbed.
@@ -93,10 +95,15 @@ def linear_gram(
     r, n, positions, _ = l.shape
     if mass.row is not None and mass.column is not None:
         l = l / (mass.scalar * mass.row).sqrt().to(l)
-        x = x / mass.column.sqrt().to(x)
+        x, kernel = x / mass.column.sqrt().to(x), None
     elif mass.scalar != 1.0:
         l, bias = l / mass.scalar**0.5, bias * mass.scalar
-    add = _terms(manifold, W, x, l, bias)
+    known = {} if kernel is None else {(0, 0): kernel}
+
+    def inner(s: int, t: int) -> Tensor:
+        return known[s, t] if (s, t) in known else x[:, s] @ x[:, t].mT
+
+    add = _terms(manifold, W, x, l, inner, bias)
     out = torch.empty(r * n, r * n, dtype=l.dtype, device=l.device)
     for index, (s, t) in enumerate(product(range(positions), repeat=2)):
         add(out, s, t, index == 0)
@@ -104,6 +111,7 @@ def linear_gram(
 
 
 Terms = Callable[[Tensor, int, int, bool], None]
+Kernel = Callable[[int, int], Tensor]
 
 
 def _views(x: Tensor, l: Tensor) -> tuple[list[Tensor], list[Tensor]]:
@@ -112,7 +120,7 @@ def _views(x: Tensor, l: Tensor) -> tuple[list[Tensor], list[Tensor]]:
 
 @singledispatch
 def _terms(
-    manifold: geoopt.Manifold, W: Tensor, x: Tensor, l: Tensor, bias: float
+    manifold: geoopt.Manifold, W: Tensor, x: Tensor, l: Tensor, kernel: Kernel, bias: float
 ) -> Terms:
     rows = torch.einsum("rnto,ntd->rnod", l, x).flatten(0, 1)
     images = riesz(manifold, W, rows).flatten(1)
@@ -126,28 +134,28 @@ def _terms(
 
 @_terms.register(geoopt.Euclidean)
 def _(
-    manifold: geoopt.Euclidean, W: Tensor, x: Tensor, l: Tensor, bias: float
+    manifold: geoopt.Euclidean, W: Tensor, x: Tensor, l: Tensor, kernel: Kernel, bias: float
 ) -> Terms:
-    xs, ls = _views(x, l)
+    ls = l.flatten(0, 1).unbind(1)
 
     def add(out: Tensor, s: int, t: int, first: bool) -> None:
-        _add_hadamard(out, ls[s], ls[t], xs[s] @ xs[t].mT + bias, first=first)
+        _add_hadamard(out, ls[s], ls[t], kernel(s, t) + bias, first=first)
 
     return add
 
 
 @_terms.register(geoopt.PoincareBall)
 def _(
-    manifold: geoopt.PoincareBall, W: Tensor, x: Tensor, l: Tensor, bias: float
+    manifold: geoopt.PoincareBall, W: Tensor, x: Tensor, l: Tensor, kernel: Kernel, bias: float
 ) -> Terms:
-    return _terms(geoopt.Euclidean(), W, x, l / manifold.lambda_x(W), bias)
+    return _terms(geoopt.Euclidean(), W, x, l / manifold.lambda_x(W), kernel, bias)
 
 
 @_terms.register(geoopt.Sphere)
-def _(manifold: geoopt.Sphere, W: Tensor, x: Tensor, l: Tensor, bias: float) -> Terms:
+def _(manifold: geoopt.Sphere, W: Tensor, x: Tensor, l: Tensor, kernel: Kernel, bias: float) -> Terms:
     if manifold.projector is not None:
-        return _terms.dispatch(object)(manifold, W, x, l, bias)
-    euclidean = _terms(geoopt.Euclidean(), W, x, l, bias)
+        return _terms.dispatch(object)(manifold, W, x, l, kernel, bias)
+    euclidean = _terms(geoopt.Euclidean(), W, x, l, kernel, bias)
     radial = (l * (x @ W.mT)).sum(2).flatten(0, 1)
 
     def add(out: Tensor, s: int, t: int, first: bool) -> None:
@@ -160,20 +168,20 @@ def _(manifold: geoopt.Sphere, W: Tensor, x: Tensor, l: Tensor, bias: float) -> 
 
 @_terms.register(geoopt.EuclideanStiefel)
 def _(
-    manifold: geoopt.EuclideanStiefel, W: Tensor, x: Tensor, l: Tensor, bias: float
+    manifold: geoopt.EuclideanStiefel, W: Tensor, x: Tensor, l: Tensor, kernel: Kernel, bias: float
 ) -> Terms:
-    xs, ls = _views(x, l)
+    ls = l.flatten(0, 1).unbind(1)
     ps, qs = _views(x @ W.mT, l @ W)
     wide = W.shape[-2] < W.shape[-1]
 
     def add(out: Tensor, s: int, t: int, first: bool) -> None:
-        kernel = xs[s] @ xs[t].mT
+        k = kernel(s, t)
         if wide:
-            inner = kernel + bias - 0.5 * ps[s] @ ps[t].mT
+            inner = k + bias - 0.5 * ps[s] @ ps[t].mT
             _add_hadamard(out, ls[s], ls[t], inner, first=first)
         else:
-            _add_hadamard(out, ls[s], ls[t], kernel + bias, first=first)
-            _add_hadamard(out, qs[s], qs[t], -0.5 * kernel, first=False)
+            _add_hadamard(out, ls[s], ls[t], k + bias, first=first)
+            _add_hadamard(out, qs[s], qs[t], -0.5 * k, first=False)
         _add_crossed(out, ls[s] @ ps[t].mT, ls[t] @ ps[s].mT, -0.5)
 
     return add
@@ -181,9 +189,9 @@ def _(
 
 @_terms.register(CanonicalStiefel)
 def _(
-    manifold: CanonicalStiefel, W: Tensor, x: Tensor, l: Tensor, bias: float
+    manifold: CanonicalStiefel, W: Tensor, x: Tensor, l: Tensor, kernel: Kernel, bias: float
 ) -> Terms:
-    euclidean = _terms(geoopt.Euclidean(), W, x, l, bias)
+    euclidean = _terms(geoopt.Euclidean(), W, x, l, kernel, bias)
     ps, ls = _views(x @ W.mT, l)
 
     def add(out: Tensor, s: int, t: int, first: bool) -> None:
@@ -199,6 +207,7 @@ def _(
     W: Tensor,
     x: Tensor,
     l: Tensor,
+    kernel: Kernel,
     bias: float,
 ) -> Terms:
     xs, ls = _views(x, l)

@@ -1,7 +1,7 @@
 """Where parameters live: geoopt's manifolds, repaired where they need it."""
 
+import geoopt
 from geoopt import Euclidean, PoincareBall, Sphere
-from geoopt import SymmetricPositiveDefinite as SPD
 
 from riemannian_modules.manifolds.contract import base_of, ensure_contract
 from riemannian_modules.manifolds.metric_manifold import MetricManifold
@@ -18,3 +18,5 @@ __all__ = [
     "base_of",
     "ensure_contract",
 ]
+
+SPD = geoopt.SymmetricPositiveDefinite

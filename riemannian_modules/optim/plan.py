@@ -1,5 +1,6 @@
 """One parameter's part of a step, worked out before anything is changed."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +48,16 @@ class Plan:
 
         Returns:
             The plan.
+
+        Raises:
+            NonFiniteError: the step length is not finite.
         """
+        lr = group["lr"]
+        if isinstance(lr, float) and not math.isfinite(lr):
+            raise NonFiniteError(
+                f"the learning rate of '{declared.name}' is {lr}; lower the learning "
+                "rate or check its scheduler. Nothing was changed"
+            )
         gradient = declared.tensor.grad
         assert gradient is not None
         scale, extra, buffer = 1.0, None, None
@@ -65,8 +75,8 @@ class Plan:
                 scale = 1.0 + momentum * scale
                 extra = None if extra is None else momentum * extra
         sign = -1.0 if group["maximize"] else 1.0
-        decay = group["lr"] * group["weight_decay"]
-        return cls(declared, scale, extra, buffer, sign * group["lr"], decay)
+        decay = lr * group["weight_decay"]
+        return cls(declared, scale, extra, buffer, sign * lr, decay)
 
     def direction(self) -> Tensor:
         """Return the whole direction as one covector."""
@@ -75,20 +85,23 @@ class Plan:
         whole = self.scale * gradient
         return whole if self.extra is None else whole + self.extra
 
-    def update(self, vector: Tensor) -> Tensor:
-        """Return the tangent step for the direction ``vector``."""
+    def update(self, vector: Tensor) -> Tensor | None:
+        """Return the tangent step; None where ``vector`` and ``lr`` say it all."""
+        euclidean = isinstance(self.declared.manifold, geoopt.Euclidean)
+        if euclidean and not self.decay:
+            return None
         step = -self.lr * vector
         if self.decay:
             space = self.declared.space()
             step = step - self.decay * space.project(space.point)
         return step
 
-    def retract(self, retraction: Retraction, update: Tensor) -> Tensor | None:
+    def retract(self, retraction: Retraction, update: Tensor | None) -> Tensor | None:
         """Return the new point; None on Euclidean parameters, where it is a sum.
 
         Args:
             retraction: how a tangent step becomes a point.
-            update: the tangent step.
+            update: the tangent step of :meth:`update`.
 
         Returns:
             The point.
@@ -97,7 +110,7 @@ class Plan:
             NonFiniteError: the retraction left the numbers.
         """
         manifold = self.declared.manifold
-        if isinstance(manifold, geoopt.Euclidean):
+        if update is None or isinstance(manifold, geoopt.Euclidean):
             return None
         point = retraction(manifold, self.declared.space().point, update)
         if point.device.type == "cpu" and not bool(torch.isfinite(point).all()):
@@ -108,20 +121,28 @@ class Plan:
             )
         return point
 
-    def commit(self, point: Tensor | None, update: Tensor, healthy: Tensor) -> None:
+    def commit(
+        self,
+        point: Tensor | None,
+        update: Tensor | None,
+        vector: Tensor,
+        healthy: Tensor,
+    ) -> None:
         """Write the new value, unless a factorisation on the device failed.
 
         Args:
-            point: the new point, or None on Euclidean parameters.
-            update: the tangent step.
+            point: the new point of :meth:`retract`.
+            update: the tangent step of :meth:`update`.
+            vector: the direction.
             healthy: boolean scalar on the device; always true on the CPU.
         """
         tensor = self.declared.tensor
+        step, length = (vector, -self.lr) if update is None else (update, 1.0)
         if tensor.device.type != "cpu":
-            moved = tensor.detach() + update if point is None else point
+            moved = tensor.detach().add(step, alpha=length) if point is None else point
             tensor.copy_(torch.where(healthy, moved, tensor.detach()))
         elif point is None:
-            tensor.add_(update)
+            tensor.add_(step, alpha=length)
         else:
             tensor.copy_(point)
         self.declared.verified = tensor._version

@@ -21,14 +21,15 @@ class BlockReport:
         metric: its metric at the point where the step began.
         solution: the solved Riesz problem.
         lr: the step length.
-        update: ``{parameter name: tangent step}``.
+        steps: ``{parameter name: tangent step}``, None where it is ``-lr`` times the
+            solution's vector.
     """
 
     name: str
     metric: LayerMetric
     solution: Solution
     lr: float
-    update: dict[str, Tensor]
+    steps: dict[str, Tensor | None]
 
     @property
     def rank(self) -> int:
@@ -53,8 +54,13 @@ class BlockReport:
     @cached_property
     def update_norm(self) -> float:
         """Euclidean norm of the tangent step."""
-        squares = [u.detach().double().square().sum() for u in self.update.values()]
-        return float(torch.stack(squares).sum().sqrt())
+        norms = [
+            abs(self.lr) * self.solution.vectors[name].norm()
+            if step is None
+            else step.norm()
+            for name, step in self.steps.items()
+        ]
+        return float(torch.stack(norms).norm())
 
     @property
     def predicted_decrease(self) -> float:

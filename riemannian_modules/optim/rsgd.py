@@ -70,7 +70,7 @@ class RiemannianSGD(torch.optim.Optimizer):
         retraction: Retraction | None = None,
         maximize: bool = False,
     ) -> None:
-        if lr < 0.0 or weight_decay < 0.0 or not 0.0 <= momentum < 1.0:
+        if not (lr >= 0.0 and weight_decay >= 0.0 and 0.0 <= momentum < 1.0):
             raise ValueError(
                 f"lr={lr}, momentum={momentum}, weight_decay={weight_decay}: lr and "
                 "weight_decay must not be negative, momentum lies in [0, 1)"
@@ -118,7 +118,9 @@ class RiemannianSGD(torch.optim.Optimizer):
             NotRecordedError: there was no step yet.
         """
         if self._report is None:
-            raise NotRecordedError("no step was taken yet, so there is no report")
+            raise NotRecordedError(
+                "no step was taken yet, so there is no report; call step() first"
+            )
         return self._report
 
     @overload
@@ -149,9 +151,10 @@ class RiemannianSGD(torch.optim.Optimizer):
                 loss = closure()
         if self.metric.passes == self._stepped:
             raise NotRecordedError(
-                "optimizer.step() needs a new metric.backward(loss, outputs) before "
-                "every step; loss.backward() alone does not renew the metric"
+                "call metric.backward(loss, outputs) before every optimizer.step(); "
+                "loss.backward() alone does not renew the metric"
             )
+        self.metric.parameters.verify()
         with torch.no_grad():
             self._step()
         self._stepped = self.metric.passes
@@ -168,15 +171,16 @@ class RiemannianSGD(torch.optim.Optimizer):
         }
         healthy = self.metric.succeeded()
         for name, plan in plans.items():
-            plan.commit(points[name], updates[name], healthy)
+            plan.commit(points[name], updates[name], vectors[name], healthy)
             if plan.buffer is not None:
                 self.state[plan.declared.tensor]["momentum_buffer"] = plan.buffer
         reports = {}
         for block, solution in solutions.items():
-            own = {n: updates[n] for n in solution.vectors if n in plans}
+            own = [name for name in solution.vectors if name in plans]
             if own:
-                metric, lr = self.metric.blocks[block], plans[next(iter(own))].lr
-                reports[block] = BlockReport(block, metric, solution, lr, own)
+                metric, lr = self.metric.blocks[block], plans[own[0]].lr
+                steps = {name: updates[name] for name in own}
+                reports[block] = BlockReport(block, metric, solution, lr, steps)
         self._report = StepReport(reports)
 
     def _plans(self) -> dict[str, Plan]:
@@ -185,18 +189,21 @@ class RiemannianSGD(torch.optim.Optimizer):
             for tensor in group["params"]:
                 if tensor.grad is not None:
                     declared = self.metric.parameters.of(tensor)
-                    old = self.state[tensor].get("momentum_buffer")
+                    old = self.state.get(tensor, {}).get("momentum_buffer")
                     plans[declared.name] = Plan.make(declared, group, old)
         return plans
 
     def _solve(self, plans: dict[str, Plan]) -> dict[str, Solution]:
         scales = {plan.scale for plan in plans.values()}
-        if len(scales) == 1 and self.metric.gradient_is_untouched():
+        parts = [part for b in self.metric.blocks.values() for part in b.parts]
+        whole = len(scales) == 1 and all(part.name in plans for part in parts)
+        if whole and self.metric.gradient_is_untouched():
             extra = {n: p.extra for n, p in plans.items() if p.extra is not None}
             covector = self._complete(extra) if extra else None
             solutions = self.metric.solve(covector, gradient=scales.pop())
         else:
-            # Clipped gradients or mixed groups: a covector like any other.
+            # Clipped gradients, mixed groups or parameters that are left out (whose
+            # gradient must not steer the others): a covector like any other.
             covector = {n: plan.direction() for n, plan in plans.items()}
             solutions = self.metric.solve(self._complete(covector), gradient=0.0)
         for block, solution in solutions.items():

@@ -70,8 +70,9 @@ class OutputMetric(ABC):
             metric offers no such combination; ``rest`` is the cotangent then.
         """
         self.validate_cotangent(outputs, cotangent)
-        rows = self.factor(outputs).flatten(2).double()
-        target = cotangent.detach().flatten(1).double()
+        rows = self.factor(outputs).double()
+        rows = rows.reshape(*rows.shape[:2], -1)
+        target = cotangent.detach().reshape(len(rows), -1).double()
         left, values, right = torch.linalg.svd(rows, full_matrices=False)
         eps = torch.finfo(outputs.dtype).eps
         largest = values.amax(-1, keepdim=True) if values.shape[-1] else values
@@ -115,7 +116,7 @@ class OutputMetric(ABC):
         signs = torch.empty(
             rows.shape[0], probes, rows.shape[1], dtype=rows.dtype, device=rows.device
         ).bernoulli_(0.5, generator=generator)
-        combined = (2.0 * signs - 1.0) @ rows.flatten(2)
+        combined = (2.0 * signs - 1.0) @ rows.reshape(*rows.shape[:2], -1)
         return combined.view(rows.shape[0], probes, *outputs.shape[1:])
 
     def terms(self, outputs: Tensor) -> int:

@@ -109,10 +109,10 @@ class Categorical(OutputMetric):
         y = scaled / scale.clamp_min(floor)
         lost = ((scale < floor) & (scaled != 0.0)) | (y.abs() > info.max)
         lost = lost.any(-1, keepdim=True)
-        total = v.sum(-1, keepdim=True)
-        rest = (p * total).masked_fill(_is_rounding(total, v, p, info), 0.0)
+        total = sums[:, :1]
+        rest = (p * total).masked_fill_(_is_rounding(total, v, p, info), 0.0)
         rest = torch.where(lost, v, rest).to(outputs.dtype).view(outputs.shape)
-        y = y.masked_fill(lost, 0.0).to(outputs.dtype)
+        y = y.masked_fill_(lost, 0.0).to(outputs.dtype)
         return y.view(outputs.shape[0], -1), rest
 
     def sample(
@@ -184,7 +184,7 @@ def _is_rounding(total: Tensor, v: Tensor, p: Tensor, info: torch.finfo) -> Tens
     tolerance = ROUNDING * (1.0 + 0.25 * math.sqrt(v.shape[-1])) * info.eps
     size = total.abs()
     # NaN sorts last and compares false: too few classes of a resolved probability.
-    weights = (v / p).masked_fill(p < info.tiny / info.eps, math.nan)
+    weights = (v / p).masked_fill_(p < info.tiny / info.eps, math.nan)
     weight = weights.topk(2, largest=False).values[:, 1:]
     label = v.amin(-1, keepdim=True)
     one_hot = (label == 0.0) | (label <= weight * (-0.125 * info.eps))

@@ -38,7 +38,8 @@ class OnManifold(OutputMetric):
         manifold: a geoopt manifold.
 
     Raises:
-        ManifoldContractError: the argument is not a geoopt manifold.
+        ManifoldContractError: the argument is not a geoopt manifold, or it is
+            geoopt's CanonicalStiefel, whose ``proju`` is not a projection.
 
     Example:
         >>> north = torch.tensor([[0.0, 0.0, 1.0]])
@@ -56,6 +57,11 @@ class OnManifold(OutputMetric):
             raise ManifoldContractError(
                 f"OnManifold needs an instance of geoopt.Manifold, got {manifold!r}; "
                 "did you pass the class, without calling it?"
+            )
+        if type(manifold) is geoopt.CanonicalStiefel:
+            raise ManifoldContractError(
+                "OnManifold(CanonicalStiefel): proju of geoopt's class is not a "
+                "projection; use riemannian_modules.manifolds.CanonicalStiefel"
             )
         self.manifold = manifold
 
@@ -125,7 +131,8 @@ class OnManifold(OutputMetric):
         tangents = tangents.expand(len(x), *tangents.shape[1:])
         with torch.enable_grad():
             v = torch.zeros_like(tangents, requires_grad=True)
-            value = self.manifold.inner(points, tangents.detach(), v).sum()
+            # Without keepdim, PoincareBall.inner of geoopt 0.5.1 mixes up points.
+            value = self.manifold.inner(points, tangents, v, keepdim=True).sum()
             (covectors,) = torch.autograd.grad(value, v)
         matrix = covectors.flatten(2) @ tangents.flatten(2).mT
         values, vectors = torch.linalg.eigh(0.5 * (matrix + matrix.mT))
