@@ -36,15 +36,23 @@ class Solution:
     Attributes:
         vectors: ``{parameter name: x}``, tangent vectors.
         velocity: ``K x``, the whitened velocity of the outputs, ``(rank,)``.
-        squared_norm: ``g(x, x) = e(x)``, a scalar tensor.
+        base: the base metric at the point, for :attr:`squared_norm`.
         branch: which form ran: ``"base"`` (no factor), ``"push-through"``,
             ``"woodbury"``, ``"push-through + woodbury"``, ``"primal"``, ``"qr"``.
     """
 
     vectors: dict[str, Tensor]
     velocity: Tensor
-    squared_norm: Tensor
+    base: Block
     branch: str
+
+    @cached_property
+    def squared_norm(self) -> Tensor:
+        """``g(x, x)``, a scalar: the base metric's part and ``|K x|^2``."""
+        flat = {
+            p.name: p.space.flat(self.vectors[p.name]) for p in self.base.parts
+        }
+        return self.base.pair(flat, self.vectors) + self.velocity.square().sum()
 
 
 class Inverse:
@@ -142,9 +150,8 @@ class Inverse:
         still = torch.zeros(block.rank, dtype=block.precision, device=block.device)
         if e is None:
             x = {p.name: torch.zeros_like(p.space.point) for p in block.parts}
-            return Solution(x, still, still.sum(), "base")
-        x = block.sharp(e)
-        return Solution(x, still, block.pair(e, x), "base")
+            return Solution(x, still, block, "base")
+        return Solution(block.sharp(e), still, block, "base")
 
     def _dual(
         self, y: Tensor | None, e: Vectors | None, source: Source, refinements: int
@@ -156,20 +163,17 @@ class Inverse:
         if e is None:
             return pushed
         rest = self._subtracting(e, source, refinements)
-        # |x1 + x2|^2 = e1(x1) + 2 y . K x2 + e2(x2), since g is symmetric.
-        cross = 2.0 * (y * rest.velocity).sum()
         return Solution(
             {name: x + rest.vectors[name] for name, x in pushed.vectors.items()},
             pushed.velocity + rest.velocity,
-            pushed.squared_norm + cross + rest.squared_norm,
+            self.block,
             f"{pushed.branch} + {rest.branch}",
         )
 
     def _pushing(self, y: Tensor) -> Solution:
         a = self._solve(y)
         x = self.block.sharp_(self.block.rmatvec(a))
-        velocity = y - a
-        return Solution(x, velocity, (y * velocity).sum(), "push-through")
+        return Solution(x, y - a, self.block, "push-through")
 
     def _solve(self, rhs: Tensor) -> Tensor:
         lower = self.factor.lower
@@ -188,7 +192,7 @@ class Inverse:
             correction, dc = self._woodbury(error, None)
             x = {name: x[name] + correction[name] for name in x}
             c = c + dc
-        return Solution(x, c, self.block.pair(e, x), "woodbury")
+        return Solution(x, c, self.block, "woodbury")
 
     def _woodbury(
         self, e: Vectors, source: Source
@@ -219,7 +223,7 @@ class Inverse:
         z = wide.unstack(solve(wide.stack(adjoint)))
         x = {p.name: p.space.root(z[p.name]) for p in wide.parts}
         narrow = {p.name: x[p.name].to(p.space.point) for p in self.block.parts}
-        return Solution(narrow, wide.matvec(x), wide.pair(total, x), branch)
+        return Solution(narrow, wide.matvec(x), self.block, branch)
 
     def _retry(self, y: Tensor | None, e: Vectors | None) -> Solution:
         block = self.block

@@ -207,8 +207,8 @@ class RiemannianSGD(torch.optim.Optimizer):
             covector = {n: plan.direction() for n, plan in plans.items()}
             solutions = self.metric.solve(self._complete(covector), gradient=0.0)
         for block, solution in solutions.items():
-            norm = solution.squared_norm
-            if norm.device.type == "cpu" and not bool(torch.isfinite(norm)):
+            velocity = solution.velocity.sum()
+            if velocity.device.type == "cpu" and not bool(torch.isfinite(velocity)):
                 raise NonFiniteError(
                     f"the step of block '{block}' is not finite; nothing was changed. "
                     "Lower the learning rate or raise the mass"

@@ -81,9 +81,7 @@ def _products(
     )
     yield CheckResult.at_most(
         "row_sum",
-        relative_gap(
-            factor.row_sum(), K.sum(0).view(shape), size * factor.rank**0.5
-        ),
+        relative_gap(factor.row_sum(), K.sum(0).view(shape), size * factor.rank**0.5),
         probe.exact,
         f"{part.name}: row_sum() = K^T 1",
     )

@@ -96,9 +96,7 @@ def _inverse(probe: MetricProbe) -> Iterator[CheckResult]:
     )
     yield CheckResult.at_most(
         "tangent",
-        max(
-            relative_gap(p.space.project(x[p.name]), x[p.name]) for p in metric.parts
-        ),
+        max(relative_gap(p.space.project(x[p.name]), x[p.name]) for p in metric.parts),
         probe.solved,
         "sharp(e) is tangent",
     )

@@ -167,7 +167,17 @@ class MetricProbe:
         return dense_sharp({p.name: p.space for p in self.wide}, self.K, wide)
 
     def push(self, y: Tensor) -> dict[str, Tensor]:
-        """Return the x for the covector ``K^T y`` as a least-squares problem."""
+        """Return the x for the covector ``K^T y``, in float64.
+
+        For large K it minimises ``|K x - y|^2 + |x|^2``, which does not square K.
+        """
+        if self.amp < 10.0:
+            return self.sharp(
+                {
+                    p.name: (y.double() @ self.K[p.name]).view_as(p.space.point)
+                    for p in self.wide
+                }
+            )
         rank, dim = self.coordinates.shape
         eye = torch.eye(dim, dtype=torch.float64, device=y.device)
         Q, R = torch.linalg.qr(torch.cat([self.coordinates, eye]))
@@ -187,7 +197,9 @@ class MetricProbe:
         return sum(
             (self.K[name] @ u[name].double().reshape(-1) for name in self.K),
             start=torch.zeros(
-                self.metric.rank, dtype=torch.float64, device=self.wide[0].space.point.device
+                self.metric.rank,
+                dtype=torch.float64,
+                device=self.wide[0].space.point.device,
             ),
         )
 

@@ -87,9 +87,7 @@ def _generator(seed: int, role: str) -> torch.Generator:
     return torch.Generator().manual_seed(crc32(role.encode()) ^ seed)
 
 
-def _normal(
-    seed: int, shape: Sequence[int], dtype: torch.dtype, role: str
-) -> Tensor:
+def _normal(seed: int, shape: Sequence[int], dtype: torch.dtype, role: str) -> Tensor:
     generator = _generator(seed, role)
     return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
@@ -266,7 +264,9 @@ def factors(
     return LinearFactor(inputs, cotangents)
 
 
-def _scaled(factor: MetricFactor, scale: float, biases: dict[int, Tensor]) -> MetricFactor:
+def _scaled(
+    factor: MetricFactor, scale: float, biases: dict[int, Tensor]
+) -> MetricFactor:
     if isinstance(factor, LinearFactor | BiasFactor):
         # A bias goes on sharing the cotangents of its weight.
         key = id(factor.cotangents)
@@ -347,7 +347,11 @@ def layer_metrics(
     shared: dict[int, Tensor] = {}
     return LayerMetric(
         [
-            Part(p.name, p.space, None if p.factor is None else _scaled(p.factor, scale, shared))
+            Part(
+                p.name,
+                p.space,
+                None if p.factor is None else _scaled(p.factor, scale, shared),
+            )
             for p in parts
         ]
     )
