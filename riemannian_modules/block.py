@@ -92,11 +92,9 @@ class Block:
 
     def matvec(self, u: Vectors) -> Tensor:
         """Return ``K u``, ``(rank,)``."""
-        total = torch.zeros(self.rank, dtype=self.precision, device=self.device)
-        for part in self.parts:
-            if part.factor is not None:
-                total = total + part.factor.matvec(u[part.name])
-        return total
+        return self._sum(
+            part.factor.matvec(u[part.name]) for part in self.parts if part.factor
+        )
 
     def image(self, e: Vectors, source: Mapping[str, MetricFactor] | None) -> Tensor:
         """Return ``K sharp e``, ``(rank,)``.
@@ -110,11 +108,18 @@ class Block:
         """
         if source is None:
             return self.matvec(self.sharp(e))
-        total = torch.zeros(self.rank, dtype=self.precision, device=self.device)
-        for part in self.parts:
-            if part.factor is not None:
-                image = part.factor.image(part.space, e[part.name], source[part.name])
-                total = total + image
+        return self._sum(
+            part.factor.image(part.space, e[part.name], source[part.name])
+            for part in self.parts
+            if part.factor
+        )
+
+    def _sum(self, images: Iterator[Tensor]) -> Tensor:
+        total = next(images, None)
+        if total is None:
+            return torch.zeros(0, dtype=self.precision, device=self.device)
+        for image in images:
+            total = total + image
         return total
 
     def rmatvec(self, a: Tensor) -> dict[str, Tensor]:

@@ -177,7 +177,7 @@ class Inverse:
 
     def _solve(self, rhs: Tensor) -> Tensor:
         lower = self.factor.lower
-        return self.factor.solve(rhs.to(lower.dtype)).to(self.block.precision)
+        return self.factor.solve(rhs.to(lower.dtype))
 
     def _subtracting(
         self, e: Vectors, source: Source, refinements: int

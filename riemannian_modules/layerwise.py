@@ -259,10 +259,14 @@ class LayerwiseMetric:
             for name, block in self.blocks.items()
         }
 
-    def succeeded(self) -> Tensor:
-        """Return whether every factorisation so far worked, a boolean on the device."""
+    def succeeded(self) -> Tensor | None:
+        """Return whether every factorisation worked, a boolean on the device.
+
+        None on the CPU, where a failure was raised.
+        """
         flags = [block.inverse.succeeded for block in self.blocks.values()]
-        return torch.stack(flags).all()
+        on_host = not flags or flags[0].device.type == "cpu"
+        return None if on_host else torch.stack(flags).all()
 
     def gradient_is_untouched(self) -> bool:
         """Whether every ``.grad`` is still what the last backward pass put there."""

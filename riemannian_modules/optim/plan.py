@@ -126,7 +126,7 @@ class Plan:
         point: Tensor | None,
         update: Tensor | None,
         vector: Tensor,
-        healthy: Tensor,
+        healthy: Tensor | None,
     ) -> None:
         """Write the new value, unless a factorisation on the device failed.
 
@@ -134,11 +134,11 @@ class Plan:
             point: the new point of :meth:`retract`.
             update: the tangent step of :meth:`update`.
             vector: the direction.
-            healthy: boolean scalar on the device; always true on the CPU.
+            healthy: boolean scalar on the device; None: yes.
         """
         tensor = self.declared.tensor
         step, length = (vector, -self.lr) if update is None else (update, 1.0)
-        if tensor.device.type != "cpu":
+        if healthy is not None:
             moved = tensor.detach().add(step, alpha=length) if point is None else point
             tensor.copy_(torch.where(healthy, moved, tensor.detach()))
         elif point is None:

@@ -25,7 +25,7 @@ def factor_laws(probe: MetricProbe) -> Iterator[CheckResult]:
         if part.factor is None or wide.factor is None:
             continue
         yield from _products(probe, part, part.factor)
-        rows = probe.K[part.name].view(-1, *part.space.point.shape)
+        rows = probe.rows[part.name].view(-1, *part.space.point.shape)
         gram = rows.flatten(1) @ wide.space.sharp(rows).flatten(1).mT
         bound = float(rows.norm() * wide.space.sharp(rows).norm())
         # The entries cancel where the rows are nearly normal.
@@ -43,8 +43,8 @@ def factor_laws(probe: MetricProbe) -> Iterator[CheckResult]:
     pairs = [(p.factor, p.space) for p in probe.metric.parts if p.factor is not None]
     bound = sum(
         float(
-            probe.K[p.name].norm()
-            * p.space.sharp(probe.K[p.name].view(-1, *p.space.point.shape)).norm()
+            probe.rows[p.name].norm()
+            * p.space.sharp(probe.rows[p.name].view(-1, *p.space.point.shape)).norm()
         )
         for p in probe.wide
     )
@@ -59,7 +59,7 @@ def factor_laws(probe: MetricProbe) -> Iterator[CheckResult]:
 def _products(
     probe: MetricProbe, part: Part, factor: MetricFactor
 ) -> Iterator[CheckResult]:
-    K, shape = probe.K[part.name], part.space.point.shape
+    K, shape = probe.rows[part.name], part.space.point.shape
     size = float(K.norm())
     u = probe.draw(*shape).to(part.space.point)
     a = probe.draw(factor.rank).to(part.space.point)

@@ -9,171 +9,22 @@ the Gram matrix M of the rows:
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from riemannian_modules.metric import LayerMetric, Part
 from riemannian_modules.testing.factor_checks import factor_laws
-from riemannian_modules.testing.metric_probe import MetricProbe, relative_gap
+from riemannian_modules.testing.inverse_checks import (
+    form_laws,
+    inverse_laws,
+    solution_laws,
+)
+from riemannian_modules.testing.metric_probe import MetricProbe, combine
 from riemannian_modules.testing.result import CheckResult
 
 __all__ = ["check_metric"]
-
-Vectors = Mapping[str, Tensor]
-
-
-def _combine(a: float, e: Vectors, b: float, f: Vectors) -> dict[str, Tensor]:
-    return {name: a * e[name] + b * f[name] for name in e}
-
-
-def _forms(probe: MetricProbe) -> Iterator[CheckResult]:
-    metric, u, v = probe.metric, probe.tangents(), probe.tangents()
-    Ku, Kv = probe.image(u), probe.image(v)
-    size = probe.size(u) * probe.size(v)
-    g = float(metric.inner(u, v))
-    yield CheckResult.at_most(
-        "symmetric",
-        abs(g - float(metric.inner(v, u))) / (size + float(Ku.norm() * Kv.norm())),
-        probe.exact,
-        "g(u, v) = g(v, u)",
-    )
-    yield CheckResult.at_least(
-        "positive",
-        float(metric.inner(u, u)) / probe.size(u) ** 2,
-        1.0 - probe.exact,
-        "g(u, u) >= mu g0(u, u)",
-    )
-    yield CheckResult.at_most(
-        "norm",
-        abs(float(metric.norm(u)) ** 2 / float(metric.inner(u, u)) - 1.0),
-        probe.exact,
-        "norm(u)^2 = g(u, u)",
-    )
-    dense = float(probe.frame(u) @ probe.frame(v) + Ku @ Kv)
-    yield CheckResult.at_most(
-        "inner",
-        abs(g - dense) / (size * probe.spread),
-        probe.exact,
-        "g(u, v) = mu g0(u, v) + <K u, K v>",
-    )
-    yield CheckResult.at_most(
-        "flat",
-        abs(probe.pair(metric.flat(u), v) - dense) / (size * probe.spread),
-        probe.exact,
-        "flat(u)(v) = g(u, v)",
-    )
-    basis = metric.basis()
-    frames = torch.stack([probe.frame(b) for b in basis])
-    images = torch.stack([probe.image(b) for b in basis])
-    matrix = frames @ frames.mT + images @ images.mT
-    yield CheckResult.at_most(
-        "to_dense",
-        relative_gap(metric.to_dense(), matrix),
-        probe.exact,
-        "to_dense is the matrix of g in the tangent basis",
-    )
-
-
-def _inverse(probe: MetricProbe) -> Iterator[CheckResult]:
-    metric, e, v = probe.metric, probe.covectors(), probe.tangents()
-    x, reference = metric.sharp(e), probe.sharp(e)
-    Kx, Kv = probe.image(x), probe.image(v)
-    scale = probe.size(x) * probe.size(v) + float(Kx.norm() * Kv.norm())
-    dense = float(probe.frame(x) @ probe.frame(v) + Kx @ Kv)
-    yield CheckResult.at_most(
-        "riesz",
-        abs(dense - probe.pair(e, v)) / scale,
-        probe.solved,
-        "g(sharp(e), v) = e(v) for tangent v",
-    )
-    yield CheckResult.at_most(
-        "sharp",
-        probe.gap(x, reference),
-        probe.solved,
-        "sharp(e) solves the dense equations in a tangent basis",
-    )
-    yield CheckResult.at_most(
-        "tangent",
-        max(relative_gap(p.space.project(x[p.name]), x[p.name]) for p in metric.parts),
-        probe.solved,
-        "sharp(e) is tangent",
-    )
-    u = metric.sharp(metric.flat(v))
-    yield CheckResult.at_most(
-        "flat_sharp", probe.gap(u, v), probe.solved, "sharp(flat(v)) = v"
-    )
-    f = probe.covectors()
-    both = _combine(2.0, x, -3.0, metric.sharp(f))
-    yield CheckResult.at_most(
-        "linear",
-        probe.gap(
-            metric.sharp(_combine(2.0, e, -3.0, f)),
-            both,
-            2.0 * probe.size(x) + 3.0 * probe.size(metric.sharp(f)),
-        ),
-        probe.solved,
-        "sharp(2 e - 3 f) = 2 sharp(e) - 3 sharp(f)",
-    )
-
-
-def _solutions(probe: MetricProbe) -> Iterator[CheckResult]:
-    metric, e, y = probe.metric, probe.covectors(), probe.draw(probe.metric.rank)
-    dtype = metric.parts[0].space.point.dtype
-    tolerances = {"covector": probe.solved, "residual": probe.pushed}
-    for given, tolerance in tolerances.items():
-        solution = (
-            metric.solve(covector=e)
-            if given == "covector"
-            else metric.solve(residual=y.to(dtype))
-        )
-        x, c = solution.vectors, solution.velocity.double()
-        reference = probe.sharp(e) if given == "covector" else probe.push(y)
-        scale = probe.size(reference)
-        if given == "residual":
-            left = y - probe.image(reference)
-            scale += math.sqrt(probe.amp - 1.0) * float(left.norm())
-        yield CheckResult.at_most(
-            f"solve_{given}",
-            probe.gap(x, reference, scale if scale > 0.0 else None),
-            tolerance,
-            "solve returns the x with g(x, .) = K^T y + e",
-        )
-        # A residual is split into K x and what is left, so K x is accurate relative
-        # to the residual.
-        whole = float(y.norm()) if given == "residual" else 0.0
-        speed = whole + math.sqrt(probe.amp - 1.0) * probe.size(x)
-        yield CheckResult.at_most(
-            f"velocity_{given}",
-            relative_gap(c, probe.image(x), speed if speed > 0.0 else None),
-            probe.solved,
-            "velocity = K x",
-        )
-        energy = probe.size(x) ** 2 + float(c.norm()) ** 2
-        yield CheckResult.at_most(
-            f"squared_norm_{given}",
-            abs(float(solution.squared_norm) - energy) / max(energy, whole**2, 1e-300),
-            probe.solved,
-            "squared_norm = g(x, x)",
-        )
-    both = metric.solve(residual=y.to(dtype), covector=e)
-    total = probe.sharp(_combine(1.0, probe.pull(y), 1.0, e))
-    scale = probe.size(probe.sharp(e)) + probe.size(total)
-    yield CheckResult.at_most(
-        "solve_both",
-        probe.gap(both.vectors, total, scale),
-        probe.solved,
-        "solve adds the solutions for K^T y and e",
-    )
-    energy = abs(probe.pair(_combine(1.0, probe.pull(y), 1.0, e), total))
-    bound = energy + float(y.norm()) ** 2 + probe.dual_size(e) ** 2
-    yield CheckResult.at_most(
-        "squared_norm_both",
-        abs(float(both.squared_norm) - energy) / bound,
-        probe.solved,
-        "squared_norm = g(x, x)",
-    )
 
 
 def _bounds(probe: MetricProbe) -> Iterator[CheckResult]:
@@ -221,10 +72,10 @@ def _bounds(probe: MetricProbe) -> Iterator[CheckResult]:
 
 def _symmetries(probe: MetricProbe) -> Iterator[CheckResult]:
     metric, e = probe.metric, probe.covectors()
-    x, K = metric.sharp(e), probe.K
+    x, K = metric.sharp(e), probe.rows
     normal = probe.normals()
     size = probe.dual_size(e)
-    shifted = _combine(1.0, e, size, normal)
+    shifted = combine(1.0, e, size, normal)
     yield CheckResult.at_most(
         "normal_covector",
         probe.gap(metric.sharp(shifted), x),
@@ -322,9 +173,9 @@ def _rows(metric: LayerMetric) -> dict[str, Tensor]:
 
 _LAWS: tuple[Callable[[MetricProbe], Iterator[CheckResult]], ...] = (
     factor_laws,
-    _forms,
-    _inverse,
-    _solutions,
+    form_laws,
+    inverse_laws,
+    solution_laws,
     _bounds,
     _symmetries,
     _spectra,

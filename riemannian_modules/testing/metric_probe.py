@@ -24,7 +24,7 @@ from riemannian_modules.testing.reference import (
     tangent_basis,
 )
 
-__all__ = ["MetricProbe", "relative_gap", "scaled_mass"]
+__all__ = ["MetricProbe", "combine", "relative_gap", "scaled_mass"]
 
 Vectors = Mapping[str, Tensor]
 
@@ -34,6 +34,11 @@ def scaled_mass(mass: Mass, factor: float) -> Mass:
     if mass.diagonal is not None:
         return Mass(diagonal=factor * mass.diagonal)
     return replace(mass, scalar=factor * mass.scalar)
+
+
+def combine(a: float, e: Vectors, b: float, f: Vectors) -> dict[str, Tensor]:
+    """Return ``a e + b f``, parameter by parameter."""
+    return {name: a * e[name] + b * f[name] for name in e}
 
 
 def relative_gap(a: Tensor, b: Tensor, scale: float | None = None) -> float:
@@ -81,7 +86,7 @@ class MetricProbe:
         for name, root in self.roots.items():
             least = torch.linalg.svdvals(root)
             if len(least):
-                total += float(self.K[name].norm() / least[-1]) ** 2
+                total += float(self.rows[name].norm() / least[-1]) ** 2
         return total
 
     @property
@@ -107,7 +112,7 @@ class MetricProbe:
         return self.metric.double().parts
 
     @cached_property
-    def K(self) -> dict[str, Tensor]:
+    def rows(self) -> dict[str, Tensor]:
         """Dense factors, ``(rank, p)`` each, in float64."""
         return {
             part.name: torch.zeros(
@@ -155,16 +160,16 @@ class MetricProbe:
         """K in an orthonormal tangent frame of the base metric, ``(rank, dim)``."""
         pieces = [
             torch.linalg.solve_triangular(
-                self.roots[name], self.bases[name] @ self.K[name].mT, upper=False
+                self.roots[name], self.bases[name] @ self.rows[name].mT, upper=False
             ).mT
-            for name in self.K
+            for name in self.rows
         ]
         return torch.cat(pieces, 1)
 
     def sharp(self, e: Vectors) -> dict[str, Tensor]:
         """Return the inverse of the metric by QR, in float64."""
         wide = {name: value.double() for name, value in e.items()}
-        return dense_sharp({p.name: p.space for p in self.wide}, self.K, wide)
+        return dense_sharp({p.name: p.space for p in self.wide}, self.rows, wide)
 
     def push(self, y: Tensor) -> dict[str, Tensor]:
         """Return the x for the covector ``K^T y``, in float64.
@@ -174,7 +179,7 @@ class MetricProbe:
         if self.amp < 10.0:
             return self.sharp(
                 {
-                    p.name: (y.double() @ self.K[p.name]).view_as(p.space.point)
+                    p.name: (y.double() @ self.rows[p.name]).view_as(p.space.point)
                     for p in self.wide
                 }
             )
@@ -195,7 +200,7 @@ class MetricProbe:
     def image(self, u: Vectors) -> Tensor:
         """Return ``K u`` in float64, ``(rank,)``."""
         return sum(
-            (self.K[name] @ u[name].double().reshape(-1) for name in self.K),
+            (self.rows[name] @ u[name].double().reshape(-1) for name in self.rows),
             start=torch.zeros(
                 self.metric.rank,
                 dtype=torch.float64,
@@ -206,7 +211,7 @@ class MetricProbe:
     def pull(self, a: Tensor) -> dict[str, Tensor]:
         """Return ``K^T a`` in the parameters' precision."""
         return {
-            part.name: (a.double() @ self.K[part.name])
+            part.name: (a.double() @ self.rows[part.name])
             .view_as(part.space.point)
             .to(part.space.point)
             for part in self.metric.parts
@@ -217,7 +222,7 @@ class MetricProbe:
         return torch.cat(
             [
                 self.roots[name].mT @ (self.bases[name] @ u[name].double().reshape(-1))
-                for name in self.K
+                for name in self.rows
             ]
         )
 
@@ -239,7 +244,7 @@ class MetricProbe:
                 (self.bases[name] @ e[name].double().reshape(-1)).unsqueeze(-1),
                 upper=False,
             ).squeeze(-1)
-            for name in self.K
+            for name in self.rows
         ]
         return float(torch.cat(pieces).norm())
 

@@ -175,7 +175,7 @@ def _recursion(case: _Case) -> Iterator[CheckResult]:
         outputs: Tensor = torch.func.functional_call(case.model, values, (case.x,))
         return outputs
 
-    _, velocity = torch.func.jvp(forward, (frozen,), (still,))
+    velocity = torch.func.jvp(forward, (frozen,), (still,))[1]
     weight = case.output.terms(z) if case.reduction == "mean" else 1
     rows = case.output.factor(z) / math.sqrt(weight)
     pushed = (rows * velocity.unsqueeze(1)).flatten(2).sum(-1).mT.reshape(-1)

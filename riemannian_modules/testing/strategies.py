@@ -9,13 +9,12 @@ a failure shrinks in its shapes, kinds and ranges. Needs the extra ``testing``.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from types import MappingProxyType
-from zlib import crc32
 
 import geoopt
 import torch
 from hypothesis import strategies as st
-from hypothesis.errors import InvalidArgument
 from torch import Tensor, nn
 
 from riemannian_modules import manifolds as rm_manifolds
@@ -26,12 +25,23 @@ from riemannian_modules.factors import (
     LinearFactor,
     MetricFactor,
 )
-from riemannian_modules.mass import Mass
 from riemannian_modules.metric import LayerMetric, Part
 from riemannian_modules.nn import Linear, Sequential
 from riemannian_modules.output import OutputMetric
 from riemannian_modules.tangent import TangentSpace
 from riemannian_modules.testing.metric_probe import MetricProbe
+from riemannian_modules.testing.point_strategies import (
+    MANIFOLDS,
+    covectors,
+    known,
+    manifolds,
+    masses,
+    normal,
+    points,
+    seeds,
+    shapes,
+    tangent_vectors,
+)
 
 __all__ = [
     "MANIFOLDS",
@@ -49,16 +59,6 @@ __all__ = [
     "tangent_vectors",
 ]
 
-MANIFOLDS: Mapping[str, Callable[[], geoopt.Manifold]] = MappingProxyType(
-    {
-        "euclidean": rm_manifolds.Euclidean,
-        "stiefel": rm_manifolds.Stiefel,
-        "canonical_stiefel": rm_manifolds.CanonicalStiefel,
-        "sphere": rm_manifolds.Sphere,
-        "poincare_ball": rm_manifolds.PoincareBall,
-        "spd": rm_manifolds.SPD,
-    }
-)
 OUTPUTS: Mapping[str, Callable[[], OutputMetric]] = MappingProxyType(
     {
         "euclidean": output.Euclidean,
@@ -69,162 +69,6 @@ OUTPUTS: Mapping[str, Callable[[], OutputMetric]] = MappingProxyType(
         "sphere": lambda: output.OnManifold(rm_manifolds.Sphere()),
     }
 )
-
-
-def _known(kinds: Sequence[str], known: Mapping[str, object]) -> list[str]:
-    unknown = sorted(set(kinds) - set(known))
-    if unknown or not kinds:
-        raise InvalidArgument(f"kinds={kinds!r}: choose from {sorted(known)}")
-    return list(kinds)
-
-
-def _seeds() -> st.SearchStrategy[int]:
-    return st.integers(0, 2**32 - 1)
-
-
-def _generator(seed: int, role: str) -> torch.Generator:
-    # Hypothesis likes to draw equal seeds; what plays another role differs anyway.
-    return torch.Generator().manual_seed(crc32(role.encode()) ^ seed)
-
-
-def _normal(seed: int, shape: Sequence[int], dtype: torch.dtype, role: str) -> Tensor:
-    generator = _generator(seed, role)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
-
-def manifolds(
-    *, kinds: Sequence[str] = tuple(MANIFOLDS)
-) -> st.SearchStrategy[geoopt.Manifold]:
-    """Return a strategy for base manifolds of matrices.
-
-    Args:
-        kinds: keys of :data:`MANIFOLDS`.
-
-    Returns:
-        The strategy.
-    """
-    return st.sampled_from(_known(kinds, MANIFOLDS)).map(lambda kind: MANIFOLDS[kind]())
-
-
-def shapes(
-    manifold: geoopt.Manifold, *, min_side: int = 2, max_side: int = 5
-) -> st.SearchStrategy[tuple[int, int]]:
-    """Return a strategy for matrix shapes that fit a manifold.
-
-    Args:
-        manifold: a manifold of matrices.
-        min_side: least number of rows and columns, at least 2.
-        max_side: largest number of rows and columns.
-
-    Returns:
-        The strategy.
-    """
-    sides = st.integers(min_side, max_side)
-    if isinstance(manifold, geoopt.SymmetricPositiveDefinite):
-        return sides.map(lambda side: (side, side))
-    return st.tuples(sides, sides)
-
-
-@st.composite
-def points(
-    draw: st.DrawFn,
-    manifold: geoopt.Manifold,
-    shape: Sequence[int],
-    *,
-    max_radius: float = 0.9,
-    max_condition: float = 10.0,
-    dtype: torch.dtype = torch.float64,
-) -> Tensor:
-    """Return a strategy for points of a manifold.
-
-    Args:
-        draw: given by Hypothesis.
-        manifold: the manifold.
-        shape: shape of the point.
-        max_radius: largest norm of a point of the Poincare ball, relative to its
-            radius.
-        max_condition: largest condition number of a positive definite matrix.
-        dtype: data type.
-
-    Returns:
-        A point. It is computed in float64 and rounded.
-    """
-    ambient = _normal(draw(_seeds()), shape, torch.float64, "point")
-    if isinstance(manifold, geoopt.SymmetricPositiveDefinite):
-        _, vectors = torch.linalg.eigh(ambient + ambient.mT)
-        spread = 0.5 * math.log(draw(st.floats(1.0, max_condition)))
-        values = torch.linspace(-spread, spread, shape[-1], dtype=torch.float64).exp()
-        return ((vectors * values) @ vectors.mT).to(dtype)
-    if isinstance(manifold, geoopt.PoincareBall):
-        radius = draw(st.floats(0.0, max_radius)) / math.sqrt(float(manifold.c))
-        return (radius * torch.nn.functional.normalize(ambient, dim=-1)).to(dtype)
-    point: Tensor = manifold.projx(ambient).to(dtype)
-    return point
-
-
-@st.composite
-def tangent_vectors(draw: st.DrawFn, space: TangentSpace) -> Tensor:
-    """Return a strategy for tangent vectors of a tangent space.
-
-    Args:
-        draw: given by Hypothesis.
-        space: the tangent space.
-
-    Returns:
-        A tangent vector of the space's shape and data type.
-    """
-    return space.project(draw(covectors(space)))
-
-
-@st.composite
-def covectors(draw: st.DrawFn, space: TangentSpace) -> Tensor:
-    """Return a strategy for ambient covectors at the point of a tangent space.
-
-    Args:
-        draw: given by Hypothesis.
-        space: the tangent space.
-
-    Returns:
-        A covector of the space's shape and data type.
-    """
-    return _normal(draw(_seeds()), space.point.shape, space.point.dtype, "covector")
-
-
-@st.composite
-def masses(
-    draw: st.DrawFn,
-    shape: Sequence[int],
-    *,
-    kinds: Sequence[str] = ("scalar", "rank_one", "diagonal"),
-    min_mass: float = 1e-2,
-    max_mass: float = 1e2,
-) -> Mass:
-    """Return a strategy for masses of a parameter.
-
-    Args:
-        draw: given by Hypothesis.
-        shape: the parameter's shape; only matrices have a rank-one mass.
-        kinds: ``"scalar"``, ``"rank_one"``, ``"diagonal"``.
-        min_mass: least mass of an entry.
-        max_mass: largest mass of an entry.
-
-    Returns:
-        A mass, log-uniform entry by entry.
-    """
-    known = {"scalar": 0, "rank_one": 0, "diagonal": 0}
-    kind = draw(st.sampled_from(_known(kinds, known)))
-    low, high = math.log(min_mass), math.log(max_mass)
-
-    def entries(*size: int, root: float = 1.0) -> Tensor:
-        generator = _generator(draw(_seeds()), "mass")
-        share = torch.rand(size, generator=generator, dtype=torch.float64)
-        return (root * (low + (high - low) * share)).exp()
-
-    if kind == "diagonal":
-        return Mass(diagonal=entries(*shape))
-    if kind == "rank_one" and len(shape) == 2:
-        return Mass(row=entries(shape[0], root=0.5), column=entries(shape[1], root=0.5))
-    return Mass(scalar=math.exp(draw(st.floats(low, high))))
 
 
 @st.composite
@@ -251,16 +95,16 @@ def factors(
     Returns:
         A factor with normal entries.
     """
-    kind = draw(st.sampled_from(_known(kinds, {"dense": 0, "linear": 0})))
-    seed = draw(_seeds())
+    kind = draw(st.sampled_from(known(kinds, ("dense", "linear"))))
+    seed = draw(seeds())
     if kind == "dense" or len(shape) != 2:
-        return DenseFactor(_normal(seed, (rank, *shape), dtype, "rows"))
+        return DenseFactor(normal(seed, (rank, *shape), dtype, "rows"))
     divisors = [n for n in range(1, rank + 1) if rank % n == 0]
     n = draw(st.sampled_from(divisors))
     positions = draw(st.integers(1, max_positions))
-    inputs = _normal(seed, (n, positions, shape[1]), dtype, "inputs")
+    inputs = normal(seed, (n, positions, shape[1]), dtype, "inputs")
     size = (rank // n, n, positions, shape[0])
-    cotangents = _normal(seed, size, dtype, "cotangents")
+    cotangents = normal(seed, size, dtype, "cotangents")
     return LinearFactor(inputs, cotangents)
 
 
@@ -368,7 +212,7 @@ def output_metrics(
     Returns:
         The strategy.
     """
-    return st.sampled_from(_known(kinds, OUTPUTS)).map(lambda kind: OUTPUTS[kind]())
+    return st.sampled_from(known(kinds, OUTPUTS)).map(lambda kind: OUTPUTS[kind]())
 
 
 @st.composite
@@ -401,7 +245,7 @@ def modules(
     hidden = [draw(st.integers(2, max_side)) for _ in range(depth - 1)]
     sizes = [in_features, *hidden, out_features]
     layers: list[nn.Module] = []
-    for index, (before, after) in enumerate(zip(sizes, sizes[1:], strict=False)):
+    for index, (before, after) in enumerate(pairwise(sizes)):
         manifold = draw(manifolds(kinds=kinds))
         square = isinstance(manifold, geoopt.SymmetricPositiveDefinite)
         if square and before != after:
@@ -411,7 +255,7 @@ def modules(
         with torch.no_grad():
             layer.weight.copy_(draw(points(manifold, (after, before), dtype=dtype)))
             if bias:
-                layer.bias.copy_(_normal(draw(_seeds()), (after,), dtype, "bias"))
+                layer.bias.copy_(normal(draw(seeds()), (after,), dtype, "bias"))
         layers.append(layer)
         if index + 1 < depth:
             layers.append(draw(st.sampled_from([nn.Tanh, nn.Softplus, nn.Sigmoid]))())
@@ -439,4 +283,4 @@ def inputs_for(
     positions = draw(st.integers(0, max_positions))
     middle = (positions,) if positions else ()
     size = (n, *middle, first.in_features)
-    return _normal(draw(_seeds()), size, first.weight.dtype, "batch")
+    return normal(draw(seeds()), size, first.weight.dtype, "batch")
