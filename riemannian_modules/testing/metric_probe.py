@@ -260,7 +260,7 @@ class MetricProbe:
         return found.to(self.metric.parts[0].space.point.device)
 
     def covectors(self) -> dict[str, Tensor]:
-        """Return random covectors, with normal parts as large as their tangent parts."""
+        """Return random covectors, their normal parts as large as the tangent ones."""
         normals = self.normals()
         return {n: t + t.norm() * normals[n] for n, t in self.tangents().items()}
 

@@ -41,7 +41,18 @@ MANIFOLDS: Mapping[str, Callable[[], geoopt.Manifold]] = MappingProxyType(
 
 
 def known(kinds: Sequence[str], allowed: Collection[str]) -> list[str]:
-    """Return the kinds as a list; none or unknown ones are an invalid argument."""
+    """Return the kinds as a list.
+
+    Args:
+        kinds: what the caller asks for.
+        allowed: what there is.
+
+    Returns:
+        The kinds.
+
+    Raises:
+        InvalidArgument: there are none, or some are unknown.
+    """
     unknown = sorted(set(kinds) - set(allowed))
     if unknown or not kinds:
         raise InvalidArgument(f"kinds={kinds!r}: choose from {sorted(allowed)}")

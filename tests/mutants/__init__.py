@@ -1,0 +1,1 @@
+"""Small wrong classes, each of which a named law must reject."""
