@@ -143,7 +143,9 @@ class Block:
         """Return ``e(u)``, a scalar."""
         total = torch.zeros((), dtype=self.precision, device=self.device)
         for part in self.parts:
-            total = total + torch.dot(e[part.name].reshape(-1), u[part.name].reshape(-1))
+            total = total + torch.dot(
+                e[part.name].reshape(-1), u[part.name].reshape(-1)
+            )
         return total
 
     # --- small matrices

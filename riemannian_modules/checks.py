@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from riemannian_modules.declared import DeclaredParameters
 from riemannian_modules.errors import (
+    EmptyBatchError,
     LinearizationError,
     NonFiniteError,
     NotRecordedError,
@@ -16,10 +17,12 @@ from riemannian_modules.rules import has_rule
 from riemannian_modules.tape import Tape
 
 __all__ = [
+    "autograd_gradient",
     "batch_norms",
     "compare_gradients",
     "output_costate",
     "recordable_layers",
+    "recorded_tape",
     "refuse_coupling",
     "require_finite",
 ]
@@ -45,9 +48,9 @@ def recordable_layers(
         if any(parameters.name_of(p) for p in module.parameters(recurse=False)):
             if not has_rule(module):
                 raise LinearizationError(
-                    f"{_label(path, module)} has trainable parameters and no rule makes "
-                    "factors of them; freeze it with requires_grad_(False) before "
-                    "building the metric, or register_rule"
+                    f"{_label(path, module)} has trainable parameters and no rule "
+                    "makes factors of them; freeze it with requires_grad_(False) "
+                    "before building the metric, or register_rule"
                 )
             layers.append((path, module))
     return layers
@@ -79,6 +82,47 @@ def refuse_coupling(layers: list[tuple[str, nn.Module]]) -> None:
 
 def _label(path: str, module: nn.Module) -> str:
     return f"{f'layer {path!r}' if path else 'the model'} ({type(module).__name__})"
+
+
+def recorded_tape(tape: Tape | None, outputs: Tensor) -> Tape:
+    """Return the tape if it can be linearised at these outputs.
+
+    Args:
+        tape: the last recorded pass, or None.
+        outputs: model outputs, ``(n, *output)``.
+
+    Returns:
+        The tape.
+
+    Raises:
+        EmptyBatchError: no examples.
+        NotRecordedError: nothing was recorded, or without gradients.
+    """
+    if outputs.ndim == 0 or outputs.shape[0] == 0:
+        raise EmptyBatchError(
+            f"outputs have shape {tuple(outputs.shape)}: a batch needs at least "
+            "one example in its first dimension; skip empty batches"
+        )
+    if tape is None or not tape.uses or not outputs.requires_grad:
+        raise NotRecordedError(
+            "no recorded forward pass leads to these outputs: run the model inside "
+            "'with metric.record():', with gradients enabled, before every "
+            "metric.backward or metric.pull_back"
+        )
+    tape.check_inputs(outputs.shape[0])
+    require_finite(outputs, "the outputs", tape)
+    return tape
+
+
+def autograd_gradient(
+    loss: Tensor, parameters: DeclaredParameters
+) -> dict[str, Tensor | None]:
+    """Return autograd's own gradient by name; the graph is kept."""
+    declared = list(parameters)
+    grads: tuple[Tensor | None, ...] = torch.autograd.grad(
+        loss, [d.tensor for d in declared], retain_graph=True, allow_unused=True
+    )
+    return {d.name: g for d, g in zip(declared, grads, strict=True)}
 
 
 def output_costate(loss: Tensor, outputs: Tensor) -> Tensor:
@@ -115,7 +159,7 @@ def output_costate(loss: Tensor, outputs: Tensor) -> Tensor:
         raise NonFiniteError(
             "the derivative of the loss by the outputs, of shape "
             f"{tuple(costate.shape)}, holds NaN or infinity while the loss does not; "
-            "nothing was changed. Check the loss for roots, norms and logarithms of zero"
+            "nothing was changed. Check the loss for roots, norms and logarithms of 0"
         )
     return costate
 
@@ -158,8 +202,8 @@ def compare_gradients(
     known = [g for g in expected.values() if g is not None]
     if not known or known[0].device.type == "meta":
         return
-    for name, own in gradient.items():
-        if not bool(torch.isfinite(own).all()):
+    for name, value in gradient.items():
+        if not bool(torch.isfinite(value).all()):
             raise NonFiniteError(
                 f"the gradient of parameter '{name}' holds NaN or infinity while the "
                 "loss and the outputs do not; nothing was changed. Check the model for "

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Literal
 
 import geoopt
 import torch
@@ -19,7 +20,9 @@ from riemannian_modules.manifolds import MetricManifold, ensure_contract
 from riemannian_modules.mass import Mass, MassLike, as_mass
 from riemannian_modules.tangent import TangentSpace
 
-__all__ = ["Declared", "DeclaredParameters"]
+__all__ = ["Blocks", "Declared", "DeclaredParameters"]
+
+Blocks = Literal["tensor", "layer", "model"]
 
 _EUCLIDEAN = geoopt.Euclidean()
 
@@ -101,6 +104,22 @@ class DeclaredParameters:
         """Return what is declared about a trainable parameter."""
         return self._by_name[self._names[id(tensor)]]
 
+    def groups(self, blocks: Blocks) -> dict[str, list[str]]:
+        """Return ``{block name: parameter names}``.
+
+        Args:
+            blocks: one block for each tensor, for each layer, or for all.
+
+        Returns:
+            The blocks in the order of the parameters.
+        """
+        groups: dict[str, list[str]] = {}
+        for name in self._by_name:
+            layer = name.rpartition(".")[0] or "model"
+            key = {"tensor": name, "layer": layer, "model": "model"}[blocks]
+            groups.setdefault(key, []).append(name)
+        return groups
+
     def set_mass(self, mass: MassLike | Mapping[str, MassLike]) -> None:
         """Change the masses from the next pull-back on.
 
@@ -158,8 +177,8 @@ def _require_declared_manifolds(model: nn.Module) -> None:
             if not isinstance(tensor, geoopt.ManifoldTensor):
                 name = f"{path}.{attribute}" if path else attribute
                 raise LostManifoldError(
-                    f"parameter '{name}' was declared on {manifold.name} and is a plain "
-                    f"{type(tensor).__name__} now; {_REMEDY}"
+                    f"parameter '{name}' was declared on {manifold.name} and is a "
+                    f"plain {type(tensor).__name__} now; {_REMEDY}"
                 )
 
 

@@ -49,9 +49,7 @@ class Solution:
     @cached_property
     def squared_norm(self) -> Tensor:
         """``g(x, x)``, a scalar: the base metric's part and ``|K x|^2``."""
-        flat = {
-            p.name: p.space.flat(self.vectors[p.name]) for p in self.base.parts
-        }
+        flat = {p.name: p.space.flat(self.vectors[p.name]) for p in self.base.parts}
         return self.base.pair(flat, self.vectors) + self.velocity.square().sum()
 
 
@@ -179,9 +177,7 @@ class Inverse:
         lower = self.factor.lower
         return self.factor.solve(rhs.to(lower.dtype))
 
-    def _subtracting(
-        self, e: Vectors, source: Source, refinements: int
-    ) -> Solution:
+    def _subtracting(self, e: Vectors, source: Source, refinements: int) -> Solution:
         x, c = self._woodbury(e, source)
         for _ in range(refinements):
             lowered = self.block.rmatvec(self.block.matvec(x))
@@ -194,9 +190,7 @@ class Inverse:
             c = c + dc
         return Solution(x, c, self.block, "woodbury")
 
-    def _woodbury(
-        self, e: Vectors, source: Source
-    ) -> tuple[dict[str, Tensor], Tensor]:
+    def _woodbury(self, e: Vectors, source: Source) -> tuple[dict[str, Tensor], Tensor]:
         block = self.block
         c = self._solve(block.image(e, source))
         lowered = block.rmatvec(c)

@@ -12,21 +12,22 @@ The recursion of Pehle & Slotine (2026) in five lines:
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from riemannian_modules.checks import (
+    autograd_gradient,
     batch_norms,
     compare_gradients,
     output_costate,
     recordable_layers,
+    recorded_tape,
     refuse_coupling,
     require_finite,
 )
-from riemannian_modules.declared import DeclaredParameters
-from riemannian_modules.errors import EmptyBatchError, NotRecordedError
+from riemannian_modules.declared import Blocks, DeclaredParameters
+from riemannian_modules.errors import NotRecordedError
 from riemannian_modules.linearize import Linearization, Reduction, linearize
 from riemannian_modules.mass import MassLike
 from riemannian_modules.metric import LayerMetric, Part, Solution
@@ -34,8 +35,6 @@ from riemannian_modules.output import OutputMetric
 from riemannian_modules.tape import Tape
 
 __all__ = ["LayerwiseMetric"]
-
-Blocks = Literal["tensor", "layer", "model"]
 
 
 class LayerwiseMetric:
@@ -103,7 +102,7 @@ class LayerwiseMetric:
         self.parameters = DeclaredParameters(model, mass)
         self.version = 0
         self.blocks: dict[str, LayerMetric] = {}
-        self._groups = _group(self.parameters, blocks)
+        self._groups = self.parameters.groups(blocks)
         self._batch_norms = batch_norms(model)
         self._layers: list[tuple[str, nn.Module]] | None = None
         self._tape: Tape | None = None
@@ -191,7 +190,7 @@ class LayerwiseMetric:
             NonFiniteError: NaN or infinity in the loss or the outputs.
             EmptyBatchError: no examples.
         """
-        tape = self._checked_tape(outputs)
+        tape = recorded_tape(self._tape, outputs)
         require_finite(loss, "the loss", tape)
         self._pass(tape, outputs, loss)
 
@@ -206,7 +205,7 @@ class LayerwiseMetric:
             NonFiniteError: NaN or infinity in the outputs.
             EmptyBatchError: no examples.
         """
-        self._pass(self._checked_tape(outputs), outputs, None)
+        self._pass(recorded_tape(self._tape, outputs), outputs, None)
 
     def natural_gradient(self) -> dict[str, Tensor]:
         """Return ``{parameter name: Riemannian gradient}`` of the last backward pass.
@@ -280,12 +279,11 @@ class LayerwiseMetric:
     # --- how a pass becomes the state
 
     def _pass(self, tape: Tape, outputs: Tensor, loss: Tensor | None) -> None:
-        signature = tuple(use.name for use in tape.uses)
-        known = signature in self._batched
+        signature = tape.signature(outputs, loss)
         costate = None if loss is None else output_costate(loss, outputs)
         expected = None
-        if loss is not None and not known:
-            expected = self._autograd(loss)
+        if loss is not None and signature not in self._batched:
+            expected = autograd_gradient(loss, self.parameters)
         with torch.no_grad():
             found = linearize(
                 tape,
@@ -300,9 +298,7 @@ class LayerwiseMetric:
                 compare_gradients(found.gradient, expected)
             if self._frozen and self.blocks:
                 # The old factors do not span the new gradient.
-                found = replace(
-                    found, residual=None, rest=found.gradient, source=None
-                )
+                found = replace(found, residual=None, rest=found.gradient, source=None)
                 self._move_blocks()
             else:
                 self._build_blocks(found)
@@ -340,37 +336,3 @@ class LayerwiseMetric:
                 for part in block.parts
             }
             self.blocks[name] = block.at(points)
-
-    # --- checks
-
-    def _checked_tape(self, outputs: Tensor) -> Tape:
-        if outputs.ndim == 0 or outputs.shape[0] == 0:
-            raise EmptyBatchError(
-                f"outputs have shape {tuple(outputs.shape)}: a batch needs at least "
-                "one example in its first dimension; skip empty batches"
-            )
-        if self._tape is None or not self._tape.uses or not outputs.requires_grad:
-            raise NotRecordedError(
-                "no recorded forward pass leads to these outputs: run the model inside "
-                "'with metric.record():', with gradients enabled, before every "
-                "metric.backward or metric.pull_back"
-            )
-        self._tape.check_inputs(outputs.shape[0])
-        require_finite(outputs, "the outputs", self._tape)
-        return self._tape
-
-    def _autograd(self, loss: Tensor) -> dict[str, Tensor | None]:
-        declared = list(self.parameters)
-        grads = torch.autograd.grad(
-            loss, [d.tensor for d in declared], retain_graph=True, allow_unused=True
-        )
-        return {d.name: g for d, g in zip(declared, grads, strict=True)}
-
-
-def _group(parameters: DeclaredParameters, blocks: Blocks) -> dict[str, list[str]]:
-    groups: dict[str, list[str]] = {}
-    for declared in parameters:
-        layer = declared.name.rpartition(".")[0] or "model"
-        key = {"tensor": declared.name, "layer": layer, "model": "model"}[blocks]
-        groups.setdefault(key, []).append(declared.name)
-    return groups

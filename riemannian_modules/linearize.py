@@ -104,9 +104,7 @@ def linearize(
             source = _assemble(reached, r + 1, r + 2, parameters)
             covectors = {name: factor.row_sum() for name, factor in source.items()}
     names = list(own or factors)
-    return Linearization(
-        names, factors, gradient, residual, covectors, source, batched
-    )
+    return Linearization(names, factors, gradient, residual, covectors, source, batched)
 
 
 def _output_rows(

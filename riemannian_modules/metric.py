@@ -144,7 +144,9 @@ class LayerMetric:
         Returns:
             Tangent vectors.
         """
-        return self._like(e, self.solve(covector=self._vectors(e), refinements=1).vectors)
+        return self._like(
+            e, self.solve(covector=self._vectors(e), refinements=1).vectors
+        )
 
     def solve(
         self,
@@ -173,13 +175,13 @@ class LayerMetric:
         Raises:
             NotPositiveDefiniteError: the small matrix could not be factorised
                 (raised where reading the outcome costs no synchronisation).
-        """  # noqa: DOC502 (raised by the inverse)
+        """
         return self.inverse.solve(residual, covector, source, refinements)
 
     # --- what it looks like
 
     def logdet(self) -> Tensor:
-        """Return the log-determinant of g relative to g0. Cost: that of :meth:`sharp`."""
+        """Return the log-determinant of g relative to g0, at the cost of a solve."""
         logs = [part.space.mass.logdet(part.space.dim) for part in self.parts]
         total = torch.as_tensor(sum(logs), dtype=self._block.precision)
         return total + self.inverse.factor.logdet() if self.rank else total
@@ -193,7 +195,11 @@ class LayerMetric:
         if self.rank == 0:
             return torch.zeros(0, dtype=self._block.precision)
         dual = self.inverse.form == "dual"
-        matrix = self._block.gram(self._block.precision) if dual else self._block.coordinate_gram()
+        matrix = (
+            self._block.gram(self._block.precision)
+            if dual
+            else self._block.coordinate_gram()
+        )
         values = torch.linalg.eigvalsh(matrix).flip(0)
         return values[: min(self.rank, self.dim)].clamp_min(0.0)
 

@@ -31,6 +31,9 @@ def reverse_pass(
     Returns:
         For each edge a tensor ``(k, *shape)`` or None if the outputs do not depend
         on it, and whether the pass was batched.
+
+    Raises:
+        RuntimeError: autograd refuses the pass.
     """
     if batched is not False:
         try:

@@ -1,6 +1,6 @@
 """The tangent space of one parameter: base manifold, point and mass together."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import geoopt
@@ -45,7 +45,7 @@ class TangentSpace:
 
     manifold: geoopt.Manifold
     point: Tensor
-    mass: Mass = Mass()
+    mass: Mass = field(default_factory=Mass)
     name: str = "parameter"
 
     def __post_init__(self) -> None:
@@ -99,7 +99,7 @@ class TangentSpace:
         return int(dimension(self.manifold, self.point))
 
     def basis(self) -> Tensor:
-        """Return tangent vectors that are orthonormal entry by entry, ``(dim, *shape)``.
+        """Return Frobenius-orthonormal tangent vectors, ``(dim, *shape)``.
 
         Identity on Euclidean parameters. Cost O(p^3) elsewhere: for dense references.
         """

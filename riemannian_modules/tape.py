@@ -76,8 +76,24 @@ class Tape:
 
         return remember
 
+    def signature(self, outputs: Tensor, loss: Tensor | None) -> tuple[str, ...]:
+        """Return what tells one graph from another: its layers and its two ends.
+
+        Args:
+            outputs: model outputs.
+            loss: the loss, or None.
+
+        Returns:
+            Names that stay the same from step to step of an ordinary training loop.
+        """
+        ends = [outputs] if loss is None else [outputs, loss]
+        return (
+            *(use.name for use in self.uses),
+            *(type(end.grad_fn).__name__ for end in ends),
+        )
+
     def check_inputs(self, examples: int) -> None:
-        """Check that the recorded inputs are intact, finite and have the examples first.
+        """Check that the recorded inputs are intact and finite, examples first.
 
         Args:
             examples: number of examples in the batch.
@@ -102,7 +118,7 @@ class Tape:
                 )
             if use.input.device.type == "cpu" and not _finite(use.input):
                 raise NonFiniteError(
-                    f"the layer inputs hold NaN or infinity ({self.first_nonfinite()}); "
+                    f"NaN or infinity in the layer inputs ({self.first_nonfinite()}); "
                     "nothing was changed. Check the data, lower the learning rate or "
                     "raise the mass"
                 )

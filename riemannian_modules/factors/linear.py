@@ -49,14 +49,16 @@ class _CotangentFactor(MetricFactor):
         return self.cotangents.device
 
     def _combine(self, a: Tensor) -> Tensor:
-        r, n, positions, out = self.cotangents.shape
+        r, n = self.cotangents.shape[:2]
         if r == 1:
             return self.cotangents[0] * a.to(self.dtype).view(n, 1, 1)
         weights = a.to(self.dtype).view(r, n, 1, 1)
         return (self.cotangents * weights).sum(0)
 
     def _total(self) -> Tensor:
-        return self.cotangents[0] if len(self.cotangents) == 1 else self.cotangents.sum(0)
+        return (
+            self.cotangents[0] if len(self.cotangents) == 1 else self.cotangents.sum(0)
+        )
 
 
 class LinearFactor(_CotangentFactor):

@@ -120,7 +120,12 @@ def _views(x: Tensor, l: Tensor) -> tuple[list[Tensor], list[Tensor]]:
 
 @singledispatch
 def _terms(
-    manifold: geoopt.Manifold, W: Tensor, x: Tensor, l: Tensor, kernel: Kernel, bias: float
+    manifold: geoopt.Manifold,
+    W: Tensor,
+    x: Tensor,
+    l: Tensor,
+    kernel: Kernel,
+    bias: float,
 ) -> Terms:
     rows = torch.einsum("rnto,ntd->rnod", l, x).flatten(0, 1)
     images = riesz(manifold, W, rows).flatten(1)
@@ -134,7 +139,12 @@ def _terms(
 
 @_terms.register(geoopt.Euclidean)
 def _(
-    manifold: geoopt.Euclidean, W: Tensor, x: Tensor, l: Tensor, kernel: Kernel, bias: float
+    manifold: geoopt.Euclidean,
+    W: Tensor,
+    x: Tensor,
+    l: Tensor,
+    kernel: Kernel,
+    bias: float,
 ) -> Terms:
     ls = l.flatten(0, 1).unbind(1)
 
@@ -146,13 +156,25 @@ def _(
 
 @_terms.register(geoopt.PoincareBall)
 def _(
-    manifold: geoopt.PoincareBall, W: Tensor, x: Tensor, l: Tensor, kernel: Kernel, bias: float
+    manifold: geoopt.PoincareBall,
+    W: Tensor,
+    x: Tensor,
+    l: Tensor,
+    kernel: Kernel,
+    bias: float,
 ) -> Terms:
     return _terms(geoopt.Euclidean(), W, x, l / manifold.lambda_x(W), kernel, bias)
 
 
 @_terms.register(geoopt.Sphere)
-def _(manifold: geoopt.Sphere, W: Tensor, x: Tensor, l: Tensor, kernel: Kernel, bias: float) -> Terms:
+def _(
+    manifold: geoopt.Sphere,
+    W: Tensor,
+    x: Tensor,
+    l: Tensor,
+    kernel: Kernel,
+    bias: float,
+) -> Terms:
     if manifold.projector is not None:
         return _terms.dispatch(object)(manifold, W, x, l, kernel, bias)
     euclidean = _terms(geoopt.Euclidean(), W, x, l, kernel, bias)
@@ -168,7 +190,12 @@ def _(manifold: geoopt.Sphere, W: Tensor, x: Tensor, l: Tensor, kernel: Kernel, 
 
 @_terms.register(geoopt.EuclideanStiefel)
 def _(
-    manifold: geoopt.EuclideanStiefel, W: Tensor, x: Tensor, l: Tensor, kernel: Kernel, bias: float
+    manifold: geoopt.EuclideanStiefel,
+    W: Tensor,
+    x: Tensor,
+    l: Tensor,
+    kernel: Kernel,
+    bias: float,
 ) -> Terms:
     ls = l.flatten(0, 1).unbind(1)
     ps, qs = _views(x @ W.mT, l @ W)
@@ -189,7 +216,12 @@ def _(
 
 @_terms.register(CanonicalStiefel)
 def _(
-    manifold: CanonicalStiefel, W: Tensor, x: Tensor, l: Tensor, kernel: Kernel, bias: float
+    manifold: CanonicalStiefel,
+    W: Tensor,
+    x: Tensor,
+    l: Tensor,
+    kernel: Kernel,
+    bias: float,
 ) -> Terms:
     euclidean = _terms(geoopt.Euclidean(), W, x, l, kernel, bias)
     ps, ls = _views(x @ W.mT, l)

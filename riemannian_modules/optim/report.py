@@ -64,7 +64,7 @@ class BlockReport:
 
     @property
     def predicted_decrease(self) -> float:
-        """First-order decrease of the loss, ``lr g(x, x)``, for a plain gradient step."""
+        """First-order decrease ``lr g(x, x)`` of the loss by a plain gradient step."""
         return self.lr * self.gradient_norm**2
 
     @cached_property

@@ -6,7 +6,10 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from riemannian_modules.errors import NonFiniteError, NotRecordedError
+from riemannian_modules.errors import (
+    NonFiniteError,
+    NotRecordedError,
+)
 from riemannian_modules.layerwise import LayerwiseMetric
 from riemannian_modules.metric import Solution
 from riemannian_modules.optim.plan import Plan
@@ -135,7 +138,7 @@ class RiemannianSGD(torch.optim.Optimizer):
         Nothing changes if an error is raised.
 
         Args:
-            closure: evaluates the model, calls ``metric.backward`` and returns the loss.
+            closure: evaluates the model, calls ``metric.backward``, returns the loss.
 
         Returns:
             What the closure returned.

@@ -74,8 +74,7 @@ def _symmetries(probe: MetricProbe) -> Iterator[CheckResult]:
     metric, e = probe.metric, probe.covectors()
     x, K = metric.sharp(e), probe.rows
     normal = probe.normals()
-    size = probe.dual_size(e)
-    shifted = combine(1.0, e, size, normal)
+    shifted = {name: each + each.norm() * normal[name] for name, each in e.items()}
     yield CheckResult.at_most(
         "normal_covector",
         probe.gap(metric.sharp(shifted), x),
