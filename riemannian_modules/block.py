@@ -83,7 +83,7 @@ class Block:
     def double(self) -> "Block":
         """Return the same block in float64."""
         parts = [
-            Part(p.name, p.space.double(), p.factor.double() if p.factor else None)
+            Part(p.name, p.space.to(torch.float64), p.factor.double() if p.factor else None)
             for p in self.parts
         ]
         return Block(parts, self.name, torch.float64)
@@ -165,7 +165,7 @@ class Block:
     def coordinate_rows(self) -> Iterator[Tensor]:
         """Yield ``K C`` in float64, in chunks of rows that bound the memory."""
         step = max(1, _CHUNK_ENTRIES // self.size)
-        wide = [(part.factor, part.space.double()) for part in self.parts]
+        wide = [(part.factor, part.space.to(torch.float64)) for part in self.parts]
         for start in range(0, self.rank, step):
             stop = min(start + step, self.rank)
             rows = [

@@ -187,13 +187,16 @@ def require_finite(value: Tensor, what: str, tape: Tape) -> None:
 
 
 def compare_gradients(
-    gradient: Mapping[str, Tensor], expected: Mapping[str, Tensor | None]
+    gradient: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor | None],
+    rounding: float,
 ) -> None:
     """Compare the assembled gradient with autograd's.
 
     Args:
         gradient: assembled from the recorded uses.
         expected: autograd's, None for parameters that the loss does not depend on.
+        rounding: unit of rounding of the arithmetic that both went through.
 
     Raises:
         LinearizationError: they differ; names the parameter.
@@ -210,7 +213,7 @@ def compare_gradients(
                 "roots, norms and logarithms of zero behind that layer"
             )
     scale = max(float(g.norm()) for g in known)
-    tolerance = min(0.1, 1e4 * torch.finfo(known[0].dtype).eps)
+    tolerance = min(0.1, 1e4 * rounding)
     for name, reference in expected.items():
         own = gradient.get(name)
         if reference is None and own is None:

@@ -295,7 +295,7 @@ class LayerwiseMetric:
                 batched=self._batched.get(signature),
             )
             if expected is not None:
-                compare_gradients(found.gradient, expected)
+                compare_gradients(found.gradient, expected, tape.rounding)
             if self._frozen and self.blocks:
                 # The old factors do not span the new gradient.
                 found = replace(found, residual=None, rest=found.gradient, source=None)

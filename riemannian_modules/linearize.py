@@ -78,14 +78,23 @@ def linearize(
         for each output row, one for the costate and at most one for the rest.
 
     Raises:
-        NotRecordedError: the outputs do not come from the recorded pass.
+        NotRecordedError: the outputs do not come from the recorded pass, or there is
+            neither an output metric nor a loss.
     """
     rows, residual, rest = _output_rows(output, reduction, outputs, costate)
     r = 0 if rows is None else len(rows)
     stack = [] if rows is None else [rows]
     stack += [c.unsqueeze(0) for c in (costate, rest) if c is not None]
+    if not stack:
+        raise NotRecordedError(
+            "there is nothing to pull back: the metric was built with output=None and "
+            "no loss was given; use metric.backward(loss, outputs)"
+        )
     carried, batched = reverse_pass(
-        outputs, [use.edge for use in tape.uses], torch.cat(stack), batched=batched
+        outputs,
+        [use.edge for use in tape.uses],
+        torch.cat([cotangents.to(outputs.dtype) for cotangents in stack]),
+        batched=batched,
     )
     reached = [(u, c) for u, c in zip(tape.uses, carried, strict=True) if c is not None]
     if not reached:
@@ -118,11 +127,13 @@ def _output_rows(
         return None, None, None
     output.validate(outputs)
     weight = 1.0 / output.terms(outputs) if reduction == "mean" else 1.0
-    outputs = outputs.detach()
+    # Never below float32: under autocast the outputs may be in half precision.
+    dtype = torch.promote_types(outputs.dtype, torch.float32)
+    outputs = outputs.detach().to(dtype)
     rows = output.factor(outputs).movedim(1, 0) * weight**0.5
     if costate is None:
         return rows, None, None
-    y, rest = output.whiten(outputs, costate)
+    y, rest = output.whiten(outputs, costate.to(dtype))
     if y is None:
         return rows, None, None
     residual = y.mT.reshape(-1) / weight**0.5

@@ -98,7 +98,7 @@ def as_mass(value: MassLike, shape: Sequence[int], name: str) -> Mass:
     """
     shape = tuple(shape)
     if isinstance(value, Mass):
-        return value
+        return _checked(value, shape, name)
     if isinstance(value, tuple | list) and len(value) == 2:
         row, column = (torch.as_tensor(v) for v in value)
         if len(shape) != 2 or (*row.shape, *column.shape) != shape:
@@ -131,6 +131,17 @@ def as_mass(value: MassLike, shape: Sequence[int], name: str) -> Mass:
             "factor of low rank the metric is singular without it (try 1e-3)"
         )
     return Mass(scalar=number)
+
+
+def _checked(mass: Mass, shape: tuple[int, ...], name: str) -> Mass:
+    as_mass(mass.scalar, shape, name)
+    if mass.diagonal is not None:
+        as_mass(mass.diagonal, shape, name)
+    if (mass.row is None) != (mass.column is None):
+        raise MassError(f"mass of '{name}' has a row or a column; it needs both")
+    if mass.row is not None and mass.column is not None:
+        as_mass((mass.row, mass.column), shape, name)
+    return mass
 
 
 def _require_positive(value: Tensor, what: str) -> None:

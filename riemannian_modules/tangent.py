@@ -111,6 +111,6 @@ class TangentSpace:
         left, _, _ = torch.linalg.svd(images.mT)
         return left[:, : self.dim].mT.reshape(self.dim, *self.point.shape)
 
-    def double(self) -> "TangentSpace":
-        """Return the same space in float64."""
-        return TangentSpace(self.manifold, self.point.double(), self.mass, self.name)
+    def to(self, dtype: torch.dtype) -> "TangentSpace":
+        """Return the same space in another data type."""
+        return TangentSpace(self.manifold, self.point.to(dtype), self.mass, self.name)

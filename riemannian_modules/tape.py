@@ -26,6 +26,7 @@ class Use:
         input: its input, detached, ``(n, *positions, in)``.
         edge: where the layer's output enters the autograd graph.
         version: version counter of the input when it was used.
+        dtype: data type of its output, lower than the parameters' under autocast.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Use:
     input: Tensor
     edge: GradientEdge
     version: int
+    dtype: torch.dtype
 
     @property
     def label(self) -> str:
@@ -71,10 +73,22 @@ class Tape:
                 source = args[0] if args else next(iter(kwargs.values()))
                 edge = get_gradient_edge(output)
                 self.uses.append(
-                    Use(name, module, source.detach(), edge, source._version)
+                    Use(
+                        name,
+                        module,
+                        source.detach(),
+                        edge,
+                        source._version,
+                        output.dtype,
+                    )
                 )
 
         return remember
+
+    @property
+    def rounding(self) -> float:
+        """The unit of rounding of the least precise layer."""
+        return max(torch.finfo(use.dtype).eps for use in self.uses)
 
     def signature(self, outputs: Tensor, loss: Tensor | None) -> tuple[str, ...]:
         """Return what tells one graph from another: its layers and its two ends.

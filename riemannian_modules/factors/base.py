@@ -90,7 +90,7 @@ class MetricFactor(ABC):
         """
         rows = self.rows(0, self.rank).to(dtype)
         flat = rows.reshape(self.rank, -1)
-        return flat @ space.sharp(rows).reshape(self.rank, -1).mT
+        return flat @ space.to(dtype).sharp(rows).reshape(self.rank, -1).mT
 
     def to_dense(self) -> Tensor:
         """Return K as a matrix, shape ``(rank, p)``, entries of the parameter flat."""

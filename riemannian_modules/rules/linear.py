@@ -22,8 +22,10 @@ class LinearRule(Rule):
         Several uses are further positions: their factors add up, not their Gram
         matrices.
         """
-        x = _join([_positions(each, 1) for each in inputs], 1)
-        l = _join([_positions(each, 2) for each in cotangents], 2)
+        # Autocast computes the layer in another data type than its parameters'.
+        dtype = module.get_parameter("weight").dtype
+        x = _join([_positions(each, 1).to(dtype) for each in inputs], 1)
+        l = _join([_positions(each, 2).to(dtype) for each in cotangents], 2)
         factors: dict[str, MetricFactor] = {"weight": LinearFactor(x, l)}
         if module.bias is not None:
             factors["bias"] = BiasFactor(l)

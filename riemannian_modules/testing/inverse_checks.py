@@ -81,7 +81,10 @@ def inverse_laws(probe: MetricProbe) -> Iterator[CheckResult]:
     )
     yield CheckResult.at_most(
         "tangent",
-        max(relative_gap(p.space.project(x[p.name]), x[p.name]) for p in metric.parts),
+        max(
+            relative_gap(p.space.project(x[p.name].double()), x[p.name])
+            for p in probe.wide
+        ),
         probe.solved,
         "sharp(e) is tangent",
     )

@@ -21,7 +21,7 @@ from riemannian_modules.testing.inverse_checks import (
     inverse_laws,
     solution_laws,
 )
-from riemannian_modules.testing.metric_probe import MetricProbe, combine
+from riemannian_modules.testing.metric_probe import MetricProbe
 from riemannian_modules.testing.result import CheckResult
 
 __all__ = ["check_metric"]

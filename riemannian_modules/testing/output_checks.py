@@ -36,20 +36,20 @@ def _result(name: str, passed: bool, message: str) -> CheckResult:
     return CheckResult(name, passed, float(not passed), 0.0, message)
 
 
+def _kind(output: OutputMetric, outputs: Tensor) -> Iterator[CheckResult]:
+    rows = output.factor(outputs)
+    n, shape = outputs.shape[0], outputs.shape[1:]
+    found = rows.shape[:1] + rows.shape[2:]
+    fits = rows.ndim == outputs.ndim + 1 and found == (n, *shape)
+    yield _result("factor_shape", fits, "factor has the shape (n, r, *output)")
+    kept = (rows.dtype, rows.device) == (outputs.dtype, outputs.device)
+    yield _result("factor_kind", kept, "factor keeps dtype and device")
+
+
 def _factor(
     output: OutputMetric, outputs: Tensor, expected: Tensor | None, random: bool
 ) -> Iterator[CheckResult]:
     rows = output.factor(outputs)
-    n, shape = outputs.shape[0], outputs.shape[1:]
-    fits = rows.ndim == outputs.ndim + 1 and (rows.shape[0], rows.shape[2:]) == (
-        n,
-        shape,
-    )
-    yield _result("factor_shape", fits, "factor has the shape (n, r, *output)")
-    kept = (rows.dtype, rows.device) == (outputs.dtype, outputs.device)
-    yield _result("factor_kind", kept, "factor keeps dtype and device")
-    if not fits:
-        return
     if not random:
         single = torch.cat([output.factor(z.unsqueeze(0)) for z in outputs])
         yield CheckResult.at_most(
@@ -164,7 +164,8 @@ def check_output_metric(
 
     The findings are named ``factor_shape``, ``factor_kind``, ``factor_per_example``,
     ``factor_metric``, ``terms``, ``whiten_kind``, ``whiten_sum``, ``whiten_rows``,
-    ``sample_unbiased``, ``unchanged`` and ``meta``.
+    ``sample_unbiased``, ``unchanged`` and ``meta``. If one of the first two fails there
+    are no others.
 
     Args:
         output: the output metric under test.
@@ -190,7 +191,11 @@ def check_output_metric(
     cotangent = torch.empty_like(z).normal_(generator=generator)
     metric = expected(z) if callable(expected) else expected
     with torch.no_grad():
+        kind = list(_kind(output, z))
+        if not all(result.passed for result in kind):
+            return kind
         results = [
+            *kind,
             *_factor(output, z, metric, random),
             *_whiten(output, z, cotangent, random),
             *_manners(output, z, cotangent),
