@@ -95,9 +95,16 @@ def recorded_tape(tape: Tape | None, outputs: Tensor) -> Tape:
         The tape.
 
     Raises:
+        ShapeError: the outputs are not one tensor.
         EmptyBatchError: no examples.
         NotRecordedError: nothing was recorded, or without gradients.
     """
+    if not isinstance(outputs, Tensor):
+        raise ShapeError(
+            f"outputs are a {type(outputs).__name__}; hand on the one tensor that the "
+            "output metric measures (a model with several outputs needs one metric "
+            "for what its loss is computed from)"
+        )
     if outputs.ndim == 0 or outputs.shape[0] == 0:
         raise EmptyBatchError(
             f"outputs have shape {tuple(outputs.shape)}: a batch needs at least "

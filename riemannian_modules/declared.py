@@ -15,6 +15,7 @@ from riemannian_modules.errors import (
     MassError,
     NonFiniteError,
     NotOnManifoldError,
+    NotRecordedError,
 )
 from riemannian_modules.manifolds import MetricManifold, ensure_contract
 from riemannian_modules.mass import Mass, MassLike, as_mass
@@ -29,20 +30,37 @@ _EUCLIDEAN = geoopt.Euclidean()
 
 @dataclass
 class Declared:
-    """One parameter: name, tensor, base manifold, geoopt view and mass."""
+    """One parameter: name, tensor, base manifold, geoopt view and mass.
+
+    Attributes:
+        name: qualified name in the model.
+        tensor: the parameter.
+        manifold: base manifold.
+        view: its MetricManifold, if it has one.
+        mass: its mass from the next pull-back on.
+        model: the model that holds it.
+        verified: version counter of the value last seen on the manifold.
+        linearised: version counter of the value of the last backward pass.
+    """
 
     name: str
     tensor: Tensor
     manifold: geoopt.Manifold
     view: MetricManifold | None
     mass: Mass
-    owner: nn.Module
+    model: nn.Module
     verified: int = -1
+    linearised: int = -1
 
     @property
     def current(self) -> Tensor | None:
         """The tensor that the model holds under this name now."""
-        return self.owner._parameters.get(self.name.rpartition(".")[2])
+        path, _, attribute = self.name.rpartition(".")
+        try:
+            owner = self.model.get_submodule(path)
+        except AttributeError:
+            return None
+        return owner._parameters.get(attribute)
 
     def space(self) -> TangentSpace:
         """Return the tangent space at the current value."""
@@ -82,7 +100,7 @@ class DeclaredParameters:
                 ensure_contract(base, name),
                 view if isinstance(view, MetricManifold) else None,
                 masses[name],
-                model.get_submodule(name.rpartition(".")[0]),
+                model,
             )
         self._names = {id(d.tensor): name for name, d in self._by_name.items()}
         for declared in self:
@@ -162,6 +180,19 @@ class DeclaredParameters:
             if declared.tensor._version != declared.verified:
                 _check_value(declared)
                 declared.verified = declared.tensor._version
+
+    def require_unmoved(self) -> None:
+        """Check that the parameters are where the last backward pass saw them.
+
+        Raises:
+            NotRecordedError: one was written since; names it.
+        """
+        for declared in self:
+            if declared.tensor._version != declared.linearised:
+                raise NotRecordedError(
+                    f"parameter '{declared.name}' was changed after metric.backward, so "
+                    "its gradient belongs to another point; record and go backward anew"
+                )
 
 
 _REMEDY = (

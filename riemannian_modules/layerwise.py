@@ -309,6 +309,7 @@ class LayerwiseMetric:
             self._batched[signature] = found.batched
             self.passes += 1
             for declared in self.parameters:
+                declared.linearised = declared.tensor._version
                 declared.tensor.grad = found.gradient.get(declared.name)
 
     def _build_blocks(self, found: Linearization) -> None:

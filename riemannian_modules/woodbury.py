@@ -96,7 +96,8 @@ def push_through(K: Tensor, D: Tensor | float, y: Tensor) -> Tensor:
 
     >>> K = torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 1.0]], dtype=torch.float64)
     >>> D = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
-    >>> 31 * push_through(K, D, torch.tensor([1.0, -2.0], dtype=torch.float64))
+    >>> x = push_through(K, D, torch.tensor([1.0, -2.0], dtype=torch.float64))
+    >>> (31 * x).round(decimals=12)
     tensor([ 18., -19.,  -5.], dtype=torch.float64)
     """
     a = cholesky(capacitance(K, D)).solve(y)
@@ -119,7 +120,8 @@ def woodbury(
 
     >>> K = torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 1.0]], dtype=torch.float64)
     >>> D = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
-    >>> 31 * woodbury(K, D, torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64))
+    >>> x = woodbury(K, D, torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64))
+    >>> (31 * x).round(decimals=12)
     tensor([10., 17., 11.], dtype=torch.float64)
     """
     S = cholesky(capacitance(K, D))
@@ -140,7 +142,7 @@ def primal(K: Tensor, D: Tensor | float, g: Tensor) -> Tensor:
     Implements :eq:`primal`. Cost O(r p^2 + p^3): right when r >= p.
 
     >>> K = torch.tensor([[1.0], [2.0]], dtype=torch.float64)
-    >>> primal(K, 1.0, torch.tensor([6.0], dtype=torch.float64))
+    >>> primal(K, 1.0, torch.tensor([6.0], dtype=torch.float64)).round(decimals=12)
     tensor([1.], dtype=torch.float64)
     """
     G = K.mT @ K

@@ -38,8 +38,9 @@ def _skew(a: Tensor) -> Tensor:
 
 def _orthonormalise(a: Tensor) -> Tensor:
     """Return the Q of the QR decomposition whose R has a positive diagonal."""
-    q, r = torch.linalg.qr(a)
-    signed: Tensor = q * _signs(r).unsqueeze(-2)
+    # There is no QR in half precision.
+    q, r = torch.linalg.qr(a.to(torch.promote_types(a.dtype, torch.float32)))
+    signed: Tensor = (q * _signs(r).unsqueeze(-2)).to(a.dtype)
     return signed
 
 

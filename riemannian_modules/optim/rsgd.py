@@ -158,6 +158,7 @@ class RiemannianSGD(torch.optim.Optimizer):
                 "loss.backward() alone does not renew the metric"
             )
         self.metric.parameters.verify()
+        self.metric.parameters.require_unmoved()
         with torch.no_grad():
             self._step()
         self._stepped = self.metric.passes

@@ -109,30 +109,30 @@ def inverse_laws(probe: MetricProbe) -> Iterator[CheckResult]:
 def solution_laws(probe: MetricProbe) -> Iterator[CheckResult]:
     """Yield the findings about ``solve``."""
     metric, e, y = probe.metric, probe.covectors(), probe.draw(probe.metric.rank)
-    dtype = metric.parts[0].space.point.dtype
-    tolerances = {"covector": probe.solved, "residual": probe.pushed}
-    for given, tolerance in tolerances.items():
-        solution = (
-            metric.solve(covector=e)
-            if given == "covector"
-            else metric.solve(residual=y.to(dtype))
-        )
+    z = y.to(metric.parts[0].space.point)
+    left = float((y - probe.image(probe.push(y))).norm())
+    root = math.sqrt(probe.amp - 1.0)
+    # A residual is split into K x and what is left: both are accurate relative to it.
+    cases = {
+        "covector": (metric.solve(covector=e), probe.sharp(e), 0.0, 0.0, probe.solved),
+        "residual": (
+            metric.solve(residual=z),
+            probe.push(y),
+            root * left,
+            float(y.norm()),
+            probe.pushed,
+        ),
+    }
+    for given, (solution, reference, slack, whole, tolerance) in cases.items():
         x, c = solution.vectors, solution.velocity.double()
-        reference = probe.sharp(e) if given == "covector" else probe.push(y)
-        scale = probe.size(reference)
-        if given == "residual":
-            left = y - probe.image(reference)
-            scale += math.sqrt(probe.amp - 1.0) * float(left.norm())
+        scale = probe.size(reference) + slack
         yield CheckResult.at_most(
             f"solve_{given}",
             probe.gap(x, reference, scale if scale > 0.0 else None),
             tolerance,
             "solve returns the x with g(x, .) = K^T y + e",
         )
-        # A residual is split into K x and what is left, so K x is accurate relative
-        # to the residual.
-        whole = float(y.norm()) if given == "residual" else 0.0
-        speed = whole + math.sqrt(probe.amp - 1.0) * probe.size(x)
+        speed = whole + root * probe.size(x)
         yield CheckResult.at_most(
             f"velocity_{given}",
             relative_gap(c, probe.image(x), speed if speed > 0.0 else None),
@@ -146,7 +146,7 @@ def solution_laws(probe: MetricProbe) -> Iterator[CheckResult]:
             probe.solved,
             "squared_norm = g(x, x)",
         )
-    both = metric.solve(residual=y.to(dtype), covector=e)
+    both = metric.solve(residual=z, covector=e)
     total = probe.sharp(combine(1.0, probe.pull(y), 1.0, e))
     scale = probe.size(probe.sharp(e)) + probe.size(total)
     yield CheckResult.at_most(

@@ -4,7 +4,12 @@ Ranges are arguments. Numbers come from a drawn seed rather than one by one, so 
 points are generic and well conditioned by construction: nothing is filtered out, and
 a failure shrinks in its shapes, kinds and ranges. Needs the extra ``testing``.
 
->>> metric = layer_metrics(max_rank=3).example()  # doctest: +SKIP
+>>> from hypothesis import given, settings
+>>> @settings(max_examples=5, database=None)
+... @given(metric=layer_metrics(max_rank=3, dtype=torch.float64))
+... def condition_is_at_least_one(metric):
+...     assert metric.condition() >= 1.0
+>>> condition_is_at_least_one()
 """
 
 import math

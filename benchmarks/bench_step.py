@@ -1,0 +1,72 @@
+"""The cost of a step as a ratio to a step of Adam.
+
+python -m benchmarks.bench_step              prints the table
+python -m pytest benchmarks -o addopts=      checks the ratios against the bounds
+"""
+
+import argparse
+
+import pytest
+import torch
+
+from benchmarks.models import (
+    BATCH,
+    METHODS,
+    SIZES,
+    THREADS,
+    interleaved,
+    training_step,
+)
+
+# Ratios to Adam that a step must stay below.
+BOUNDS = {
+    "small": {"sampled": 2.2, "exact layer": 20.0},
+    "large": {"sampled": 1.7, "exact layer": 8.0},
+}
+
+
+def ratios(network: str, rounds: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the median seconds of every method, and their ratios to Adam's."""
+    steps = {name: training_step(name, SIZES[network]) for name in METHODS}
+    seconds = interleaved(steps, rounds)
+    return seconds, {name: seconds[name] / seconds["adam"] for name in METHODS}
+
+
+def table(results: dict[str, tuple[dict[str, float], dict[str, float]]]) -> str:
+    """Return the results as a Markdown table."""
+    names = ["-".join(map(str, SIZES[network])) for network in results]
+    lines = ["| step | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for method in METHODS:
+        cells = [
+            f"{ratio[method]:.1f} ({1e3 * seconds[method]:.1f} ms)"
+            for seconds, ratio in results.values()
+        ]
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("network", SIZES)
+def test_ratio(network: str, benchmark) -> None:
+    rounds = 20 if network == "small" else 8
+    _, ratio = ratios(network, rounds)
+    benchmark.extra_info.update(ratio)
+    step = training_step("exact layer", SIZES[network])
+    benchmark.pedantic(step, rounds=5, warmup_rounds=1)
+    for method, bound in BOUNDS[network].items():
+        assert ratio[method] <= bound, (method, ratio)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument(
+        "--networks", nargs="+", choices=list(SIZES), default=list(SIZES)
+    )
+    options = parser.parse_args()
+    torch.set_num_threads(THREADS)
+    print(f"batch {BATCH}, float32, {THREADS} threads, medians of {options.rounds}\n")
+    print(table({name: ratios(name, options.rounds) for name in options.networks}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""The networks and the training steps whose cost is compared."""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from statistics import median
+from time import perf_counter
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import riemannian_modules as rm
+
+THREADS = 2
+BATCH = 128
+SIZES = {"small": (64, 256, 256, 10), "large": (784, 1024, 1024, 10)}
+METHODS = ("adam", "sampled", "exact model", "exact layer")
+
+Step = Callable[[], None]
+
+
+def mlp(sizes: Sequence[int]) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for before, after in pairwise(sizes[:-1]):
+        layers += [nn.Linear(before, after), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(*sizes[-2:]))
+
+
+def batch(sizes: Sequence[int], examples: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(examples, sizes[0], generator=generator)
+    return x, torch.randint(sizes[-1], (examples,), generator=generator)
+
+
+def training_step(method: str, sizes: Sequence[int], examples: int = BATCH) -> Step:
+    """Return one step of a method: forward, backward and update, float32.
+
+    The step length is tiny, so that the thousandth step meets the same problem as
+    the first.
+    """
+    torch.manual_seed(0)
+    model, (x, y) = mlp(sizes), batch(sizes, examples)
+    if method == "adam":
+        adam = torch.optim.Adam(model.parameters(), lr=1e-6)
+
+        def plain() -> None:
+            adam.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            adam.step()
+
+        return plain
+
+    output: rm.output.OutputMetric = rm.output.Categorical()
+    if method == "sampled":
+        output = rm.output.Sampled(output, probes=1)
+    blocks = "model" if method == "exact model" else "layer"
+    metric = rm.LayerwiseMetric(model, output=output, mass=1e-2, blocks=blocks)
+    optimizer = rm.optim.RiemannianSGD(metric, lr=1e-6)
+
+    def layered() -> None:
+        with metric.record():
+            logits = model(x)
+        metric.backward(F.cross_entropy(logits, y), logits)
+        optimizer.step()
+
+    return layered
+
+
+def interleaved(steps: dict[str, Step], rounds: int) -> dict[str, float]:
+    """Return the median seconds of every step, one of each a round.
+
+    What else the machine does then hits all of them alike.
+    """
+    for step in steps.values():
+        step(), step()
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            start = perf_counter()
+            step()
+            seconds[name].append(perf_counter() - start)
+    return {name: median(values) for name, values in seconds.items()}
+
+
+def slope(sizes: Sequence[float], values: Sequence[float]) -> float:
+    """Return the least-squares slope of log(values) against log(sizes)."""
+    x = torch.tensor(sizes, dtype=torch.float64).log()
+    y = torch.tensor(values, dtype=torch.float64).log()
+    x, y = x - x.mean(), y - y.mean()
+    return float((x * y).sum() / (x * x).sum())

@@ -1,0 +1,767 @@
+"""The geometry of a model: its blocks, its reverse pass and what may be recorded."""
+
+import copy
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import geoopt
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import riemannian_modules as rm
+from riemannian_modules import layerwise
+from riemannian_modules.testing.reference import (
+    dense_factor,
+    dense_natural_gradient,
+)
+
+X = torch.randn(7, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+TARGET = torch.tensor([0, 1, 2, 0, 1, 2, 1])
+
+
+def cross_entropy(outputs: Tensor) -> Tensor:
+    return F.cross_entropy(outputs, TARGET)
+
+
+def chain(activation: nn.Module | None = None) -> nn.Sequential:
+    return rm.nn.Sequential(
+        rm.nn.Linear(5, 4, manifold=rm.manifolds.Stiefel()),
+        activation or nn.Tanh(),
+        nn.Linear(4, 3),
+    )
+
+
+def layer_metric(model: nn.Module, **options: Any) -> rm.LayerwiseMetric:
+    options = {"output": rm.output.Categorical(), "mass": 0.1, **options}
+    return rm.LayerwiseMetric(model, **options)
+
+
+def backward(metric: rm.LayerwiseMetric, x: Tensor = X) -> Tensor:
+    with metric.record():
+        outputs = metric.model(x)
+    loss = cross_entropy(outputs)
+    metric.backward(loss, outputs)
+    return loss.detach()
+
+
+def assert_close(one: dict[str, Tensor], other: dict[str, Tensor], tol: float) -> None:
+    assert sorted(one) == sorted(other)
+    for name, value in one.items():
+        torch.testing.assert_close(value, other[name], rtol=tol, atol=tol)
+
+
+# --- which way the reverse pass takes
+
+
+class NoBatching(torch.autograd.Function):
+    """tanh, without a rule for vmap."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = x.tanh()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        # A host copy: no tensor of vmap can go through numpy.
+        slope = torch.from_numpy(1.0 - y.numpy() ** 2)
+        return torch.from_numpy(gradient.numpy() * slope.numpy())
+
+
+class Unbatched(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return NoBatching.apply(x)
+
+
+@contextmanager
+def spied(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[bool | None, bool]]]:
+    """Collect (asked for, found) of every reverse pass."""
+    ways: list[tuple[bool | None, bool]] = []
+    linearize = layerwise.linearize
+
+    def spy(*args: Any, **options: Any) -> Any:
+        found = linearize(*args, **options)
+        ways.append((options["batched"], found.batched))
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(layerwise, "linearize", spy)
+        yield ways
+
+
+def compiled_tanh() -> nn.Module:
+    return torch.compile(nn.Tanh(), backend="aot_eager")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("blocks", ["tensor", "layer", "model"])
+@pytest.mark.parametrize(
+    ("make", "ways"),
+    [(Unbatched, {False}), (compiled_tanh, {False, True})],
+    ids=["no vmap rule", "compiled"],
+)
+def test_every_way_back_finds_the_same(
+    make: Any, ways: set[bool], blocks: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = chain()
+    looped = copy.deepcopy(plain)
+    looped[1] = make()
+    found = []
+    # Which way a compiled graph takes is its backend's affair: this one may batch.
+    for model, allowed in ((plain, {True}), (looped, ways)):
+        metric = layer_metric(model, blocks=blocks)
+        with spied(monkeypatch) as taken:
+            for _ in range(3):
+                backward(metric)
+        batched = taken[0][1]
+        assert batched in allowed
+        assert taken == [(None, batched), (batched, batched), (batched, batched)]
+        gradient = {n: p.grad for n, p in model.named_parameters()}
+        found.append((metric.natural_gradient(), gradient))
+    assert_close(found[1][0], found[0][0], 1e-12)
+    assert_close(found[1][1], found[0][1], 1e-13)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_loop_takes_a_training_step() -> None:
+    model = chain(Unbatched())
+    metric = layer_metric(model)
+    optimizer = rm.optim.RiemannianSGD(metric, lr=0.3, momentum=0.5)
+    losses = []
+    for _ in range(5):
+        losses.append(float(backward(metric)))
+        optimizer.step()
+    assert losses[-1] < losses[0]
+
+
+def test_a_graph_of_another_shape_is_looked_at_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Sometimes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(5, 5)
+            self.last = nn.Linear(5, 3)
+            self.twice = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x).tanh()
+            return self.last(self.first(x).tanh() if self.twice else x)
+
+    model = Sometimes()
+    metric = layer_metric(model)
+    with spied(monkeypatch) as ways:
+        for model.twice in (False, True, False, True):
+            backward(metric)
+            expected = dense_natural_gradient(
+                model, rm.output.Categorical(), X, cross_entropy, mass=0.1
+            )
+            assert_close(metric.natural_gradient(), expected, 1e-10)
+    assert [asked for asked, _ in ways] == [None, None, True, True]
+
+
+# --- blocks
+
+
+def names_of(metric: rm.LayerwiseMetric) -> dict[str, list[str]]:
+    return {
+        name: [part.name for part in block.parts]
+        for name, block in metric.blocks.items()
+    }
+
+
+GROUPS = {
+    "tensor": {name: [name] for name in ("0.weight", "0.bias", "2.weight", "2.bias")},
+    "layer": {"0": ["0.weight", "0.bias"], "2": ["2.weight", "2.bias"]},
+    "model": {"model": ["0.weight", "0.bias", "2.weight", "2.bias"]},
+}
+
+
+@pytest.mark.parametrize("blocks", GROUPS)
+def test_blocks_group_the_parameters(blocks: str) -> None:
+    metric = layer_metric(chain(), blocks=blocks)
+    assert metric.blocks == {}
+    backward(metric)
+    assert names_of(metric) == GROUPS[blocks]
+    for name, block in metric.blocks.items():
+        assert block.name == name
+        assert block.rank == 14
+        assert block.version == 1
+
+
+@pytest.mark.parametrize("blocks", GROUPS)
+def test_a_model_that_is_one_layer(blocks: str) -> None:
+    model = nn.Linear(5, 3)
+    metric = layer_metric(model, blocks=blocks)
+    backward(metric)
+    expected = {"tensor": ["weight", "bias"]}.get(blocks, ["model"])
+    assert list(metric.blocks) == expected
+    dense = dense_natural_gradient(
+        model, rm.output.Categorical(), X, cross_entropy, mass=0.1, blocks=blocks
+    )
+    assert_close(metric.natural_gradient(), dense, 1e-11)
+
+
+def test_layers_of_nested_modules_have_qualified_names() -> None:
+    model = nn.Sequential(
+        nn.ModuleDict({"a": nn.Linear(5, 4)})["a"],
+        nn.Sequential(nn.Tanh(), nn.Linear(4, 3, bias=False)),
+    )
+    metric = layer_metric(model)
+    backward(metric)
+    assert names_of(metric) == {"0": ["0.weight", "0.bias"], "1.1": ["1.1.weight"]}
+
+
+def test_a_shared_layer_is_one_parameter() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.step = nn.Linear(5, 5)
+            self.head = nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(3):
+                x = self.step(x).tanh()
+            return self.head(x)
+
+    model = Recurrent()
+    metric = layer_metric(model)
+    backward(metric)
+    expected = dense_natural_gradient(
+        model, rm.output.Categorical(), X, cross_entropy, mass=0.1
+    )
+    assert_close(metric.natural_gradient(), expected, 1e-10)
+
+
+def test_a_tied_weight_adds_its_factors() -> None:
+    model = nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5))
+    model[2].weight = model[0].weight
+    metric = rm.LayerwiseMetric(model, output=rm.output.Euclidean(), mass=0.1)
+    with metric.record():
+        outputs = model(X)
+    metric.backward(outputs.square().mean(), outputs)
+    expected = dense_natural_gradient(
+        model, rm.output.Euclidean(), X, lambda z: z.square().mean(), mass=0.1
+    )
+    assert names_of(metric) == {"0": ["0.weight", "0.bias"], "2": ["2.bias"]}
+    assert_close(metric.natural_gradient(), expected, 1e-10)
+
+
+# --- versions
+
+
+def test_versions_count_the_pull_backs() -> None:
+    model = chain()
+    metric = layer_metric(model)
+    assert (metric.version, metric.passes) == (0, 0)
+    for count in (1, 2):
+        backward(metric)
+        assert (metric.version, metric.passes) == (count, count)
+        assert {block.version for block in metric.blocks.values()} == {count}
+        assert model[0].weight.manifold.metric.version == count
+    with metric.record():
+        outputs = model(X)
+    metric.pull_back(outputs)
+    assert (metric.version, metric.passes) == (3, 2)
+
+
+def test_the_views_hold_the_metric_of_their_tensor() -> None:
+    model = chain()
+    metric = layer_metric(model, blocks="model")
+    backward(metric)
+    separate = layer_metric(copy.deepcopy(model), blocks="tensor")
+    backward(separate)
+    view = model[0].weight.manifold.metric
+    expected = separate.blocks["0.weight"]
+    torch.testing.assert_close(view.to_dense(), expected.to_dense(), rtol=1e-13, atol=0)
+
+
+def test_the_representation_names_blocks_and_ranks() -> None:
+    metric = layer_metric(chain())
+    assert "version 0" in repr(metric)
+    assert "Categorical()" in repr(metric)
+    backward(metric)
+    lines = repr(metric).splitlines()
+    assert "version 1" in lines[0]
+    assert len(lines) == 3
+    assert "0.weight, 0.bias" in lines[1]
+    assert "rank 14" in lines[1]
+
+
+# --- batches
+
+
+@pytest.mark.parametrize("blocks", GROUPS)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_reductions(reduction: str, blocks: str) -> None:
+    model = chain()
+
+    def loss(outputs: Tensor) -> Tensor:
+        return F.cross_entropy(outputs, TARGET, reduction=reduction)
+
+    metric = layer_metric(model, reduction=reduction, blocks=blocks)
+    with metric.record():
+        outputs = model(X)
+    metric.backward(loss(outputs), outputs)
+    expected = dense_natural_gradient(
+        model,
+        rm.output.Categorical(),
+        X,
+        loss,
+        mass=0.1,
+        blocks=blocks,
+        reduction=reduction,
+    )
+    assert_close(metric.natural_gradient(), expected, 1e-10)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_duplicating_the_batch(reduction: str) -> None:
+    model = chain()
+    found = []
+    for copies in (1, 3):
+        metric = layer_metric(model, reduction=reduction)
+        with metric.record():
+            outputs = model(X.repeat(copies, 1))
+        loss = F.cross_entropy(outputs, TARGET.repeat(copies), reduction=reduction)
+        metric.backward(loss, outputs)
+        found.append(metric.natural_gradient())
+    if reduction == "mean":
+        assert_close(found[0], found[1], 1e-11)
+    else:
+        gap = max(float((found[0][n] - v).norm()) for n, v in found[1].items())
+        assert gap > 1e-2
+
+
+def test_a_sum_is_a_mean_with_a_smaller_mass() -> None:
+    model = chain()
+    found = []
+    for reduction, mass in (("mean", 0.1), ("sum", 0.7)):
+        metric = layer_metric(model, reduction=reduction, mass=mass)
+        with metric.record():
+            outputs = model(X)
+        loss = F.cross_entropy(outputs, TARGET, reduction=reduction)
+        metric.backward(loss, outputs)
+        found.append(metric.natural_gradient())
+    assert_close(found[0], found[1], 1e-12)
+
+
+@pytest.mark.parametrize("blocks", GROUPS)
+def test_a_mean_over_positions(blocks: str) -> None:
+    model = chain()
+    x = torch.randn(4, 3, 5)
+    target = torch.randint(3, (4, 3))
+
+    def loss(outputs: Tensor) -> Tensor:
+        return F.cross_entropy(outputs.movedim(-1, 1), target)
+
+    metric = layer_metric(model, blocks=blocks)
+    with metric.record():
+        outputs = model(x)
+    metric.backward(loss(outputs), outputs)
+    assert {block.rank for block in metric.blocks.values()} == {4 * 3 * 2}
+    expected = dense_natural_gradient(
+        model, rm.output.Categorical(), x, loss, mass=0.1, blocks=blocks
+    )
+    assert_close(metric.natural_gradient(), expected, 1e-10)
+    # Positions that do not interact are examples like any other.
+    flat = layer_metric(model, blocks=blocks)
+    with flat.record():
+        outputs = model(x.flatten(0, 1))
+    flat.backward(F.cross_entropy(outputs, target.flatten()), outputs)
+    assert_close(metric.natural_gradient(), flat.natural_gradient(), 1e-11)
+
+
+# --- masses
+
+
+def masses_of(metric: rm.LayerwiseMetric) -> dict[str, float]:
+    return {declared.name: declared.mass.scalar for declared in metric.parameters}
+
+
+def test_masses_by_name_and_pattern() -> None:
+    masses = {"0.*": 1.0, "2.weight": 2.0, "*.bias": 3.0}
+    metric = layer_metric(chain(), mass=masses)
+    expected = {"0.weight": 1.0, "0.bias": 1.0, "2.weight": 2.0, "2.bias": 3.0}
+    assert masses_of(metric) == expected
+
+
+def test_a_name_wins_over_a_pattern() -> None:
+    metric = layer_metric(chain(), mass={"*": 1.0, "2.weight": 2.0, "0.*": 7.0})
+    assert masses_of(metric)["2.weight"] == 2.0
+    assert masses_of(metric)["0.weight"] == 1.0
+
+
+@pytest.mark.parametrize("blocks", GROUPS)
+def test_masses_of_every_kind(blocks: str) -> None:
+    model = chain()
+    masses = {
+        "0.weight": 0.3,
+        "2.weight": (torch.rand(3) + 0.5, torch.rand(4) + 0.5),
+        "2.bias": torch.rand(3) + 0.5,
+        "*": torch.tensor(2.0),
+    }
+    metric = layer_metric(model, mass=masses, blocks=blocks)
+    backward(metric)
+    expected = dense_natural_gradient(
+        model, rm.output.Categorical(), X, cross_entropy, mass=masses, blocks=blocks
+    )
+    assert_close(metric.natural_gradient(), expected, 1e-10)
+
+
+def test_a_set_mass_counts_from_the_next_pass_on() -> None:
+    model = chain()
+    metric = layer_metric(model, mass=0.1)
+    backward(metric)
+    before = metric.natural_gradient()
+    metric.set_mass({"*.weight": 1.0, "*.bias": 2.0})
+    assert_close(metric.natural_gradient(), before, 0.0)
+    backward(metric)
+    fresh = layer_metric(model, mass={"*.weight": 1.0, "*.bias": 2.0})
+    backward(fresh)
+    assert_close(metric.natural_gradient(), fresh.natural_gradient(), 0.0)
+
+
+# --- copies
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_a_copy_of_the_model_keeps_manifolds_and_drops_factors(how: str) -> None:
+    model = chain()
+    metric = layer_metric(model)
+    backward(metric)
+    assert model[0].weight.manifold.metric is not None
+    twin = copy.deepcopy(model) if how == "deepcopy" else None
+    twin = pickle.loads(pickle.dumps(model)) if twin is None else twin
+    weight = twin[0].weight
+    assert isinstance(weight, geoopt.ManifoldParameter)
+    assert isinstance(weight.manifold.base, rm.manifolds.Stiefel)
+    assert weight.manifold.metric is None
+    assert model[0].weight.manifold.metric is not None
+    other = layer_metric(twin)
+    backward(other)
+    assert_close(other.natural_gradient(), metric.natural_gradient(), 0.0)
+
+
+# --- what is recorded
+
+
+def test_the_last_of_two_scopes_counts() -> None:
+    model = chain()
+    metric, fresh = layer_metric(model), layer_metric(model)
+    with metric.record():
+        first = model(2.0 * X)
+    with metric.record():
+        second = model(X)
+    with pytest.raises(rm.errors.NotRecordedError):
+        metric.backward(cross_entropy(first), first)
+    metric.backward(cross_entropy(second), second)
+    backward(fresh)
+    assert_close(metric.natural_gradient(), fresh.natural_gradient(), 0.0)
+
+
+def test_a_scope_that_failed_leaves_no_hooks() -> None:
+    model = chain()
+    metric = layer_metric(model)
+    with pytest.raises(RuntimeError, match="shapes"), metric.record():
+        model(X[:, :2])
+    assert not any(module._forward_hooks for module in model.modules())
+    backward(metric)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_several_calls_in_a_scope() -> None:
+    model = chain()
+    metric = layer_metric(model)
+    with metric.record():
+        both = model(X) + model(2.0 * X)
+    metric.backward(cross_entropy(both), both)
+
+    class Twice(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x) + self.inner(2.0 * x)
+
+    whole = layer_metric(Twice(model))
+    backward(whole)
+    found = {f"inner.{n}": v for n, v in metric.natural_gradient().items()}
+    assert_close(found, whole.natural_gradient(), 0.0)
+
+
+def test_a_call_that_the_loss_does_not_see_is_ignored() -> None:
+    model = chain()
+    metric, fresh = layer_metric(model), layer_metric(model)
+    with metric.record():
+        model(3.0 * X)
+        outputs = model(X)
+    metric.backward(cross_entropy(outputs), outputs)
+    backward(fresh)
+    assert_close(metric.natural_gradient(), fresh.natural_gradient(), 0.0)
+
+
+def test_inputs_may_be_passed_by_name() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(input=x)
+
+    model = Named()
+    metric = layer_metric(model)
+    backward(metric)
+    expected = dense_natural_gradient(
+        model, rm.output.Categorical(), X, cross_entropy, mass=0.1
+    )
+    assert_close(metric.natural_gradient(), expected, 1e-11)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: nn.ReLU(inplace=True), lambda: nn.ELU(inplace=True)],
+    ids=["ReLU", "ELU"],
+)
+def test_activations_in_place(make: Any) -> None:
+    model = chain(make())
+    metric = layer_metric(model)
+    backward(metric)
+    twin = copy.deepcopy(model)
+    twin[1].inplace = False
+    expected = dense_natural_gradient(
+        twin, rm.output.Categorical(), X, cross_entropy, mass=0.1
+    )
+    assert_close(metric.natural_gradient(), expected, 1e-10)
+
+
+def test_dropout_keeps_its_mask_in_the_metric() -> None:
+    model = chain(nn.Dropout(0.5))
+    metric = layer_metric(model)
+    torch.manual_seed(3)
+    backward(metric)
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(3)
+            self.mask = F.dropout(torch.ones(7, 4), 0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.mask
+
+    twin = copy.deepcopy(model)
+    twin[1] = Masked()
+    expected = dense_natural_gradient(
+        twin, rm.output.Categorical(), X, cross_entropy, mass=0.1
+    )
+    assert_close(metric.natural_gradient(), expected, 1e-10)
+
+
+class Partly(nn.Module):
+    """A model with a layer that is never called and one without an effect."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used = nn.Linear(5, 3)
+        self.unused = nn.Linear(5, 3)
+        self.detached = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.used(x) + self.detached(x).detach()
+
+
+def test_layers_without_an_effect_stay() -> None:
+    model = Partly()
+    metric = layer_metric(model)
+    optimizer = rm.optim.RiemannianSGD(metric, lr=0.1, momentum=0.5, weight_decay=0.1)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    for _ in range(2):
+        backward(metric)
+        optimizer.step()
+    assert list(metric.blocks) == ["used"]
+    assert sorted(metric.natural_gradient()) == ["used.bias", "used.weight"]
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]) != name.startswith("used")
+        assert (p.grad is None) != name.startswith("used")
+
+
+def test_a_layer_that_drops_out_loses_its_gradient() -> None:
+    class Sometimes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(5, 3), nn.Linear(5, 3)
+            self.both = True
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.first(x) + self.second(x) if self.both else self.first(x)
+
+    model = Sometimes()
+    metric = layer_metric(model)
+    backward(metric)
+    assert model.second.weight.grad is not None
+    model.both = False
+    backward(metric)
+    assert model.second.weight.grad is None
+    assert list(metric.blocks) == ["first"]
+
+
+@pytest.mark.parametrize("parts", [("weight", "bias"), ("weight",), ("bias",)])
+@pytest.mark.parametrize("blocks", GROUPS)
+def test_a_frozen_layer_in_the_middle(blocks: str, parts: tuple[str, ...]) -> None:
+    model = nn.Sequential(
+        nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)
+    )
+    for part in parts:
+        getattr(model[2], part).requires_grad_(False)
+    metric = layer_metric(model, blocks=blocks)
+    optimizer = rm.optim.RiemannianSGD(metric, lr=0.1)
+    backward(metric)
+    frozen = {f"2.{part}" for part in parts}
+    names = {n for n, _ in model.named_parameters()} - frozen
+    assert set(metric.natural_gradient()) == names
+    reference = dense_of_trainable(model, names, blocks)
+    assert_close(metric.natural_gradient(), reference, 1e-10)
+    before = {n: model.get_parameter(n).detach().clone() for n in frozen}
+    optimizer.step()
+    for name, value in before.items():
+        assert torch.equal(model.get_parameter(name), value)
+        assert model.get_parameter(name).grad is None
+
+
+def dense_of_trainable(
+    model: nn.Module, names: set[str], blocks: str
+) -> dict[str, Tensor]:
+    K = dense_factor(model, rm.output.Categorical(), X)
+    tensors = {n: p for n, p in model.named_parameters() if n in names}
+    grads = torch.autograd.grad(cross_entropy(model(X)), list(tensors.values()))
+    result = {}
+    groups: dict[str, list[str]] = {}
+    for name in tensors:
+        key = {"tensor": name, "layer": name.split(".")[0], "model": ""}[blocks]
+        groups.setdefault(key, []).append(name)
+    gradient = dict(zip(tensors, grads, strict=True))
+    for members in groups.values():
+        stacked = torch.cat([K[n] for n in members], 1)
+        G = stacked.mT @ stacked + 0.1 * torch.eye(stacked.shape[1])
+        flat = torch.cat([gradient[n].flatten() for n in members])
+        sizes = [tensors[n].numel() for n in members]
+        pieces = torch.linalg.solve(G, flat).split(sizes)
+        for name, piece in zip(members, pieces, strict=True):
+            result[name] = piece.view_as(tensors[name])
+    return result
+
+
+def test_the_gradient_is_autograd_s_and_replaces_the_old_one() -> None:
+    model = chain()
+    metric = layer_metric(model)
+    for _ in range(2):
+        backward(metric)
+    expected = torch.autograd.grad(cross_entropy(model(X)), list(model.parameters()))
+    for p, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, gradient, rtol=1e-12, atol=1e-14)
+
+
+def test_backward_keeps_no_graph() -> None:
+    metric = layer_metric(chain())
+    backward(metric)
+    with metric.record():
+        outputs = metric.model(X)
+    loss = cross_entropy(outputs)
+    metric.backward(loss, outputs)
+    for tensor in metric.natural_gradient().values():
+        assert not tensor.requires_grad
+    for p in metric.model.parameters():
+        assert p.grad is not None
+        assert not p.grad.requires_grad
+
+
+# --- memory
+
+
+class LargestAllocation(TorchDispatchMode):
+    """Remembers the largest storage that any operation returns, in entries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+        self.where = ""
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, Tensor):
+                entries = tensor.untyped_storage().nbytes() // tensor.element_size()
+                if entries > self.largest:
+                    self.largest, self.where = entries, str(function)
+        return result
+
+
+@pytest.mark.parametrize("change", ["no", "clipped", "momentum"])
+@pytest.mark.parametrize("blocks", GROUPS)
+@pytest.mark.parametrize(
+    "manifold",
+    [
+        rm.manifolds.Euclidean(),
+        rm.manifolds.Stiefel(),
+        rm.manifolds.CanonicalStiefel(),
+        rm.manifolds.Sphere(),
+        rm.manifolds.SPD(),
+    ],
+    ids=lambda m: m.name,
+)
+def test_k_of_a_linear_layer_is_never_formed(
+    manifold: geoopt.Manifold, blocks: str, change: str
+) -> None:
+    width, n, classes = 48, 16, 4
+    rank, p = n * (classes - 1), width * width
+    model = rm.nn.Sequential(
+        rm.nn.Linear(width, width, manifold=manifold),
+        nn.Tanh(),
+        nn.Linear(width, classes),
+    )
+    metric = layer_metric(model, blocks=blocks)
+    momentum = 0.9 if change == "momentum" else 0.0
+    optimizer = rm.optim.RiemannianSGD(metric, lr=0.1, momentum=momentum)
+    x = torch.randn(n, width)
+    for _ in range(2):
+        with LargestAllocation() as watched:
+            with metric.record():
+                outputs = model(x)
+            metric.backward(outputs.square().mean(), outputs)
+            if change == "clipped":
+                nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+            optimizer.step()
+    assert metric.blocks[next(iter(metric.blocks))].rank == rank
+    bound = rank * p / 4
+    assert rank**2 < bound / 10
+    assert p <= watched.largest < bound, f"{watched.largest} in {watched.where}"
+
+
+def test_the_watch_sees_a_dense_factor() -> None:
+    rows = torch.randn(48, 48, 48)
+    with LargestAllocation() as watched:
+        rm.factors.DenseFactor(2.0 * rows)
+    assert watched.largest == 48**3
+
+
+def test_a_step_leaves_no_activations_behind_in_the_model() -> None:
+    model = chain()
+    metric = layer_metric(model)
+    backward(metric)
+    model[0].weight.manifold.release()
+    assert model[0].weight.manifold.metric is None
+    backward(metric)
+    assert model[0].weight.manifold.metric is not None

@@ -1,0 +1,237 @@
+"""What float32 and bfloat16 cost: the push-through form keeps its digits."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import riemannian_modules as rm
+
+MASSES = [1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6]
+Digits = tuple[nn.Module, Tensor, Tensor]
+
+
+@pytest.fixture(scope="module")
+def digits() -> Digits:
+    """A float32 MLP on scikit-learn's digits after 30 steps of Adam, and a batch."""
+    datasets = pytest.importorskip("sklearn.datasets")
+    data = datasets.load_digits()
+    x = torch.tensor(data.data / 16.0, dtype=torch.float32)
+    y = torch.tensor(data.target)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Linear(64, 64, dtype=torch.float32),
+            nn.Tanh(),
+            nn.Linear(64, 64, dtype=torch.float32),
+            nn.Tanh(),
+            nn.Linear(64, 10, dtype=torch.float32),
+        )
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for start in range(0, 30 * 32, 32):
+        optimizer.zero_grad()
+        batch = slice(start, start + 32)
+        F.cross_entropy(model(x[batch]), y[batch]).backward()
+        optimizer.step()
+    return model, x[1000:1032], y[1000:1032]
+
+
+def pulled_back(digits: Digits, dtype: torch.dtype, **options: Any) -> Any:
+    model, x, y = digits
+    metric = rm.LayerwiseMetric(
+        copy.deepcopy(model).to(dtype), output=rm.output.Categorical(), **options
+    )
+    with metric.record():
+        logits = metric.model(x.to(dtype))
+    metric.backward(F.cross_entropy(logits, y), logits)
+    return metric
+
+
+def subtracting(metric: rm.LayerwiseMetric, refinements: int) -> dict[str, Tensor]:
+    """The natural gradient by the Woodbury form that subtracts."""
+    found: dict[str, Tensor] = {}
+    for block in metric.blocks.values():
+        covector = {part.name: grad(metric, part.name) for part in block.parts}
+        solution = block.solve(covector=covector, refinements=refinements)
+        assert solution.branch == "woodbury"
+        found |= solution.vectors
+    return found
+
+
+def grad(metric: rm.LayerwiseMetric, name: str) -> Tensor:
+    gradient = metric.model.get_parameter(name).grad
+    assert gradient is not None
+    return gradient
+
+
+def error(found: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> float:
+    squares = sum(
+        float((found[n].double() - v).square().sum()) for n, v in exact.items()
+    )
+    return (squares / sum(float(v.square().sum()) for v in exact.values())) ** 0.5
+
+
+@pytest.mark.parametrize("blocks", ["tensor", "layer", "model"])
+@pytest.mark.parametrize("mass", MASSES)
+def test_a_float32_step_is_accurate_for_every_mass(
+    digits: Digits, mass: float, blocks: str
+) -> None:
+    exact = pulled_back(digits, torch.float64, mass=mass, blocks=blocks)
+    metric = pulled_back(digits, torch.float32, mass=mass, blocks=blocks)
+    found = metric.natural_gradient()
+    assert {v.dtype for v in found.values()} == {torch.float32}
+    assert error(found, exact.natural_gradient()) <= 1e-5
+
+
+@pytest.mark.parametrize("blocks", ["layer", "model"])
+def test_the_subtracting_form_in_float32_is_not(digits: Digits, blocks: str) -> None:
+    exact = pulled_back(digits, torch.float64, mass=1e-6, blocks=blocks)
+    metric = pulled_back(
+        digits, torch.float32, mass=1e-6, blocks=blocks, precision=torch.float32
+    )
+    expected = exact.natural_gradient()
+    assert error(subtracting(metric, 0), expected) > 0.1
+    # The covector is fine: in float64 the same form solves for it.
+    assert error(subtracting(exact, 1), expected) < 1e-6
+
+
+def test_one_refinement_recovers_digits(digits: Digits) -> None:
+    exact = pulled_back(digits, torch.float64, mass=1e-4).natural_gradient()
+    metric = pulled_back(digits, torch.float32, mass=1e-4)
+    assert error(subtracting(metric, 1), exact) < 0.5 * error(
+        subtracting(metric, 0), exact
+    )
+
+
+def test_the_small_matrix_in_float64_pays(digits: Digits) -> None:
+    exact = pulled_back(digits, torch.float64, mass=1e-6).natural_gradient()
+    errors = [
+        error(
+            pulled_back(
+                digits, torch.float32, mass=1e-6, precision=precision
+            ).natural_gradient(),
+            exact,
+        )
+        for precision in (torch.float32, torch.float64)
+    ]
+    assert errors[1] < 0.2 * errors[0]
+
+
+@pytest.mark.parametrize("blocks", ["layer", "model"])
+def test_an_optimizer_step_in_float32(digits: Digits, blocks: str) -> None:
+    moved = []
+    for dtype in (torch.float64, torch.float32):
+        metric = pulled_back(digits, dtype, mass=1e-6, blocks=blocks)
+        before = {n: p.detach().clone() for n, p in metric.model.named_parameters()}
+        rm.optim.RiemannianSGD(metric, lr=1e-3).step()
+        after = dict(metric.model.named_parameters())
+        moved.append({n: after[n].detach() - v for n, v in before.items()})
+    # The parameters themselves are rounded to 6e-8 of their size.
+    assert error(moved[1], moved[0]) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("manifold", "shape"),
+    [
+        (rm.manifolds.Stiefel(), (64, 32)),
+        (rm.manifolds.CanonicalStiefel(), (64, 32)),
+        (rm.manifolds.Sphere(), (64, 32)),
+        (rm.manifolds.PoincareBall(), (64, 32)),
+        (rm.manifolds.SPD(), (64, 64)),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+@pytest.mark.parametrize("mass", [1.0, 1e-6])
+def test_float32_on_manifolds(
+    digits: Digits, manifold: Any, shape: tuple[int, int], mass: float
+) -> None:
+    _, x, y = digits
+    torch.manual_seed(1)
+    first = rm.nn.Linear(*shape, manifold=manifold, dtype=torch.float32)
+    last = nn.Linear(shape[1], 10, dtype=torch.float32)
+    model = rm.nn.Sequential(first, nn.Tanh(), last)
+    # Both precisions measure at the same point, which float32 has rounded.
+    wide = pulled_back((model, x, y), torch.float32, mass=mass)
+    found = wide.natural_gradient()
+    exact = {}
+    for name, block in wide.blocks.items():
+        twice = block.double()
+        residual = wide._found.residual.double()
+        exact.update(twice.solve(residual=residual).vectors)
+        assert block.rank < block.dim, name
+    assert error(found, exact) <= 1e-5
+
+
+def test_bfloat16_models_step(digits: Digits) -> None:
+    model, x, y = digits
+    rounded = copy.deepcopy(model).bfloat16(), x.bfloat16(), y
+    metric = pulled_back(rounded, torch.bfloat16, mass=1e-2)
+    exact = pulled_back(rounded, torch.float64, mass=1e-2)
+    found = metric.natural_gradient()
+    assert {v.dtype for v in found.values()} == {torch.bfloat16}
+    for block in metric.blocks.values():
+        assert block.inverse.factor.lower.dtype in (torch.float32, torch.float64)
+    # Half a unit in the last place of bfloat16 is 2e-3; a chain of layers, rows and
+    # costates rounds several times.
+    assert error(found, exact.natural_gradient()) < 0.05
+    before = {n: p.detach().clone() for n, p in metric.model.named_parameters()}
+    optimizer = rm.optim.RiemannianSGD(metric, lr=0.5, momentum=0.9)
+    optimizer.step()
+    for name, p in metric.model.named_parameters():
+        assert p.dtype == torch.bfloat16
+        assert not torch.equal(p.detach(), before[name])
+        assert p.isfinite().all()
+    assert all(block.residual < 0.1 for block in optimizer.report)
+
+
+def test_a_small_mass_asks_for_float64(digits: Digits) -> None:
+    metric = pulled_back(digits, torch.float32, mass=1e-6)
+    metric.natural_gradient()
+    for block in metric.blocks.values():
+        assert block.inverse.factor.lower.dtype == torch.float64
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_large_rank_is_factorised_in_the_precision_of_the_model(
+    dtype: torch.dtype,
+) -> None:
+    x = torch.randn(2049, 2100, dtype=dtype)
+    model = nn.Linear(2100, 1, bias=False, dtype=dtype)
+    metric = rm.LayerwiseMetric(model, output=rm.output.Euclidean(), mass=1e-1)
+    with metric.record():
+        outputs = model(x)
+    metric.backward(outputs.square().mean(), outputs)
+    vector = metric.natural_gradient()["weight"]
+    block = metric.blocks["model"]
+    assert block.inverse.form == "dual"
+    assert block.inverse.factor.lower.dtype == dtype
+    flat = x.double()
+    covector = 2.0 * flat.mT @ (flat @ model.weight.detach().double().mT) / 2049
+    residual = flat.mT @ (flat @ vector.double().mT) / 2049 + 0.1 * vector.double().mT
+    error = float((residual - covector).norm() / covector.norm())
+    assert error < (1e-4 if dtype == torch.float32 else 1e-12)
+
+
+def test_the_precision_can_be_chosen(digits: Digits) -> None:
+    metric = pulled_back(digits, torch.float32, mass=1e-2, precision=torch.float32)
+    metric.natural_gradient()
+    for block in metric.blocks.values():
+        assert block.inverse.factor.lower.dtype == torch.float32
+
+
+def test_autocast_does_not_round_the_small_matrix(digits: Digits) -> None:
+    model, x, y = digits
+    exact = pulled_back(digits, torch.float64, mass=1e-2).natural_gradient()
+    metric = rm.LayerwiseMetric(
+        copy.deepcopy(model), output=rm.output.Categorical(), mass=1e-2
+    )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with metric.record():
+            logits = metric.model(x)
+        loss = F.cross_entropy(logits.float(), y)
+    metric.backward(loss, logits)
+    assert error(metric.natural_gradient(), exact) < 0.1
