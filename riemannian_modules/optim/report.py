@@ -110,6 +110,8 @@ class StepReport:
             rows.append([b.name, str(b.dim), str(b.rank), b.branch, *texts])
         widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
         return "\n".join(
-            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True))
+            "  ".join(
+                cell.ljust(width) for cell, width in zip(row, widths, strict=True)
+            ).rstrip()
             for row in rows
         )

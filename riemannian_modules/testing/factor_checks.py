@@ -27,8 +27,7 @@ def factor_laws(probe: MetricProbe) -> Iterator[CheckResult]:
         yield from _products(probe, part, part.factor)
         rows = probe.rows[part.name].view(-1, *part.space.point.shape)
         gram = rows.flatten(1) @ wide.space.sharp(rows).flatten(1).mT
-        bound = float(rows.norm() * wide.space.sharp(rows).norm())
-        # The entries cancel where the rows are nearly normal.
+        bound = probe.reach[part.name] * part.factor.rank**0.5
         yield CheckResult.at_most(
             "gram",
             relative_gap(
@@ -41,13 +40,7 @@ def factor_laws(probe: MetricProbe) -> Iterator[CheckResult]:
     if total is None:
         return
     pairs = [(p.factor, p.space) for p in probe.metric.parts if p.factor is not None]
-    bound = sum(
-        float(
-            probe.rows[p.name].norm()
-            * p.space.sharp(probe.rows[p.name].view(-1, *p.space.point.shape)).norm()
-        )
-        for p in probe.wide
-    )
+    bound = sum(probe.reach.values()) * probe.metric.rank**0.5
     yield CheckResult.at_most(
         "block_gram",
         relative_gap(_lower(block_gram(pairs, torch.float64)), total, bound),

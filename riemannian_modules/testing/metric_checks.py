@@ -1,7 +1,8 @@
 r"""The laws of a layer metric ``g = mu g0 + K^T K``, measured with random vectors.
 
 Tolerances, for the rounding unit eps of the parameters and ``amp = 1 + |M| / mu`` with
-the Gram matrix M of the rows:
+the Gram matrix M of the rows (on curved manifolds a bound on amp, which counts the
+normal parts of the rows and the condition of the base metric):
 
 - identities: 50 eps relative to the size of what is compared;
 - whatever the inverse returns: 50 eps amp; the solution for ``K^T y``, which is

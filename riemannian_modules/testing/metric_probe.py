@@ -3,7 +3,7 @@
 Everything dense is float64 and comes from the factors' rows and the manifolds' own
 ``inner`` and ``proju``. Sizes are those of the massed base metric: with the masses
 absorbed the layer metric is ``g0 + K^T K``, and the rounding errors of its inverse grow
-with ``amp = 1 + |K sharp K^T|`` (Higham, 2002, for the general argument).
+with ``amp = 1 + |K sharp K^T|``.
 """
 
 import math
@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import geoopt
 import torch
 from torch import Tensor
 
@@ -49,6 +50,10 @@ def relative_gap(a: Tensor, b: Tensor, scale: float | None = None) -> float:
     return gap / scale if scale > 0.0 else gap
 
 
+def _spectral_norm(matrix: Tensor) -> float:
+    return float(torch.linalg.svdvals(matrix)[0]) if matrix.numel() else 0.0
+
+
 @dataclass
 class MetricProbe:
     """A layer metric, its dense twin, and random vectors of its block.
@@ -80,14 +85,33 @@ class MetricProbe:
         return 1.0 + (float(self.gram_values[0]) if len(self.gram_values) else 0.0)
 
     @cached_property
+    def reach(self) -> dict[str, float]:
+        """Bound on ``|K sharp K^T|`` of each parameter that sees normal parts too."""
+        found = {}
+        for part in self.wide:
+            K, basis = self.rows[part.name], self.bases[part.name]
+            root = self.roots[part.name]
+            if len(basis) == basis.shape[1]:
+                flat = torch.linalg.solve_triangular(root, basis @ K.mT, upper=False)
+                found[part.name] = _spectral_norm(flat) ** 2
+            else:
+                least = float(torch.linalg.svdvals(root)[-1])
+                found[part.name] = (_spectral_norm(K) / least) ** 2
+        return found
+
+    @cached_property
     def spread(self) -> float:
-        """Bound on ``1 + |K sharp K^T|`` that counts the rows' normal parts too."""
-        total = 1.0
-        for name, root in self.roots.items():
-            least = torch.linalg.svdvals(root)
-            if len(least):
-                total += float(self.rows[name].norm() / least[-1]) ** 2
-        return total
+        """``amp`` with :attr:`reach` for M and with the condition of curved metrics.
+
+        Normal parts of rows cancel in M but not in its rounding, and neither does the
+        condition of the base metric. On Euclidean parameters this is about ``amp``.
+        """
+        conditions = [1.0]
+        for part in self.wide:
+            if not isinstance(part.space.manifold, geoopt.Euclidean):
+                values = torch.linalg.svdvals(self.roots[part.name])
+                conditions.append(float(values[0] / values[-1]))
+        return max(conditions) + sum(self.reach.values())
 
     @property
     def exact(self) -> float:
@@ -97,12 +121,12 @@ class MetricProbe:
     @property
     def solved(self) -> float:
         """Tolerance of what the inverse returns, relative to its size."""
-        return self.exact * self.amp
+        return self.exact * self.spread
 
     @property
     def pushed(self) -> float:
         """Tolerance of the solution for a combination of rows."""
-        return self.exact * math.sqrt(self.amp)
+        return self.exact * math.sqrt(self.spread)
 
     # --- the dense twin
 
@@ -279,10 +303,12 @@ class MetricProbe:
         found = {}
         for part in self.metric.parts:
             point, basis = part.space.point, self.bases[part.name]
-            flat = self.draw(point.numel())
-            rest = flat - (basis @ flat) @ basis
-            empty = len(basis) == len(flat)
-            rest = torch.zeros_like(rest) if empty else rest / rest.norm()
+            rest = self.draw(point.numel())
+            for _ in range(2):  # once more, in case little was left at first
+                rest = rest - (basis @ rest) @ basis
+                rest = rest / rest.norm()
+            if len(basis) == len(rest):
+                rest = torch.zeros_like(rest)
             found[part.name] = rest.view_as(point).to(point)
         return found
 
