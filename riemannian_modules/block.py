@@ -83,7 +83,11 @@ class Block:
     def double(self) -> "Block":
         """Return the same block in float64."""
         parts = [
-            Part(p.name, p.space.to(torch.float64), p.factor.double() if p.factor else None)
+            Part(
+                p.name,
+                p.space.to(torch.float64),
+                p.factor.double() if p.factor else None,
+            )
             for p in self.parts
         ]
         return Block(parts, self.name, torch.float64)

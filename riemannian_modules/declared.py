@@ -190,8 +190,9 @@ class DeclaredParameters:
         for declared in self:
             if declared.tensor._version != declared.linearised:
                 raise NotRecordedError(
-                    f"parameter '{declared.name}' was changed after metric.backward, so "
-                    "its gradient belongs to another point; record and go backward anew"
+                    f"parameter '{declared.name}' was changed after metric.backward, "
+                    "so its gradient belongs to another point; record and go backward "
+                    "anew"
                 )
 
 

@@ -228,7 +228,8 @@ class LayerwiseMetric:
         """Solve every block for ``gradient * (d loss) + covector``.
 
         Args:
-            covector: ambient covectors by parameter name, added to the gradient.
+            covector: ambient covectors by parameter name, added to the gradient;
+                zero for names that are missing.
             gradient: how often the gradient of the loss counts; its part in the
                 span of the rows takes the form without cancellation.
 
@@ -245,7 +246,12 @@ class LayerwiseMetric:
                 "there is no gradient yet: run the model inside metric.record() and "
                 "call metric.backward(loss, outputs) first"
             )
-        residual, rest, source = None, covector, None
+        residual, rest, source = None, None, None
+        if covector is not None:
+            rest = {
+                name: covector.get(name, torch.zeros_like(own))
+                for name, own in found.gradient.items()
+            }
         if gradient != 0.0:
             residual = None if found.residual is None else gradient * found.residual
             if found.rest is not None and rest is None and gradient == 1.0:

@@ -229,7 +229,7 @@ class LayerMetric:
     def condition(self) -> Tensor:
         """Return the condition number of the inner matrix that the solve factorises."""
         values = self.gram_spectrum()
-        if self.rank == 0:
+        if len(values) == 0:
             return torch.ones((), dtype=self._block.precision)
         # In ambient coordinates the normal directions keep the eigenvalue 1.
         embedded = self.inverse.form == "primal" and self._block.size > self.dim
@@ -251,6 +251,8 @@ class LayerMetric:
         For references and small blocks: O(dim^2) memory.
         """
         stack = self._block.stack
+        if self.dim == 0:
+            return torch.zeros(0, 0, dtype=self._block.dtype)
         flats = torch.stack([stack(self.flat(vectors)) for vectors in self.basis()])
         return flats @ torch.stack([stack(vectors) for vectors in self.basis()]).mT
 

@@ -765,3 +765,31 @@ def test_a_step_leaves_no_activations_behind_in_the_model() -> None:
     assert model[0].weight.manifold.metric is None
     backward(metric)
     assert model[0].weight.manifold.metric is not None
+
+
+def test_a_covector_may_leave_out_parameters() -> None:
+    model = chain()
+    metric = layer_metric(model, blocks="model")
+    backward(metric)
+    name, gradient = "2.bias", model[2].bias.grad
+    short = metric.solve({name: gradient}, gradient=0.0)["model"]
+    zeros = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
+    full = metric.solve({**zeros, name: gradient}, gradient=0.0)["model"]
+    for key, vector in full.vectors.items():
+        assert torch.equal(short.vectors[key], vector)
+
+
+def test_a_block_without_dimensions_can_be_reported() -> None:
+    model = nn.Sequential(
+        rm.nn.Linear(1, 1, bias=False, manifold=rm.manifolds.Stiefel()), nn.Linear(1, 3)
+    )
+    metric = rm.LayerwiseMetric(model, output=rm.output.Categorical())
+    optimizer = rm.optim.RiemannianSGD(metric, lr=0.1)
+    with metric.record():
+        outputs = model(torch.randn(4, 1))
+    metric.backward(F.cross_entropy(outputs, torch.tensor([0, 1, 2, 0])), outputs)
+    optimizer.step()
+    assert optimizer.report["0"].dim == 0
+    assert optimizer.report["0"].condition == 1.0
+    assert metric.blocks["0"].to_dense().shape == (0, 0)
+    assert "push" in str(optimizer.report) or "primal" in str(optimizer.report)

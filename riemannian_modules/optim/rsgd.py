@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable
 from typing import Any, overload
 
 import torch
-from torch import Tensor
 
 from riemannian_modules.errors import (
     NonFiniteError,
@@ -203,13 +202,12 @@ class RiemannianSGD(torch.optim.Optimizer):
         whole = len(scales) == 1 and all(part.name in plans for part in parts)
         if whole and self.metric.gradient_is_untouched():
             extra = {n: p.extra for n, p in plans.items() if p.extra is not None}
-            covector = self._complete(extra) if extra else None
-            solutions = self.metric.solve(covector, gradient=scales.pop())
+            solutions = self.metric.solve(extra or None, gradient=scales.pop())
         else:
             # Clipped gradients, mixed groups or parameters that are left out (whose
             # gradient must not steer the others): a covector like any other.
             covector = {n: plan.direction() for n, plan in plans.items()}
-            solutions = self.metric.solve(self._complete(covector), gradient=0.0)
+            solutions = self.metric.solve(covector, gradient=0.0)
         for block, solution in solutions.items():
             velocity = solution.velocity.sum()
             if velocity.device.type == "cpu" and not bool(torch.isfinite(velocity)):
@@ -218,11 +216,3 @@ class RiemannianSGD(torch.optim.Optimizer):
                     "Lower the learning rate or raise the mass"
                 )
         return solutions
-
-    def _complete(self, covector: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {
-            declared.name: covector.get(
-                declared.name, torch.zeros_like(declared.tensor)
-            )
-            for declared in self.metric.parameters
-        }
