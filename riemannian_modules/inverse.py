@@ -23,8 +23,8 @@ from riemannian_modules.factors import MetricFactor
 __all__ = ["Inverse", "Solution"]
 
 _FALLBACK_ENTRIES = 1 << 23
-_LOSS = 1e-4
-_SINGLE_LOSS = 4e-6
+_LOSS = 1e-3
+_SINGLE_LOSS = 7e-6
 
 Source = Mapping[str, MetricFactor] | None
 
@@ -123,7 +123,7 @@ class Inverse:
             e: ambient covectors or None for zero.
             source: factors whose row sums are e, if known; only saves time.
             refinements: refinement steps of the subtracting form; None: one, unless
-                rounding costs less than 1e-4 anyway.
+                rounding costs less than 1e-3 anyway.
 
         Returns:
             The solution.

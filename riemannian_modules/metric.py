@@ -167,7 +167,7 @@ class LayerMetric:
             covector: ambient covectors e, or None for zero.
             source: factors whose row sums are e, if known; only saves time.
             refinements: refinement steps of the subtracting form; None: one, unless
-                rounding costs less than 1e-4 anyway.
+                rounding costs less than 1e-3 anyway.
 
         Returns:
             The solution with its norm and the form that ran.
