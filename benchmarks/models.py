@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import riemannian_modules as rm
+from benchmarks.by_hand import sampled_step_by_hand
 
 THREADS = 2
 BATCH = 128
 SIZES = {"small": (64, 256, 256, 10), "large": (784, 1024, 1024, 10)}
-METHODS = ("adam", "sampled", "exact model", "exact layer")
+METHODS = ("adam", "sampled by hand", "sampled", "exact model", "exact layer")
 
 Step = Callable[[], None]
 
@@ -49,6 +50,9 @@ def training_step(method: str, sizes: Sequence[int], examples: int = BATCH) -> S
             adam.step()
 
         return plain
+
+    if method == "sampled by hand":
+        return sampled_step_by_hand(sizes, x, y, mass=1e-2, lr=1e-6)
 
     output: rm.output.OutputMetric = rm.output.Categorical()
     if method == "sampled":
