@@ -1,4 +1,4 @@
-"""The arithmetic of a sampled step written out for one network: what no library can beat.
+"""The arithmetic of a sampled step written out by hand: what no library can beat.
 
 No autograd, no hooks, no checks, no report; the same Gram matrices, solves and updates
 in float32. The distance between this and the library's step is what generality costs.

@@ -107,8 +107,7 @@ class LinearFactor(_CotangentFactor):
     def image(self, space: TangentSpace, e: Tensor, source: MetricFactor) -> Tensor:
         """Return ``K sharp e``, through ``X X^T`` where that is cheaper than ``e``."""
         n, positions, width = self.inputs.shape
-        out = self.shape[0]
-        small = positions == 1 and n * (width + out) < width * out
+        small = positions == 1 and n < width
         plain = isinstance(space.manifold, geoopt.Euclidean) and space.mass.is_scalar
         if not (small and plain and isinstance(source, LinearFactor)):
             return super().image(space, e, source)

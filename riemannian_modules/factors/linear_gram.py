@@ -93,15 +93,19 @@ def linear_gram(
         ``(r n, r n)`` in the data type of the arguments, with the mass absorbed.
     """
     r, n, positions, _ = l.shape
+    scale = 1.0
     if mass.row is not None and mass.column is not None:
         l = l / (mass.scalar * mass.row).sqrt().to(l)
         x, kernel = x / mass.column.sqrt().to(x), None
+    elif isinstance(manifold, geoopt.Euclidean):
+        scale = 1.0 / mass.scalar
     elif mass.scalar != 1.0:
         l, bias = l / mass.scalar**0.5, bias * mass.scalar
     known = {} if kernel is None else {(0, 0): kernel}
 
     def inner(s: int, t: int) -> Tensor:
-        return known[s, t] if (s, t) in known else x[:, s] @ x[:, t].mT
+        k = known[s, t] if (s, t) in known else x[:, s] @ x[:, t].mT
+        return k if scale == 1.0 else k * scale
 
     add = _terms(manifold, W, x, l, inner, bias)
     out = torch.empty(r * n, r * n, dtype=l.dtype, device=l.device)
