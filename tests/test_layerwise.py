@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -793,3 +794,29 @@ def test_a_block_without_dimensions_can_be_reported() -> None:
     assert optimizer.report["0"].condition == 1.0
     assert metric.blocks["0"].to_dense().shape == (0, 0)
     assert "push" in str(optimizer.report) or "primal" in str(optimizer.report)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a compiler")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("whole", [False, True], ids=["activation", "model"])
+def test_a_graph_compiled_by_inductor_takes_the_loop(whole: bool) -> None:
+    activation = nn.Sequential(nn.Tanh(), nn.Softplus())
+    model = nn.Sequential(nn.Linear(6, 5), activation, nn.Linear(5, 3))
+    compiled = copy.deepcopy(model)
+    if whole:
+        compiled = torch.compile(compiled)  # type: ignore[assignment]
+    else:
+        compiled[1] = torch.compile(compiled[1])  # type: ignore[assignment]
+    x, y = torch.randn(7, 6), torch.randint(0, 3, (7,))
+    found = []
+    for each in (model, compiled):
+        metric = rm.LayerwiseMetric(each, output=rm.output.Categorical())
+        for _ in range(2):
+            with metric.record():
+                outputs = each(x)
+            metric.backward(F.cross_entropy(outputs, y), outputs)
+        found.append(list(metric.natural_gradient().values()))
+        assert set(metric._batched.values()) == {each is model}
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
