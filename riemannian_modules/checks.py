@@ -13,6 +13,7 @@ from riemannian_modules.errors import (
     NotRecordedError,
     ShapeError,
 )
+from riemannian_modules.factors import MetricFactor
 from riemannian_modules.rules import has_rule
 from riemannian_modules.tape import Tape
 
@@ -24,6 +25,7 @@ __all__ = [
     "recordable_layers",
     "recorded_tape",
     "refuse_coupling",
+    "refuse_direct_dependence",
     "require_finite",
 ]
 
@@ -132,6 +134,37 @@ def autograd_gradient(
     return {d.name: g for d, g in zip(declared, grads, strict=True)}
 
 
+def refuse_direct_dependence(
+    loss: Tensor, outputs: Tensor, parameters: DeclaredParameters
+) -> None:
+    """Refuse a loss that depends on parameters other than through the outputs.
+
+    Args:
+        loss: the loss.
+        outputs: model outputs.
+        parameters: the model's parameters.
+
+    Raises:
+        LinearizationError: it does; names a parameter.
+    """
+    # The walk stops at the outputs, so it sees the few nodes of the loss itself.
+    seen, waiting = {outputs.grad_fn}, [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        name = None if leaf is None else parameters.name_of(leaf)
+        if name is not None:
+            raise LinearizationError(
+                f"parameter '{name}': the loss depends on it other than through the "
+                "outputs. It is used outside its layer or outside the recorded scope, "
+                "or the loss has a term of it (put weight decay in the optimizer)"
+            )
+        waiting += [following for following, _ in node.next_functions]
+
+
 def output_costate(loss: Tensor, outputs: Tensor) -> Tensor:
     """Return d loss/d outputs, of the shape of the outputs; the graph is kept.
 
@@ -196,6 +229,7 @@ def require_finite(value: Tensor, what: str, tape: Tape) -> None:
 def compare_gradients(
     gradient: Mapping[str, Tensor],
     expected: Mapping[str, Tensor | None],
+    costates: Mapping[str, MetricFactor],
     rounding: float,
 ) -> None:
     """Compare the assembled gradient with autograd's.
@@ -203,6 +237,8 @@ def compare_gradients(
     Args:
         gradient: assembled from the recorded uses.
         expected: autograd's, None for parameters that the loss does not depend on.
+        costates: the factors that the gradient is summed from; their magnitude is
+            what rounding is relative to.
         rounding: unit of rounding of the arithmetic that both went through.
 
     Raises:
@@ -230,7 +266,8 @@ def compare_gradients(
             error = size if own is None else float(own.norm())
         else:
             error = float((own - reference).norm())
-        if error > tolerance * (size + 1e-2 * scale):
+        floor = 0.0 if own is None else 16.0 * float(costates[name].magnitude())
+        if error > tolerance * (size + 1e-2 * scale) + rounding * floor:
             raise LinearizationError(
                 f"parameter '{name}': the recorded uses give a gradient that differs "
                 f"from autograd's by {error:.2e} (norm {size:.2e}). It is used outside "

@@ -18,6 +18,7 @@ from riemannian_modules.errors import (
     NotRecordedError,
 )
 from riemannian_modules.manifolds import MetricManifold, ensure_contract
+from riemannian_modules.manifolds.riesz import require_own_formulas
 from riemannian_modules.mass import Mass, MassLike, as_mass
 from riemannian_modules.tangent import TangentSpace
 
@@ -94,6 +95,7 @@ class DeclaredParameters:
         for name, tensor in named.items():
             view = getattr(tensor, "manifold", _EUCLIDEAN)
             base = view.base if isinstance(view, MetricManifold) else view
+            require_own_formulas(base, name)
             self._by_name[name] = Declared(
                 name,
                 tensor,
@@ -102,6 +104,7 @@ class DeclaredParameters:
                 masses[name],
                 model,
             )
+        self._model = model
         self._names = {id(d.tensor): name for name, d in self._by_name.items()}
         for declared in self:
             declared.space()
@@ -165,7 +168,8 @@ class DeclaredParameters:
             LostManifoldError: a parameter was replaced, or lost its manifold.
             NotOnManifoldError: a value lies off its manifold.
             NonFiniteError: a value is NaN or infinite.
-            LinearizationError: a parameter was frozen after the metric was built.
+            LinearizationError: a parameter was frozen, unfrozen or added after the
+                metric was built.
         """
         for declared in self:
             now = declared.current
@@ -180,6 +184,13 @@ class DeclaredParameters:
             if declared.tensor._version != declared.verified:
                 _check_value(declared)
                 declared.verified = declared.tensor._version
+        for tensor in self._model.parameters():
+            if tensor.requires_grad and id(tensor) not in self._names:
+                raise LinearizationError(
+                    f"a trainable parameter of shape {tuple(tensor.shape)} is new to "
+                    "the metric; build the metric and the optimizer anew after adding, "
+                    "replacing or unfreezing parameters"
+                )
 
     def require_unmoved(self) -> None:
         """Check that the parameters are where the last backward pass saw them.

@@ -46,6 +46,11 @@ class Solution:
     base: Block
     branch: str
 
+    def total(self) -> Tensor:
+        """Return the sum of all entries, which is finite only if they are."""
+        sums = [vector.sum() for vector in self.vectors.values()]
+        return torch.stack([*sums, self.velocity.sum().to(sums[0].dtype)]).sum()
+
     @cached_property
     def squared_norm(self) -> Tensor:
         """``g(x, x)``, a scalar: the base metric's part and ``|K x|^2``."""

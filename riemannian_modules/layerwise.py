@@ -24,6 +24,7 @@ from riemannian_modules.checks import (
     recordable_layers,
     recorded_tape,
     refuse_coupling,
+    refuse_direct_dependence,
     require_finite,
 )
 from riemannian_modules.declared import Blocks, DeclaredParameters
@@ -118,6 +119,9 @@ class LayerwiseMetric:
         head = f"LayerwiseMetric(version {self.version}, output {self.output}{frozen})"
         return "\n".join([head, *lines])
 
+    def __reduce_ex__(self, protocol: object) -> str:
+        raise TypeError("build a new LayerwiseMetric from a copy of the model instead")
+
     def set_mass(self, mass: MassLike | Mapping[str, MassLike]) -> None:
         """Change the mass from the next pull-back on.
 
@@ -132,9 +136,6 @@ class LayerwiseMetric:
     @contextmanager
     def record(self) -> Iterator[None]:
         """Record the forward pass inside this scope; it is the one linearised next.
-
-        Yields:
-            None.
 
         Raises:
             LinearizationError: the model has a trainable layer without a rule, or
@@ -210,10 +211,8 @@ class LayerwiseMetric:
     def natural_gradient(self) -> dict[str, Tensor]:
         """Return ``{parameter name: Riemannian gradient}`` of the last backward pass.
 
-        Implements the solve of :eq:`update`.
-
-        Returns:
-            Tangent vectors at the parameters' values.
+        They are tangent at the parameters' values. Implements the solve of
+        :eq:`update`.
 
         Raises:
             NotRecordedError: there was no backward pass yet.
@@ -286,10 +285,12 @@ class LayerwiseMetric:
 
     def _pass(self, tape: Tape, outputs: Tensor, loss: Tensor | None) -> None:
         signature = tape.signature(outputs, loss)
-        costate = None if loss is None else output_costate(loss, outputs)
-        expected = None
-        if loss is not None and signature not in self._batched:
-            expected = autograd_gradient(loss, self.parameters)
+        costate, expected = None, None
+        if loss is not None:
+            costate = output_costate(loss, outputs)
+            refuse_direct_dependence(loss, outputs, self.parameters)
+            if signature not in self._batched:
+                expected = autograd_gradient(loss, self.parameters)
         with torch.no_grad():
             found = linearize(
                 tape,
@@ -301,7 +302,9 @@ class LayerwiseMetric:
                 batched=self._batched.get(signature),
             )
             if expected is not None:
-                compare_gradients(found.gradient, expected, tape.rounding)
+                compare_gradients(
+                    found.gradient, expected, found.costates, tape.rounding
+                )
             if self._frozen and self.blocks:
                 # The old factors do not span the new gradient.
                 found = replace(found, residual=None, rest=found.gradient, source=None)
@@ -319,19 +322,21 @@ class LayerwiseMetric:
                 declared.tensor.grad = found.gradient.get(declared.name)
 
     def _build_blocks(self, found: Linearization) -> None:
-        self.version += 1
-        self.blocks = {}
+        version, blocks = self.version + 1, {}
         for block, members in self._groups.items():
             parts = [self._part(name, found) for name in members if name in found.names]
             if parts:
-                self.blocks[block] = LayerMetric(
-                    parts, name=block, version=self.version, precision=self.precision
+                blocks[block] = LayerMetric(
+                    parts, name=block, version=version, precision=self.precision
                 )
-        for name in found.factors:
-            view = self.parameters[name].view
-            if view is not None:
-                part = self._part(name, found)
-                view.bind(LayerMetric([part], name=name, version=self.version))
+        views = [
+            (view, LayerMetric([self._part(name, found)], name=name, version=version))
+            for name in found.factors
+            if (view := self.parameters[name].view) is not None
+        ]
+        for view, metric in views:
+            view.bind(metric)
+        self.version, self.blocks = version, blocks
 
     def _part(self, name: str, found: Linearization) -> Part:
         return Part(name, self.parameters[name].space(), found.factors.get(name))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from riemannian_modules.declared import DeclaredParameters
-from riemannian_modules.errors import NotRecordedError
+from riemannian_modules.errors import LinearizationError, NotRecordedError
 from riemannian_modules.factors import MetricFactor
 from riemannian_modules.output import OutputMetric
 from riemannian_modules.reverse import reverse_pass
@@ -40,6 +40,7 @@ class Linearization:
         residual: y with ``d loss = K^T y + rest``, ``(rank,)``; None: no exact one.
         rest: ``{name: covector}``; None: zero.
         source: ``{name: factor}`` whose row sums are the rest; None with the rest.
+        costates: ``{name: factor}`` whose row sums are the gradient.
         batched: whether the reverse pass could carry all cotangents at once.
     """
 
@@ -49,6 +50,7 @@ class Linearization:
     residual: Tensor | None
     rest: dict[str, Tensor] | None
     source: dict[str, MetricFactor] | None
+    costates: dict[str, MetricFactor]
     batched: bool
 
 
@@ -80,16 +82,21 @@ def linearize(
     Raises:
         NotRecordedError: the outputs do not come from the recorded pass, or there is
             neither an output metric nor a loss.
+        LinearizationError: examples of the batch interact (looked at in the first pass
+            through a graph).
     """
     rows, residual, rest = _output_rows(output, reduction, outputs, costate)
     r = 0 if rows is None else len(rows)
     stack = [] if rows is None else [rows]
     stack += [c.unsqueeze(0) for c in (costate, rest) if c is not None]
+    probing = batched is None and len(outputs) > 1
     if not stack:
         raise NotRecordedError(
             "there is nothing to pull back: the metric was built with output=None and "
             "no loss was given; use metric.backward(loss, outputs)"
         )
+    if probing:
+        stack.append(_half_of_the_batch(outputs))
     carried, batched = reverse_pass(
         outputs,
         [use.edge for use in tape.uses],
@@ -102,6 +109,8 @@ def linearize(
             "these outputs do not come from the recorded pass; call the model inside "
             "metric.record() and hand on what it returned"
         )
+    if probing:
+        _require_separate(reached, len(outputs) // 2)
     factors = _assemble(reached, 0, r, parameters) if r else {}
     gradient, own, source, covectors = {}, {}, None, None
     if costate is not None:
@@ -113,7 +122,35 @@ def linearize(
             source = _assemble(reached, r + 1, r + 2, parameters)
             covectors = {name: factor.row_sum() for name, factor in source.items()}
     names = list(own or factors)
-    return Linearization(names, factors, gradient, residual, covectors, source, batched)
+    return Linearization(
+        names, factors, gradient, residual, covectors, source, own, batched
+    )
+
+
+def _half_of_the_batch(outputs: Tensor) -> Tensor:
+    """Return one cotangent that is zero on the second half of the examples."""
+    size = outputs.numel()
+    pattern = torch.linspace(
+        1.0, 2.0, size, dtype=outputs.dtype, device=outputs.device
+    ).view_as(outputs)
+    pattern[len(outputs) // 2 :] = 0.0
+    return pattern.unsqueeze(0)
+
+
+def _require_separate(reached: Reached, half: int) -> None:
+    # A gradient is a sum over examples and does not notice rows that end up in
+    # another example, so this is a check of its own.
+    for use, carried in reached:
+        leaked = carried[-1, half:]
+        # A value that is not finite is another error, found with the gradient.
+        touched = (leaked != 0) & torch.isfinite(leaked)
+        if not leaked.is_meta and bool(touched.any()):
+            raise LinearizationError(
+                f"at {use.label} the examples of the batch interact, or its first "
+                f"dimension is not the examples (input {tuple(use.input.shape)}): a "
+                "cotangent of one half of the outputs arrives at the other half. Keep "
+                "the examples apart and in the first dimension of every layer"
+            )
 
 
 def _output_rows(

@@ -183,7 +183,9 @@ class LayerMetric:
     def logdet(self) -> Tensor:
         """Return the log-determinant of g relative to g0, at the cost of a solve."""
         logs = [part.space.mass.logdet(part.space.dim) for part in self.parts]
-        total = torch.as_tensor(sum(logs), dtype=self._block.precision)
+        total = torch.as_tensor(
+            sum(logs), dtype=self._block.precision, device=self._block.device
+        )
         return total + self.inverse.factor.logdet() if self.rank else total
 
     def gram_spectrum(self) -> Tensor:
@@ -193,7 +195,9 @@ class LayerMetric:
         number of entries.
         """
         if self.rank == 0:
-            return torch.zeros(0, dtype=self._block.precision)
+            return torch.zeros(
+                0, dtype=self._block.precision, device=self._block.device
+            )
         dual = self.inverse.form == "dual"
         matrix = (
             self._block.gram(self._block.precision)
@@ -222,7 +226,9 @@ class LayerMetric:
         when the outputs have more directions than the block has parameters.
         """
         if self.rank == 0 or self.rank > self.dim:
-            return torch.zeros((), dtype=self._block.precision)
+            return torch.zeros(
+                (), dtype=self._block.precision, device=self._block.device
+            )
         smallest = self.gram_spectrum()[-1]
         return smallest / (1.0 + smallest)
 
@@ -230,7 +236,9 @@ class LayerMetric:
         """Return the condition number of the inner matrix that the solve factorises."""
         values = self.gram_spectrum()
         if len(values) == 0:
-            return torch.ones((), dtype=self._block.precision)
+            return torch.ones(
+                (), dtype=self._block.precision, device=self._block.device
+            )
         # In ambient coordinates the normal directions keep the eigenvalue 1.
         embedded = self.inverse.form == "primal" and self._block.size > self.dim
         smallest = torch.zeros_like(values[-1]) if embedded else values[-1]

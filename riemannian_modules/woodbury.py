@@ -12,8 +12,9 @@ primal         ``G``, (p, p)       every mass                  r >= p
 qr             ``[K; sqrt(D)]``    every mass                  fallback and oracle
 =============  ==================  ==========================  ====================
 
-Nothing here knows about manifolds: :class:`riemannian_modules.metric.LayerMetric`
-calls the same kernels with the Riesz map of its tangent space in place of ``1/D``.
+Nothing here knows about manifolds. :mod:`riemannian_modules.inverse` has the same forms
+with products in place of the matrix K and a Riesz map in place of ``1/D``; it takes the
+branch rule, the factorisation and the fallback from here.
 """
 
 import math

@@ -801,6 +801,7 @@ def test_a_block_without_dimensions_can_be_reported() -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("whole", [False, True], ids=["activation", "model"])
 def test_a_graph_compiled_by_inductor_takes_the_loop(whole: bool) -> None:
+    torch.compiler.reset()
     activation = nn.Sequential(nn.Tanh(), nn.Softplus())
     model = nn.Sequential(nn.Linear(6, 5), activation, nn.Linear(5, 3))
     compiled = copy.deepcopy(model)
@@ -820,3 +821,147 @@ def test_a_graph_compiled_by_inductor_takes_the_loop(whole: bool) -> None:
         assert set(metric._batched.values()) == {each is model}
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+class Centred(nn.Module):
+    """Couples the examples of a batch without BatchNorm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean(0)
+
+
+class Swapped(nn.Module):
+    """Applies a layer with positions first; a batch of as many hides it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(5, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.transpose(0, 1)).transpose(0, 1)
+
+
+@pytest.mark.parametrize("backwards", [True, False], ids=["backward", "pull_back"])
+@pytest.mark.parametrize(
+    ("model", "x"),
+    [
+        (nn.Sequential(nn.Linear(5, 4), Centred(), nn.Linear(4, 3)), (6, 5)),
+        (nn.Sequential(Swapped(), nn.Tanh(), nn.Linear(5, 3)), (6, 6, 5)),
+    ],
+    ids=["centred", "swapped"],
+)
+def test_examples_that_interact_are_refused(
+    model: nn.Module, x: tuple[int, ...], backwards: bool
+) -> None:
+    model = copy.deepcopy(model).double()
+    metric = rm.LayerwiseMetric(model, output=rm.output.Euclidean())
+    with metric.record():
+        outputs = model(torch.randn(*x))
+    arguments = (outputs.square().mean(), outputs) if backwards else (outputs,)
+    act = metric.backward if backwards else metric.pull_back
+    with pytest.raises(rm.errors.LinearizationError, match=r"layer '0.*examples"):
+        act(*arguments)
+    assert metric.version == 0
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_penalty_is_refused_however_small_and_whenever_it_appears() -> None:
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+    metric = rm.LayerwiseMetric(model, output=rm.output.Euclidean())
+
+    def run(weight: float | None) -> None:
+        with metric.record():
+            outputs = model(torch.ones(2, 5))
+        loss = outputs.square().mean()
+        if weight is not None:
+            loss = loss + weight * model[0].weight.square().sum()
+        metric.backward(loss, outputs)
+
+    run(None)
+    for weight in (0.0, 1e-12, 1.0):
+        with pytest.raises(rm.errors.LinearizationError, match=r"0\.weight.*decay"):
+            run(weight)
+    assert metric.version == 1
+
+
+def test_a_run_may_start_at_an_optimum() -> None:
+    layer = nn.Linear(4, 4)
+    model = nn.Sequential(layer, layer)
+    x = torch.randn(3, 4)
+    target = model(x).detach()
+    metric = rm.LayerwiseMetric(model, output=rm.output.Euclidean())
+    with metric.record():
+        outputs = model(x)
+    metric.backward((outputs - target + 1e-16).square().mean(), outputs)
+    assert metric.version == 1
+
+
+def test_metric_and_optimizer_are_not_copied() -> None:
+    metric = rm.LayerwiseMetric(nn.Linear(2, 2), output=rm.output.Euclidean())
+    for thing in (metric, rm.optim.RiemannianSGD(metric)):
+        for copier in (copy.deepcopy, pickle.dumps):
+            with pytest.raises(TypeError, match=r"copied|copy"):
+                copier(thing)
+
+
+def test_unfrozen_and_new_parameters_are_noticed() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[0].requires_grad_(False)
+    metric = rm.LayerwiseMetric(model, output=rm.output.Euclidean())
+    model[0].requires_grad_(True)
+    with (
+        pytest.raises(rm.errors.LinearizationError, match="anew"),
+        metric.record(),
+    ):
+        model(torch.ones(1, 2))
+
+
+class Stretched(geoopt.Euclidean):
+    """Euclidean space with another unit of length."""
+
+    def inner(self, x: Any, u: Any, v: Any = None, *, keepdim: bool = False) -> Any:
+        return 4.0 * super().inner(x, u, v, keepdim=keepdim)
+
+    def egrad2rgrad(self, x: Any, u: Any) -> Any:
+        return super().egrad2rgrad(x, u) / 4.0
+
+
+def test_a_subclass_with_its_own_metric_does_not_get_its_parents_formulas() -> None:
+    model = rm.nn.Linear(3, 2, manifold=Stretched())
+    with pytest.raises(rm.errors.ManifoldContractError, match=r"weight.*Stretched"):
+        rm.LayerwiseMetric(model, output=rm.output.Euclidean())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    "manifold",
+    [
+        geoopt.Sphere(intersection=torch.eye(5, dtype=torch.float64)[:, :3]),
+        geoopt.Stereographic(-0.7),
+        geoopt.SphereProjection(),
+    ],
+    ids=lambda manifold: manifold.name,
+)
+def test_the_generic_path_equals_the_dense_reference(
+    manifold: geoopt.Manifold, bias: bool
+) -> None:
+    model = nn.Sequential(rm.nn.Linear(5, 4, bias=bias), nn.Tanh(), nn.Linear(4, 3))
+    start = 0.3 * torch.randn(4, 5)
+    model[0].declare("weight", manifold.projx(start), manifold)
+    x, y = torch.randn(3, 5), torch.tensor([0, 1, 2])
+    output = rm.output.Categorical()
+    metric = rm.LayerwiseMetric(model, output=output, mass=0.1)
+    with metric.record():
+        outputs = model(x)
+    metric.backward(F.cross_entropy(outputs, y), outputs)
+    expected = dense_natural_gradient(
+        model, output, x, lambda z: F.cross_entropy(z, y), mass=0.1
+    )
+    for name, vector in metric.natural_gradient().items():
+        torch.testing.assert_close(vector, expected[name], rtol=1e-9, atol=1e-11)
+    block = metric.blocks["0"]
+    covector = {p.name: model.get_parameter(p.name).grad for p in block.parts}
+    for name, vector in block.sharp(covector).items():
+        torch.testing.assert_close(vector, expected[name], rtol=1e-9, atol=1e-11)
+    norm = sum((covector[n] * v).sum() for n, v in block.sharp(covector).items())
+    torch.testing.assert_close(block.solve(covector=covector).squared_norm, norm)

@@ -60,6 +60,10 @@ class MetricFactor(ABC):
         """
         return self.matvec(space.sharp(e))
 
+    def magnitude(self) -> Tensor:
+        """Return an upper bound of the sum of the rows' norms, a scalar."""
+        return self.rows(0, self.rank).norm() * self.rank**0.5
+
     @abstractmethod
     def rows(self, start: int, stop: int) -> Tensor:
         """Return rows ``start:stop`` of K, shape ``(stop - start, *shape)``."""

@@ -101,6 +101,10 @@ class LinearFactor(_CotangentFactor):
         """Return ``K^T 1``."""
         return self._pull(self._total())
 
+    def magnitude(self) -> Tensor:
+        """Return ``|l| |x|``, which bounds the sum of the rows' norms."""
+        return self.cotangents.norm() * self.inputs.norm()
+
     def _pull(self, cotangent: Tensor) -> Tensor:
         return cotangent.flatten(0, 1).mT @ self.inputs.flatten(0, 1)
 

@@ -39,7 +39,8 @@ _BLOCK_ROWS = 384
 def absorbs_bias(manifold: geoopt.Manifold, mass: Mass) -> bool:
     """Whether the bias' Gram matrix is a constant added to ``X X^T``."""
     kinds = (geoopt.Euclidean, geoopt.EuclideanStiefel, CanonicalStiefel, geoopt.Sphere)
-    return mass.is_scalar and isinstance(manifold, kinds)
+    whole = getattr(manifold, "projector", None) is None
+    return mass.is_scalar and whole and isinstance(manifold, kinds)
 
 
 def _add_hadamard(

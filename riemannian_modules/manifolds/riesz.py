@@ -21,9 +21,17 @@ import geoopt
 import torch
 from torch import Tensor
 
-from riemannian_modules.manifolds.stiefel import CanonicalStiefel
+from riemannian_modules.errors import ManifoldContractError
+from riemannian_modules.manifolds.stiefel import CanonicalStiefel, Stiefel
 
-__all__ = ["dimension", "flat", "riesz", "root", "root_adjoint"]
+__all__ = [
+    "dimension",
+    "flat",
+    "require_own_formulas",
+    "riesz",
+    "root",
+    "root_adjoint",
+]
 
 
 def riesz(manifold: geoopt.Manifold, x: Tensor, e: Tensor) -> Tensor:
@@ -44,6 +52,29 @@ def riesz(manifold: geoopt.Manifold, x: Tensor, e: Tensor) -> Tensor:
         return e
     result: Tensor = manifold.egrad2rgrad(x, e.clone())
     return result
+
+
+def require_own_formulas(manifold: geoopt.Manifold, name: str) -> None:
+    """Refuse a subclass with a metric of its own that would get its parent's formulas.
+
+    Args:
+        manifold: where a parameter is to live.
+        name: the parameter's name, for the message.
+
+    Raises:
+        ManifoldContractError: its class overrides the metric of a class that has
+            closed forms here.
+    """
+    kind = type(manifold)
+    parent = next((base for base in kind.__mro__ if base in flat.registry), object)
+    if parent is object or kind is parent or kind in _SAME_METRIC:
+        return
+    for method in ("inner", "egrad2rgrad"):
+        if getattr(kind, method) is not getattr(parent, method):
+            raise ManifoldContractError(
+                f"{name}: {kind.__name__} changes {method} of {parent.__name__}, whose "
+                "formulas it would get here; derive it from geoopt.Manifold instead"
+            )
 
 
 def _sym(a: Tensor) -> Tensor:
@@ -77,7 +108,8 @@ def flat(manifold: geoopt.Manifold, x: Tensor, u: Tensor) -> Tensor:
     """
     with torch.enable_grad():
         v = torch.zeros_like(u, requires_grad=True)
-        value = manifold.inner(x.detach(), u.detach(), v).sum()
+        # keepdim: without it geoopt's stereographic classes mix up the points.
+        value = manifold.inner(x.detach(), u.detach(), v, keepdim=True).sum()
         (covector,) = torch.autograd.grad(value, v)
     return covector
 
@@ -184,6 +216,9 @@ def _(manifold: geoopt.SymmetricPositiveDefinite, x: Tensor, z: Tensor) -> Tenso
 def _(manifold: geoopt.SymmetricPositiveDefinite, x: Tensor, e: Tensor) -> Tensor:
     s = _spd_root(x)
     return _sym(s @ e @ s)
+
+
+_SAME_METRIC = {Stiefel}
 
 
 @singledispatch

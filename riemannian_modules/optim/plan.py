@@ -26,6 +26,7 @@ class Plan:
         buffer: the new momentum covector, or None without momentum.
         lr: step length, negative when maximising.
         decay: decoupled decay, ``lr * weight_decay``.
+        old: the momentum covector so far, or None.
     """
 
     declared: Declared
@@ -34,6 +35,7 @@ class Plan:
     buffer: Tensor | None
     lr: float
     decay: float
+    old: Tensor | None = None
 
     @classmethod
     def make(
@@ -76,7 +78,21 @@ class Plan:
                 extra = None if extra is None else momentum * extra
         sign = -1.0 if group["maximize"] else 1.0
         decay = lr * group["weight_decay"]
-        return cls(declared, scale, extra, buffer, sign * lr, decay)
+        return cls(declared, scale, extra, buffer, sign * lr, decay, old)
+
+    def kept(self, healthy: Tensor | None) -> Tensor | None:
+        """Return the momentum after the step: the old one if the step failed.
+
+        Args:
+            healthy: boolean scalar on the device; None: the step went well.
+
+        Returns:
+            The momentum covector.
+        """
+        if self.buffer is None or healthy is None:
+            return self.buffer
+        old = torch.zeros_like(self.buffer) if self.old is None else self.old
+        return torch.where(healthy, self.buffer, old)
 
     def direction(self) -> Tensor:
         """Return the whole direction as one covector."""

@@ -64,8 +64,13 @@ class BlockReport:
 
     @property
     def predicted_decrease(self) -> float:
-        """First-order decrease ``lr g(x, x)`` of the loss by a plain gradient step."""
-        return self.lr * self.gradient_norm**2
+        """First-order decrease ``-g(x, u)`` of the loss by a plain gradient step u."""
+        if all(step is None for step in self.steps.values()):
+            return self.lr * self.gradient_norm**2
+        x = self.solution.vectors
+        u = {name: -self.lr * vector for name, vector in x.items()}
+        u |= {name: step for name, step in self.steps.items() if step is not None}
+        return -float(self.metric.inner(x, u))
 
     @cached_property
     def residual(self) -> float:

@@ -4,9 +4,11 @@ from collections.abc import Callable, Iterable
 from typing import Any, overload
 
 import torch
+from torch import Tensor
 
 from riemannian_modules.errors import (
     NonFiniteError,
+    NotPositiveDefiniteError,
     NotRecordedError,
 )
 from riemannian_modules.layerwise import LayerwiseMetric
@@ -82,6 +84,7 @@ class RiemannianSGD(torch.optim.Optimizer):
         self.metric = metric
         self.retraction = Default() if retraction is None else retraction
         self._report: StepReport | None = None
+        self._healthy: Tensor | None = None
         self._stepped = 0
         defaults = {
             "lr": lr,
@@ -93,6 +96,12 @@ class RiemannianSGD(torch.optim.Optimizer):
         }
         everything = [declared.tensor for declared in metric.parameters]
         super().__init__(everything if params is None else params, defaults)
+
+    def __reduce_ex__(self, protocol: object) -> str:
+        raise TypeError(
+            "the optimizer belongs to its metric and cannot be copied or pickled; use "
+            "state_dict() and load_state_dict() on an optimizer built anew"
+        )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of the metric's parameters.
@@ -118,10 +127,19 @@ class RiemannianSGD(torch.optim.Optimizer):
 
         Raises:
             NotRecordedError: there was no step yet.
+            NotPositiveDefiniteError: the last step failed on a device whose outcome
+                it could not wait for; the parameters were left alone.
         """
         if self._report is None:
             raise NotRecordedError(
                 "no step was taken yet, so there is no report; call step() first"
+            )
+        healthy = self._healthy
+        if healthy is not None and not healthy.is_meta and not bool(healthy):
+            raise NotPositiveDefiniteError(
+                "in the last step a small matrix was not positive definite or a "
+                "direction not finite, so it changed nothing; check the data, raise "
+                "the mass or lower the learning rate"
             )
         return self._report
 
@@ -173,16 +191,24 @@ class RiemannianSGD(torch.optim.Optimizer):
             for name, plan in plans.items()
         }
         healthy = self.metric.succeeded()
+        if healthy is not None:
+            totals = torch.stack([s.total().float() for s in solutions.values()])
+            healthy = healthy & torch.isfinite(totals).all()
+        self._healthy = healthy
         for name, plan in plans.items():
             plan.commit(points[name], updates[name], vectors[name], healthy)
             if plan.buffer is not None:
-                self.state[plan.declared.tensor]["momentum_buffer"] = plan.buffer
+                state = self.state[plan.declared.tensor]
+                state["momentum_buffer"] = plan.kept(healthy)
         reports = {}
         for block, solution in solutions.items():
             own = [name for name in solution.vectors if name in plans]
             if own:
                 metric, lr = self.metric.blocks[block], plans[own[0]].lr
                 steps = {name: updates[name] for name in own}
+                for name in own:
+                    if plans[name].lr != lr and steps[name] is None:
+                        steps[name] = -plans[name].lr * vectors[name]
                 reports[block] = BlockReport(block, metric, solution, lr, steps)
         self._report = StepReport(reports)
 
@@ -209,8 +235,8 @@ class RiemannianSGD(torch.optim.Optimizer):
             covector = {n: plan.direction() for n, plan in plans.items()}
             solutions = self.metric.solve(covector, gradient=0.0)
         for block, solution in solutions.items():
-            velocity = solution.velocity.sum()
-            if velocity.device.type == "cpu" and not bool(torch.isfinite(velocity)):
+            total = solution.total()
+            if total.device.type == "cpu" and not bool(torch.isfinite(total)):
                 raise NonFiniteError(
                     f"the step of block '{block}' is not finite; nothing was changed. "
                     "Lower the learning rate or raise the mass"
