@@ -1,9 +1,10 @@
 """What is checked before a linearisation counts: nothing is changed when it fails."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 from riemannian_modules.declared import DeclaredParameters
 from riemannian_modules.errors import (
@@ -25,7 +26,8 @@ __all__ = [
     "recordable_layers",
     "recorded_tape",
     "refuse_coupling",
-    "refuse_direct_dependence",
+    "refuse_other_paths",
+    "refuse_unrecorded_uses",
     "require_finite",
 ]
 
@@ -134,21 +136,22 @@ def autograd_gradient(
     return {d.name: g for d, g in zip(declared, grads, strict=True)}
 
 
-def refuse_direct_dependence(
-    loss: Tensor, outputs: Tensor, parameters: DeclaredParameters
+def refuse_other_paths(
+    starts: Iterable[Node | None],
+    stops: Iterable[Node | None],
+    parameters: DeclaredParameters,
 ) -> None:
-    """Refuse a loss that depends on parameters other than through the outputs.
+    """Refuse a graph that reaches a parameter without passing a known node.
 
     Args:
-        loss: the loss.
-        outputs: model outputs.
+        starts: where to begin: the loss; or the outputs and the layers' inputs.
+        stops: where to end: the outputs; or the recorded layers' outputs.
         parameters: the model's parameters.
 
     Raises:
-        LinearizationError: it does; names a parameter.
+        LinearizationError: a parameter is reached; names it.
     """
-    # The walk stops at the outputs, so it sees the few nodes of the loss itself.
-    seen, waiting = {outputs.grad_fn}, [loss.grad_fn]
+    seen, waiting = set(stops), list(starts)
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:
@@ -158,11 +161,30 @@ def refuse_direct_dependence(
         name = None if leaf is None else parameters.name_of(leaf)
         if name is not None:
             raise LinearizationError(
-                f"parameter '{name}': the loss depends on it other than through the "
-                "outputs. It is used outside its layer or outside the recorded scope, "
-                "or the loss has a term of it (put weight decay in the optimizer)"
+                f"parameter '{name}' is reached other than through its recorded layer: "
+                "it is used outside its layer or outside the recorded scope, or the "
+                "loss has a term of it (put weight decay in the optimizer)"
             )
         waiting += [following for following, _ in node.next_functions]
+
+
+def refuse_unrecorded_uses(
+    tape: Tape, outputs: Tensor, parameters: DeclaredParameters
+) -> None:
+    """Refuse a pass in which a parameter acts other than in its recorded layer.
+
+    Comparing gradients does not see a use that happens to contribute zero.
+
+    Args:
+        tape: the recorded pass.
+        outputs: its outputs.
+        parameters: the model's parameters.
+
+    Raises:
+        LinearizationError: a parameter does; names it.
+    """
+    starts = [outputs.grad_fn, *(use.origin for use in tape.uses)]
+    refuse_other_paths(starts, [use.edge.node for use in tape.uses], parameters)
 
 
 def output_costate(loss: Tensor, outputs: Tensor) -> Tensor:

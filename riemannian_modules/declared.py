@@ -242,7 +242,8 @@ def _check_value(declared: Declared) -> None:
         )
     if isinstance(declared.manifold, geoopt.Euclidean):
         return
-    tolerance = 1e-4 if value.dtype != torch.float64 else 1e-7
+    eps = torch.finfo(value.dtype).eps
+    tolerance = 1e-7 if value.dtype == torch.float64 else max(1e-4, 10.0 * eps)
     ok, reason = declared.manifold.check_point_on_manifold(
         value, explain=True, atol=tolerance, rtol=tolerance
     )

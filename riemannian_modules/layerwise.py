@@ -16,6 +16,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from riemannian_modules.assembly import (
+    bind_views,
+    block_metrics,
+    moved,
+    zero_covectors,
+)
 from riemannian_modules.checks import (
     autograd_gradient,
     batch_norms,
@@ -24,14 +30,15 @@ from riemannian_modules.checks import (
     recordable_layers,
     recorded_tape,
     refuse_coupling,
-    refuse_direct_dependence,
+    refuse_other_paths,
+    refuse_unrecorded_uses,
     require_finite,
 )
 from riemannian_modules.declared import Blocks, DeclaredParameters
-from riemannian_modules.errors import NotRecordedError
+from riemannian_modules.errors import NotRecordedError, ShapeError
 from riemannian_modules.linearize import Linearization, Reduction, linearize
 from riemannian_modules.mass import MassLike
-from riemannian_modules.metric import LayerMetric, Part, Solution
+from riemannian_modules.metric import LayerMetric, Solution
 from riemannian_modules.output import OutputMetric
 from riemannian_modules.tape import Tape
 
@@ -107,6 +114,7 @@ class LayerwiseMetric:
         self._batch_norms = batch_norms(model)
         self._layers: list[tuple[str, nn.Module]] | None = None
         self._tape: Tape | None = None
+        self._passed = Tape()
         self._batched: dict[tuple[str, ...], bool] = {}
         self._frozen = False
         self._found: Linearization | None = None
@@ -237,6 +245,8 @@ class LayerwiseMetric:
 
         Raises:
             NotRecordedError: there was no backward pass yet.
+            ShapeError: a covector of an unknown name.
+            LinearizationError: a layer's input was overwritten since.
             NotPositiveDefiniteError: a block's small matrix could not be factorised.
         """
         found = self._found
@@ -245,12 +255,13 @@ class LayerwiseMetric:
                 "there is no gradient yet: run the model inside metric.record() and "
                 "call metric.backward(loss, outputs) first"
             )
+        self._passed.require_intact()
         residual, rest, source = None, None, None
         if covector is not None:
-            rest = {
-                name: covector.get(name, torch.zeros_like(own))
-                for name, own in found.gradient.items()
-            }
+            unknown = set(covector) - {d.name for d in self.parameters}
+            if unknown:
+                raise ShapeError(f"no parameters are called {sorted(unknown)}")
+            rest = {**zero_covectors(self.blocks), **covector}
         if gradient != 0.0:
             residual = None if found.residual is None else gradient * found.residual
             if found.rest is not None and rest is None and gradient == 1.0:
@@ -288,7 +299,7 @@ class LayerwiseMetric:
         costate, expected = None, None
         if loss is not None:
             costate = output_costate(loss, outputs)
-            refuse_direct_dependence(loss, outputs, self.parameters)
+            refuse_other_paths([loss.grad_fn], [outputs.grad_fn], self.parameters)
             if signature not in self._batched:
                 expected = autograd_gradient(loss, self.parameters)
         with torch.no_grad():
@@ -301,18 +312,20 @@ class LayerwiseMetric:
                 parameters=self.parameters,
                 batched=self._batched.get(signature),
             )
+            if signature not in self._batched:
+                refuse_unrecorded_uses(tape, outputs, self.parameters)
             if expected is not None:
                 compare_gradients(
                     found.gradient, expected, found.costates, tape.rounding
                 )
             if self._frozen and self.blocks:
                 # The old factors do not span the new gradient.
-                found = replace(found, residual=None, rest=found.gradient, source=None)
-                self._move_blocks()
+                rest = {**zero_covectors(self.blocks), **found.gradient}
+                found = replace(found, residual=None, rest=rest, source=None)
+                self.blocks = moved(self.blocks, self.parameters)
             else:
-                self._build_blocks(found)
-        self._found = found
-        self._tape = None
+                self._renew(found)
+        self._found, self._passed, self._tape = found, tape, None
         self._marks = {name: g._version for name, g in found.gradient.items()}
         if loss is not None:
             self._batched[signature] = found.batched
@@ -321,30 +334,10 @@ class LayerwiseMetric:
                 declared.linearised = declared.tensor._version
                 declared.tensor.grad = found.gradient.get(declared.name)
 
-    def _build_blocks(self, found: Linearization) -> None:
-        version, blocks = self.version + 1, {}
-        for block, members in self._groups.items():
-            parts = [self._part(name, found) for name in members if name in found.names]
-            if parts:
-                blocks[block] = LayerMetric(
-                    parts, name=block, version=version, precision=self.precision
-                )
-        views = [
-            (view, LayerMetric([self._part(name, found)], name=name, version=version))
-            for name in found.factors
-            if (view := self.parameters[name].view) is not None
-        ]
-        for view, metric in views:
-            view.bind(metric)
-        self.version, self.blocks = version, blocks
-
-    def _part(self, name: str, found: Linearization) -> Part:
-        return Part(name, self.parameters[name].space(), found.factors.get(name))
-
-    def _move_blocks(self) -> None:
-        for name, block in self.blocks.items():
-            points = {
-                part.name: self.parameters[part.name].space().point
-                for part in block.parts
-            }
-            self.blocks[name] = block.at(points)
+    def _renew(self, found: Linearization) -> None:
+        common = (found, self.parameters, self.version + 1, self.precision)
+        blocks = block_metrics(self._groups, *common)
+        seen = {d.name: [d.name] for d in self.parameters if d.view is not None}
+        views = block_metrics(seen, *common)
+        bind_views(views, self.parameters)
+        self.version, self.blocks = self.version + 1, blocks

@@ -110,7 +110,7 @@ def as_mass(value: MassLike, shape: Sequence[int], name: str) -> Mass:
             )
         _require_positive(row, f"row mass of '{name}'")
         _require_positive(column, f"column mass of '{name}'")
-        return Mass(row=row, column=column)
+        return Mass(row=row.detach().clone(), column=column.detach().clone())
     if isinstance(value, Tensor) and value.ndim > 0:
         if tuple(value.shape) != shape:
             raise MassError(
@@ -118,7 +118,7 @@ def as_mass(value: MassLike, shape: Sequence[int], name: str) -> Mass:
                 f"{shape}; pass a number, a (row, column) pair or that shape"
             )
         _require_positive(value, f"mass of '{name}'")
-        return Mass(diagonal=value)
+        return Mass(diagonal=value.detach().clone())
     if not isinstance(value, int | float | Tensor):
         raise MassError(
             f"mass of '{name}' is a {type(value).__name__}; pass a positive number, "

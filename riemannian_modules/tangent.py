@@ -19,6 +19,15 @@ from riemannian_modules.mass import Mass
 
 __all__ = ["TangentSpace"]
 
+# Their proju is orthogonal entry by entry, so it serves covectors as well.
+_ORTHOGONAL = (
+    geoopt.Euclidean,
+    geoopt.Sphere,
+    geoopt.Stiefel,
+    geoopt.SymmetricPositiveDefinite,
+    geoopt.PoincareBall,
+)
+
 
 @dataclass(frozen=True)
 class TangentSpace:
@@ -84,6 +93,12 @@ class TangentSpace:
             return u
         projected: Tensor = self.manifold.proju(self.point, u)
         return projected
+
+    def restrict(self, e: Tensor) -> Tensor:
+        """Return the covector that agrees with ``e`` on tangent vectors, no more."""
+        if isinstance(self.manifold, _ORTHOGONAL):
+            return self.project(e)
+        return flat(self.manifold, self.point, self.riesz(e))
 
     def root(self, z: Tensor) -> Tensor:
         """Return ``C z``, where ``C C^T`` is :meth:`sharp`."""

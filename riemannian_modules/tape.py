@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from riemannian_modules.errors import LinearizationError, NonFiniteError
@@ -27,6 +27,7 @@ class Use:
         edge: where the layer's output enters the autograd graph.
         version: version counter of the input when it was used.
         dtype: data type of its output, lower than the parameters' under autocast.
+        origin: the node of the autograd graph that made the input, if there is one.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Use:
     edge: GradientEdge
     version: int
     dtype: torch.dtype
+    origin: Node | None
 
     @property
     def label(self) -> str:
@@ -80,6 +82,7 @@ class Tape:
                         edge,
                         source._version,
                         output.dtype,
+                        source.grad_fn,
                     )
                 )
 
@@ -106,6 +109,19 @@ class Tape:
             *(type(end.grad_fn).__name__ for end in ends),
         )
 
+    def require_intact(self) -> None:
+        """Check that the layers' inputs still hold what the layers saw.
+
+        Raises:
+            LinearizationError: an input was changed in place; names the layer.
+        """
+        for use in self.uses:
+            if use.input._version != use.version:
+                raise LinearizationError(
+                    f"the input of {use.label} was changed in place after the layer "
+                    "had used it, so its factor is lost; use the out-of-place operation"
+                )
+
     def check_inputs(self, examples: int) -> None:
         """Check that the recorded inputs are intact and finite, examples first.
 
@@ -118,12 +134,8 @@ class Tape:
             NonFiniteError: an input holds NaN or infinity (looked at on the CPU only,
                 where it costs no synchronisation).
         """
+        self.require_intact()
         for use in self.uses:
-            if use.input._version != use.version:
-                raise LinearizationError(
-                    f"the input of {use.label} was changed in place after the layer "
-                    "had used it, so its factor is lost; use the out-of-place operation"
-                )
             if use.input.ndim < 2 or use.input.shape[0] != examples:
                 raise LinearizationError(
                     f"{use.label} saw an input of shape {tuple(use.input.shape)} in a "

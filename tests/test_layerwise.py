@@ -965,3 +965,79 @@ def test_the_generic_path_equals_the_dense_reference(
         torch.testing.assert_close(vector, expected[name], rtol=1e-9, atol=1e-11)
     norm = sum((covector[n] * v).sum() for n, v in block.sharp(covector).items())
     torch.testing.assert_close(block.solve(covector=covector).squared_norm, norm)
+
+
+class Gated(nn.Module):
+    """Uses a weight outside its layer, behind a gate that starts closed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.gate = nn.Linear(3, 2), nn.Linear(1, 2)
+        nn.init.zeros_(self.gate.weight)
+        nn.init.zeros_(self.gate.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + self.gate(x[:, :1]) * F.linear(x, self.layer.weight)
+
+
+def test_an_outside_use_with_a_zero_gradient_is_refused() -> None:
+    model = Gated()
+    metric = rm.LayerwiseMetric(model, output=rm.output.Euclidean())
+    with metric.record():
+        outputs = model(torch.randn(4, 3))
+    with pytest.raises(rm.errors.LinearizationError, match=r"layer\.weight.*outside"):
+        metric.backward(outputs.square().mean(), outputs)
+
+
+def test_an_overwritten_input_is_noticed_after_backward() -> None:
+    model, x = nn.Linear(3, 2), torch.randn(4, 3)
+    metric = rm.LayerwiseMetric(model, output=rm.output.Euclidean())
+    with metric.record():
+        outputs = model(x)
+    metric.backward(outputs.square().mean(), outputs)
+    x.zero_()
+    with pytest.raises(rm.errors.LinearizationError, match="in place"):
+        metric.natural_gradient()
+
+
+def test_a_covector_with_an_unknown_name_is_refused() -> None:
+    model = nn.Linear(3, 2)
+    metric = rm.LayerwiseMetric(model, output=rm.output.Euclidean())
+    with metric.record():
+        outputs = model(torch.randn(4, 3))
+    metric.backward(outputs.square().mean(), outputs)
+    with pytest.raises(rm.errors.ShapeError, match="wieght"):
+        metric.solve({"wieght": model.weight.detach()})
+
+
+def test_a_bias_with_a_diagonal_mass_is_not_absorbed() -> None:
+    model, x = nn.Linear(4, 3), torch.randn(2, 4)
+    mass = {"weight": 0.3, "bias": torch.tensor([0.1, 2.0, 0.7])}
+    metric = rm.LayerwiseMetric(model, output=rm.output.Euclidean(), mass=mass)
+    with metric.record():
+        outputs = model(x)
+    metric.backward(outputs.square().mean(), outputs)
+    expected = dense_natural_gradient(
+        model, rm.output.Euclidean(), x, lambda z: z.square().mean(), mass=mass
+    )
+    for name, vector in metric.natural_gradient().items():
+        torch.testing.assert_close(vector, expected[name], rtol=1e-10, atol=1e-12)
+
+
+def test_resetting_parameters_stays_on_the_manifold() -> None:
+    layer = rm.nn.Linear(5, 3, manifold=rm.manifolds.Stiefel())
+    before = layer.weight.detach().clone()
+    layer.reset_parameters()
+    assert not torch.equal(layer.weight, before)
+    torch.testing.assert_close(layer.weight @ layer.weight.mT, torch.eye(3))
+
+
+def test_covectors_are_restricted_on_every_manifold() -> None:
+    manifold = geoopt.Lorentz()
+    point = manifold.projx(torch.randn(4)).as_subclass(Tensor)
+    space = rm.TangentSpace(manifold, point)
+    e = torch.randn(4)
+    restricted = space.restrict(e)
+    torch.testing.assert_close(space.sharp(restricted), space.sharp(e))
+    tangent = manifold.proju(point, torch.randn(4))
+    torch.testing.assert_close((restricted * tangent).sum(), (e * tangent).sum())

@@ -23,7 +23,7 @@ LAYERS = (
     {"tape"},
     {"rules"},
     {"declared", "reverse"},
-    {"checks", "linearize"},
+    {"assembly", "checks", "linearize"},
     {"layerwise"},
     {"nn"},
     {"optim"},

@@ -71,6 +71,18 @@ class Linear(RiemannianModule, nn.Linear):
         else:
             self.register_parameter("bias", None)
 
+    def reset_parameters(self) -> None:
+        """Draw a new starting point on the manifold, and a new bias."""
+        with torch.no_grad():
+            weight = self.weight.detach().as_subclass(torch.Tensor)
+            start = _initial(
+                self.declared_manifolds["weight"], torch.empty_like(weight)
+            )
+            self.weight.copy_(start.as_subclass(torch.Tensor))
+            if self.bias is not None:
+                bound = 1.0 / math.sqrt(self.in_features)
+                self.bias.uniform_(-bound, bound)
+
     def extra_repr(self) -> str:
         """Say the sizes and where the weight lives."""
         base = self.declared_manifolds["weight"]

@@ -66,11 +66,11 @@ class Plan:
         momentum = group["momentum"]
         if momentum > 0.0:
             space = declared.space()
-            tangential = space.project(gradient)
+            tangential = space.restrict(gradient)
             if old is None:
                 buffer = tangential.clone()
             else:
-                carried = momentum * space.project(old)
+                carried = momentum * space.restrict(old)
                 buffer = carried + (1.0 - group["dampening"]) * tangential
                 scale, extra = 1.0 - group["dampening"], carried
             if group["nesterov"]:

@@ -79,7 +79,8 @@ class BlockReport:
             return 0.0
         measured = self.metric.image(self.solution.vectors)
         error = (measured - self.solution.velocity).norm()
-        return float(error / self.solution.velocity.norm().clamp_min(1e-300))
+        size = self.solution.velocity.norm()
+        return float(error / size.clamp_min(torch.finfo(size.dtype).tiny))
 
     @cached_property
     def condition(self) -> float:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from riemannian_modules.errors import ManifoldContractError, ShapeError
+from riemannian_modules.manifolds.contract import ensure_contract
 from riemannian_modules.output.base import OutputMetric
 from riemannian_modules.output.rows import ROUNDING, divide
 
@@ -58,12 +59,7 @@ class OnManifold(OutputMetric):
                 f"OnManifold needs an instance of geoopt.Manifold, got {manifold!r}; "
                 "did you pass the class, without calling it?"
             )
-        if type(manifold) is geoopt.CanonicalStiefel:
-            raise ManifoldContractError(
-                "OnManifold(CanonicalStiefel): proju of geoopt's class is not a "
-                "projection; use riemannian_modules.manifolds.CanonicalStiefel"
-            )
-        self.manifold = manifold
+        self.manifold = ensure_contract(manifold, "OnManifold")
 
     def factor(self, outputs: Tensor) -> Tensor:
         """Return ``(n, r, *point)``; see the class for r."""
