@@ -18,7 +18,7 @@ from benchmarks.models import (
     training_step,
 )
 
-# Ratios to Adam that a step must stay below. Those of sampled steps are not reached yet,
+# Ratios to Adam that a step must stay below. Those of sampled steps are not reached,
 # so test_ratio fails: docs/benchmarks.md says by how much and why.
 BOUNDS = {
     "small": {"sampled": 2.2, "exact layer": 20.0},
