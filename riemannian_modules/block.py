@@ -8,7 +8,12 @@ import torch
 from torch import Tensor
 
 from riemannian_modules.errors import ShapeError
-from riemannian_modules.factors import MetricFactor, block_gram
+from riemannian_modules.factors import (
+    MetricFactor,
+    block_gram,
+    block_image,
+    block_rmatvec,
+)
 from riemannian_modules.tangent import TangentSpace
 
 __all__ = ["Block", "Part", "Vectors"]
@@ -66,6 +71,10 @@ class Block:
         return sum(part.space.dim for part in self.parts)
 
     @property
+    def _pairs(self) -> list[tuple[MetricFactor, TangentSpace]]:
+        return [(p.factor, p.space) for p in self.parts if p.factor is not None]
+
+    @property
     def size(self) -> int:
         """Number of entries of all parameters."""
         return sum(part.space.point.numel() for part in self.parts)
@@ -112,10 +121,9 @@ class Block:
         """
         if source is None:
             return self.matvec(self.sharp(e))
-        return self._sum(
-            part.factor.image(part.space, e[part.name], source[part.name])
-            for part in self.parts
-            if part.factor
+        own = [p for p in self.parts if p.factor is not None]
+        return block_image(
+            self._pairs, [e[p.name] for p in own], [source[p.name] for p in own]
         )
 
     def _sum(self, images: Iterator[Tensor]) -> Tensor:
@@ -128,12 +136,12 @@ class Block:
 
     def rmatvec(self, a: Tensor) -> dict[str, Tensor]:
         """Return the covectors ``K^T a``."""
-        return {
-            p.name: torch.zeros_like(p.space.point)
-            if p.factor is None
-            else p.factor.rmatvec(a)
-            for p in self.parts
-        }
+        factors = {p.name: p.factor for p in self.parts if p.factor is not None}
+        covectors = block_rmatvec(factors, a)
+        for part in self.parts:
+            if part.factor is None:
+                covectors[part.name] = torch.zeros_like(part.space.point)
+        return covectors
 
     def sharp(self, e: Vectors) -> dict[str, Tensor]:
         """Return the Riesz map of the massed base metric."""
@@ -156,8 +164,7 @@ class Block:
 
     def gram(self, dtype: torch.dtype) -> Tensor:
         """Return ``K sharp K^T``, ``(rank, rank)``, lower triangle valid."""
-        pairs = [(p.factor, p.space) for p in self.parts if p.factor is not None]
-        return block_gram(pairs, dtype)
+        return block_gram(self._pairs, dtype)
 
     def coordinate_gram(self) -> Tensor:
         """Return ``(K C)^T (K C)``, ``(size, size)``, in float64."""

@@ -15,6 +15,7 @@ from riemannian_modules.errors import (
     ShapeError,
 )
 from riemannian_modules.factors import MetricFactor
+from riemannian_modules.finite import looks_finite
 from riemannian_modules.rules import has_rule
 from riemannian_modules.tape import Tape
 
@@ -217,7 +218,7 @@ def output_costate(loss: Tensor, outputs: Tensor) -> Tensor:
             "the loss does not depend on these outputs; hand metric.backward the very "
             "tensor that the model returned and the loss was computed from"
         )
-    if costate.device.type == "cpu" and not bool(torch.isfinite(costate).all()):
+    if not looks_finite(costate):
         raise NonFiniteError(
             "the derivative of the loss by the outputs, of shape "
             f"{tuple(costate.shape)}, holds NaN or infinity while the loss does not; "
@@ -239,7 +240,7 @@ def require_finite(value: Tensor, what: str, tape: Tape) -> None:
     """
     # Off the CPU this would wait for the device; there a failed factorisation
     # leaves the parameters unchanged instead.
-    if value.device.type != "cpu" or bool(torch.isfinite(value).all()):
+    if looks_finite(value):
         return
     raise NonFiniteError(
         f"NaN or infinity in {what} of shape {tuple(value.shape)} "

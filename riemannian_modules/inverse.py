@@ -8,6 +8,7 @@ With the masses absorbed in ``sharp`` and ``C C^T = sharp`` the inverse of
 - primal:  ``C G^-1 C^T e`` with ``G = 1 + (K C)^T (K C)``.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -71,7 +72,7 @@ class Inverse:
         self.block = block
         self.form = woodbury.branch(block.rank, block.dim) if block.rank else "base"
         self._precision = precision
-        self._trace = torch.zeros((), dtype=block.precision, device=block.device)
+        self._trace = math.inf
 
     @cached_property
     def factor(self) -> woodbury.CholeskyFactor:
@@ -91,14 +92,17 @@ class Inverse:
             S = self._shifted_gram(single)
             # The push-through form loses the square root of |K sharp K^T| in
             # precision; the trace bounds it and reading it is free on the CPU.
-            if torch.finfo(single).eps * float(self._trace) ** 0.5 <= _SINGLE_LOSS:
+            if torch.finfo(single).eps * self._trace**0.5 <= _SINGLE_LOSS:
                 return S
         return self._shifted_gram(wide)
 
     def _shifted_gram(self, dtype: torch.dtype) -> Tensor:
         S = self.block.gram(dtype)
-        self._trace = S.diagonal().sum()
-        S.diagonal().add_(1.0)
+        diagonal = S.diagonal()
+        # Off the CPU reading it would wait for the device.
+        if S.device.type == "cpu":
+            self._trace = diagonal.sum().item()
+        diagonal.add_(1.0)
         return S
 
     @property
@@ -110,9 +114,8 @@ class Inverse:
 
     def _loses_digits(self) -> bool:
         # The subtracting form loses log10 |S| digits; the trace bounds that.
-        # Off the CPU reading it would wait for the device: refine always.
-        eps = torch.finfo(self.block.dtype).eps
-        return self._trace.device.type != "cpu" or eps * float(self._trace) > _LOSS
+        # Where it is not known, refine always.
+        return not torch.finfo(self.block.dtype).eps * self._trace <= _LOSS
 
     def solve(
         self,

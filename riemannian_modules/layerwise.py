@@ -279,9 +279,10 @@ class LayerwiseMetric:
 
         None on the CPU, where a failure was raised.
         """
+        if all(d.tensor.device.type == "cpu" for d in self.parameters):
+            return None
         flags = [block.inverse.succeeded for block in self.blocks.values()]
-        on_host = not flags or flags[0].device.type == "cpu"
-        return None if on_host else torch.stack(flags).all()
+        return torch.stack(flags).all() if flags else None
 
     def gradient_is_untouched(self) -> bool:
         """Whether every ``.grad`` is still what the last backward pass put there."""

@@ -111,15 +111,21 @@ def linearize(
         )
     if probing:
         _require_separate(reached, len(outputs) // 2)
-    factors = _assemble(reached, 0, r, parameters) if r else {}
+    whole = _assemble(reached, parameters)
+    n = len(outputs)
+
+    def rows_of(start: int, stop: int) -> dict[str, MetricFactor]:
+        return {m: f.narrow(start * n, stop * n) for m, f in whole.items()}
+
+    factors = rows_of(0, r) if r else {}
     gradient, own, source, covectors = {}, {}, None, None
     if costate is not None:
-        own = _assemble(reached, r, r + 1, parameters)
+        own = rows_of(r, r + 1)
         gradient = {name: factor.row_sum() for name, factor in own.items()}
         if residual is None:
             source, covectors = own, gradient
         elif rest is not None:
-            source = _assemble(reached, r + 1, r + 2, parameters)
+            source = rows_of(r + 1, r + 2)
             covectors = {name: factor.row_sum() for name, factor in source.items()}
     names = list(own or factors)
     return Linearization(
@@ -180,12 +186,12 @@ def _output_rows(
 
 
 def _assemble(
-    reached: Reached, start: int, stop: int, parameters: DeclaredParameters
+    reached: Reached, parameters: DeclaredParameters
 ) -> dict[str, MetricFactor]:
-    """Return the factor of every parameter from the cotangents ``start:stop``."""
+    """Return the factor of every parameter, one row for each cotangent and example."""
     calls: dict[int, Reached] = {}
     for use, carried in reached:
-        calls.setdefault(id(use.module), []).append((use, carried[start:stop]))
+        calls.setdefault(id(use.module), []).append((use, carried))
     factors: dict[str, MetricFactor] = {}
     for uses in calls.values():
         module = uses[0][0].module

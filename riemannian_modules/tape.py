@@ -9,6 +9,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from riemannian_modules.errors import LinearizationError, NonFiniteError
+from riemannian_modules.finite import looks_finite
 
 __all__ = ["Tape", "Use"]
 
@@ -142,7 +143,7 @@ class Tape:
                     f"batch of {examples} outputs; the first dimension must be the "
                     "examples everywhere: use unsqueeze(0) or transpose(0, 1)"
                 )
-            if use.input.device.type == "cpu" and not _finite(use.input):
+            if not looks_finite(use.input):
                 raise NonFiniteError(
                     f"NaN or infinity in the layer inputs ({self.first_nonfinite()}); "
                     "nothing was changed. Check the data, lower the learning rate or "
@@ -153,14 +154,9 @@ class Tape:
         """Return where NaN or infinity entered, in words for an error."""
         for use in self.uses:
             for parameter, value in use.module.named_parameters(recurse=False):
-                if not _finite(value):
+                if not looks_finite(value):
                     name = f"{use.name}.{parameter}" if use.name else parameter
                     return f"parameter '{name}' is not finite"
-            if not _finite(use.input):
+            if not looks_finite(use.input):
                 return f"the input of {use.label} is the first not finite"
         return "every recorded layer input is finite, so it arose behind the last layer"
-
-
-def _finite(value: Tensor) -> bool:
-    # One pass for the usual case; a sum may overflow without a value doing so.
-    return bool(torch.isfinite(value.sum()) or torch.isfinite(value).all())

@@ -1,8 +1,16 @@
 """Factors K of the layer metric: the interface and its structured kinds."""
 
 from riemannian_modules.factors.base import MetricFactor
-from riemannian_modules.factors.block import block_gram
+from riemannian_modules.factors.block import block_gram, block_image, block_rmatvec
 from riemannian_modules.factors.dense import DenseFactor
 from riemannian_modules.factors.linear import BiasFactor, LinearFactor
 
-__all__ = ["BiasFactor", "DenseFactor", "LinearFactor", "MetricFactor", "block_gram"]
+__all__ = [
+    "BiasFactor",
+    "DenseFactor",
+    "LinearFactor",
+    "MetricFactor",
+    "block_gram",
+    "block_image",
+    "block_rmatvec",
+]

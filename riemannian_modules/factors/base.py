@@ -69,6 +69,13 @@ class MetricFactor(ABC):
         """Return rows ``start:stop`` of K, shape ``(stop - start, *shape)``."""
 
     @abstractmethod
+    def narrow(self, start: int, stop: int) -> "MetricFactor":
+        """Return the factor of rows ``start:stop``, which shares their memory.
+
+        A structured factor may ask for whole groups of n rows, one for each example.
+        """
+
+    @abstractmethod
     def double(self) -> "MetricFactor":
         """Return the same factor in float64."""
 

@@ -56,6 +56,10 @@ class DenseFactor(MetricFactor):
         """Return the stored rows ``start:stop``."""
         return self._rows[start:stop]
 
+    def narrow(self, start: int, stop: int) -> "DenseFactor":
+        """Return the factor of the rows ``start:stop``."""
+        return DenseFactor(self._rows[start:stop])
+
     def __add__(self, other: MetricFactor) -> "DenseFactor":
         """Return the factor whose rows are the sums of both factors' rows."""
         return DenseFactor(self._rows + other.rows(0, self.rank))

@@ -48,17 +48,25 @@ class _CotangentFactor(MetricFactor):
         """Device of the cotangents."""
         return self.cotangents.device
 
-    def _combine(self, a: Tensor) -> Tensor:
+    def combine(self, a: Tensor) -> Tensor:
+        """Return ``sum_j a_ji l_jit``, ``(n, positions, out)``, for ``a`` (rank,)."""
         r, n = self.cotangents.shape[:2]
         if r == 1:
             return self.cotangents[0] * a.to(self.dtype).view(n, 1, 1)
         weights = a.to(self.dtype).view(r, n, 1, 1)
         return (self.cotangents * weights).sum(0)
 
-    def _total(self) -> Tensor:
+    def total(self) -> Tensor:
+        """Return :meth:`combine` of ones."""
         return (
             self.cotangents[0] if len(self.cotangents) == 1 else self.cotangents.sum(0)
         )
+
+    def _groups(self, start: int, stop: int) -> Tensor:
+        n = self.cotangents.shape[1]
+        if start % n or stop % n:
+            raise ShapeError(f"rows {start}:{stop} are not whole groups of {n} rows")
+        return self.cotangents[start // n : stop // n]
 
 
 class LinearFactor(_CotangentFactor):
@@ -86,7 +94,7 @@ class LinearFactor(_CotangentFactor):
         self.cotangents = cotangents
         self.rank = cotangents.shape[0] * cotangents.shape[1]
         self.shape = (cotangents.shape[-1], inputs.shape[-1])
-        self._kernels: dict[torch.dtype, Tensor] = {}
+        self._kernels: dict[tuple[torch.dtype, float, float], Tensor] = {}
 
     def matvec(self, u: Tensor) -> Tensor:
         """Return ``K u``: each row's cotangent against ``u x``."""
@@ -95,38 +103,62 @@ class LinearFactor(_CotangentFactor):
 
     def rmatvec(self, a: Tensor) -> Tensor:
         """Return ``K^T a``: one backward product with the combined cotangent."""
-        return self._pull(self._combine(a))
+        return self.pull(self.combine(a))
 
     def row_sum(self) -> Tensor:
         """Return ``K^T 1``."""
-        return self._pull(self._total())
+        return self.pull(self.total())
 
     def magnitude(self) -> Tensor:
         """Return ``|l| |x|``, which bounds the sum of the rows' norms."""
         return self.cotangents.norm() * self.inputs.norm()
 
-    def _pull(self, cotangent: Tensor) -> Tensor:
+    def pull(self, cotangent: Tensor) -> Tensor:
+        """Return the weight's gradient for a cotangent ``(n, positions, out)``."""
         return cotangent.flatten(0, 1).mT @ self.inputs.flatten(0, 1)
 
-    def image(self, space: TangentSpace, e: Tensor, source: MetricFactor) -> Tensor:
-        """Return ``K sharp e``, through ``X X^T`` where that is cheaper than ``e``."""
-        n, positions, width = self.inputs.shape
-        small = positions == 1 and n < width
-        plain = isinstance(space.manifold, geoopt.Euclidean) and space.mass.is_scalar
-        if not (small and plain and isinstance(source, LinearFactor)):
-            return super().image(space, e, source)
-        if not _same(source.inputs, self.inputs):
-            return super().image(space, e, source)
-        z = self._kernel(self.dtype) @ source._total().flatten(0, 1)
-        image = (self.cotangents * z.unsqueeze(1)).sum((-1, -2)).reshape(-1)
-        return image / space.mass.scalar
+    def image(
+        self, space: TangentSpace, e: Tensor, source: MetricFactor, bias: float = 0.0
+    ) -> Tensor:
+        """Return ``K sharp e``, through ``X X^T`` where that is cheaper than ``e``.
 
-    def _kernel(self, dtype: torch.dtype) -> Tensor:
-        # X X^T of a layer with one position, wanted by the Gram matrix and `image`.
-        if dtype not in self._kernels:
+        Args:
+            space: tangent space of the weight.
+            e: the covector.
+            source: a factor whose rows add up to it.
+            bias: weight of the bias' image, which is added on the way; only where
+                :meth:`maps_by_kernel`.
+
+        Returns:
+            ``(rank,)``.
+        """
+        if not self.maps_by_kernel(space, source):
+            return super().image(space, e, source)
+        assert isinstance(source, LinearFactor)
+        kernel = self._kernel(self.dtype, 1.0 / space.mass.scalar, bias)
+        z = kernel @ source.total().flatten(0, 1)
+        return (self.cotangents.squeeze(2) * z).sum(-1).view(-1)
+
+    def maps_by_kernel(self, space: TangentSpace, source: MetricFactor) -> bool:
+        """Whether :meth:`image` needs no product with the weight's covector."""
+        n, positions, width = self.inputs.shape
+        return (
+            positions == 1
+            and n < width
+            and isinstance(space.manifold, geoopt.Euclidean)
+            and space.mass.is_scalar
+            and isinstance(source, LinearFactor)
+            and _same(source.inputs, self.inputs)
+        )
+
+    def _kernel(self, dtype: torch.dtype, scale: float, shift: float) -> Tensor:
+        # scale X X^T + shift, wanted by the Gram matrix and by `image`.
+        key = (dtype, scale, shift)
+        if key not in self._kernels:
             x = self.inputs.flatten(0, 1).to(dtype)
-            self._kernels[dtype] = x @ x.mT
-        return self._kernels[dtype]
+            constant = torch.full((1,), shift, dtype=dtype, device=x.device)
+            self._kernels[key] = torch.addmm(constant, x, x.mT, alpha=scale)
+        return self._kernels[key]
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Return rows ``start:stop`` of K; their memory is what this class avoids."""
@@ -134,6 +166,10 @@ class LinearFactor(_CotangentFactor):
         which = torch.arange(start, stop, device=self.device)
         left = self.cotangents.flatten(0, 1)[start:stop]
         return left.mT @ self.inputs[which % n]
+
+    def narrow(self, start: int, stop: int) -> "LinearFactor":
+        """Return the factor of whole groups of n rows."""
+        return LinearFactor(self.inputs, self._groups(start, stop))
 
     def gram(
         self, space: TangentSpace, dtype: torch.dtype, *, bias: float = 0.0
@@ -159,7 +195,7 @@ class LinearFactor(_CotangentFactor):
             self.cotangents.to(dtype),
             space.mass,
             bias,
-            self._kernel(dtype) if self.inputs.shape[1] == 1 else None,
+            lambda scale, shift: self._kernel(dtype, scale, shift),
         )
 
     def __add__(self, other: MetricFactor) -> MetricFactor:
@@ -195,21 +231,31 @@ class BiasFactor(_CotangentFactor):
         self.rank = cotangents.shape[0] * cotangents.shape[1]
         self.shape = (cotangents.shape[-1],)
 
+    def belongs_to(self, weight: MetricFactor) -> bool:
+        """Whether ``weight`` is the factor of this bias' own layer."""
+        return isinstance(weight, LinearFactor) and _same(
+            weight.cotangents, self.cotangents
+        )
+
     def matvec(self, u: Tensor) -> Tensor:
         """Return ``K u``."""
         return (self.cotangents @ u.to(self.dtype)).sum(-1).reshape(-1)
 
     def rmatvec(self, a: Tensor) -> Tensor:
         """Return ``K^T a``."""
-        return self._combine(a).sum((0, 1))
+        return self.combine(a).sum((0, 1))
 
     def row_sum(self) -> Tensor:
         """Return ``K^T 1``."""
-        return self._total().sum((0, 1))
+        return self.total().sum((0, 1))
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Return rows ``start:stop`` of K."""
         return self.cotangents.flatten(0, 1)[start:stop].sum(1)
+
+    def narrow(self, start: int, stop: int) -> "BiasFactor":
+        """Return the factor of whole groups of n rows."""
+        return BiasFactor(self._groups(start, stop))
 
     def __add__(self, other: MetricFactor) -> MetricFactor:
         """Return the factor of a bias that two layers share."""

@@ -20,6 +20,7 @@ over pairs of them.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import singledispatch
 from itertools import product
 
@@ -48,6 +49,10 @@ def _add_hadamard(
 ) -> None:
     # Lower block triangle only: the factorisation never reads the rest.
     n = kernel.shape[0]
+    if first and len(out) == n:
+        torch.mm(left, right.mT, out=out)
+        out.mul_(kernel)
+        return
     step = n * max(1, _BLOCK_ROWS // n)
     for start in range(0, out.shape[0], step):
         stop = min(start + step, out.shape[0])
@@ -70,6 +75,38 @@ def _add_crossed(out: Tensor, u: Tensor, v: Tensor, alpha: float) -> None:
     out.view(left.shape[0], n, -1, n).addcmul_(left, right, value=alpha)
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """Rows ``sum_t l_t x_t^T`` of a weight, the masses absorbed in them.
+
+    Attributes:
+        W: the weight, ``(out, in)``.
+        x: inputs, ``(n, positions, in)``.
+        l: cotangents, ``(r, n, positions, out)``.
+        scale: factor of every product of inputs.
+        bias: constant added to ``X X^T`` for the layer's bias.
+        known: ``scale X X^T + shift`` by scale and shift, or None.
+    """
+
+    W: Tensor
+    x: Tensor
+    l: Tensor
+    scale: float
+    bias: float
+    known: Callable[[float, float], Tensor] | None
+
+    def kernel(self, s: int, t: int, shift: float = 0.0) -> Tensor:
+        """Return ``scale X_s X_t^T + shift``, to be left unchanged."""
+        if self.known is not None and self.x.shape[1] == 1:
+            return self.known(self.scale, shift)
+        constant = torch.full((1,), shift, dtype=self.x.dtype, device=self.x.device)
+        return torch.addmm(constant, self.x[:, s], self.x[:, t].mT, alpha=self.scale)
+
+    def by_position(self, l: Tensor) -> list[Tensor]:
+        """Return ``(r n, width)`` of each position for ``(r, n, positions, width)``."""
+        return list(l.flatten(0, 1).unbind(1))
+
+
 def linear_gram(
     manifold: geoopt.Manifold,
     W: Tensor,
@@ -77,7 +114,7 @@ def linear_gram(
     l: Tensor,
     mass: Mass,
     bias: float,
-    kernel: Tensor | None = None,
+    known: Callable[[float, float], Tensor] | None = None,
 ) -> Tensor:
     """Return the Gram matrix of the rows ``sum_t l_t x_t^T``, lower triangle valid.
 
@@ -88,7 +125,7 @@ def linear_gram(
         l: cotangents, ``(r, n, positions, out)``.
         mass: scalar or rank-one mass of the weight.
         bias: constant added to ``X X^T``; only where :func:`absorbs_bias`.
-        kernel: ``X X^T`` if it is known and there is one position.
+        known: returns ``scale X X^T + shift`` for inputs at one position.
 
     Returns:
         ``(r n, r n)`` in the data type of the arguments, with the mass absorbed.
@@ -97,18 +134,12 @@ def linear_gram(
     scale = 1.0
     if mass.row is not None and mass.column is not None:
         l = l / (mass.scalar * mass.row).sqrt().to(l)
-        x, kernel = x / mass.column.sqrt().to(x), None
+        x, known = x / mass.column.sqrt().to(x), None
     elif isinstance(manifold, geoopt.Euclidean):
         scale = 1.0 / mass.scalar
     elif mass.scalar != 1.0:
         l, bias = l / mass.scalar**0.5, bias * mass.scalar
-    known = {} if kernel is None else {(0, 0): kernel}
-
-    def inner(s: int, t: int) -> Tensor:
-        k = known[s, t] if (s, t) in known else x[:, s] @ x[:, t].mT
-        return k if scale == 1.0 else k * scale
-
-    add = _terms(manifold, W, x, l, inner, bias)
+    add = _terms(manifold, _Rows(W, x, l, scale, bias, known))
     out = torch.empty(r * n, r * n, dtype=l.dtype, device=l.device)
     for index, (s, t) in enumerate(product(range(positions), repeat=2)):
         add(out, s, t, index == 0)
@@ -116,74 +147,42 @@ def linear_gram(
 
 
 Terms = Callable[[Tensor, int, int, bool], None]
-Kernel = Callable[[int, int], Tensor]
-
-
-def _views(x: Tensor, l: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    return list(x.unbind(1)), list(l.flatten(0, 1).unbind(1))
 
 
 @singledispatch
-def _terms(
-    manifold: geoopt.Manifold,
-    W: Tensor,
-    x: Tensor,
-    l: Tensor,
-    kernel: Kernel,
-    bias: float,
-) -> Terms:
-    rows = torch.einsum("rnto,ntd->rnod", l, x).flatten(0, 1)
-    images = riesz(manifold, W, rows).flatten(1)
+def _terms(manifold: geoopt.Manifold, rows: _Rows) -> Terms:
+    dense = torch.einsum("rnto,ntd->rnod", rows.l, rows.x).flatten(0, 1)
+    images = riesz(manifold, rows.W, dense).flatten(1)
 
     def add(out: Tensor, s: int, t: int, first: bool) -> None:
         if first:
-            torch.mm(rows.flatten(1), images.mT, out=out)
+            torch.mm(dense.flatten(1), images.mT, out=out)
 
     return add
 
 
 @_terms.register(geoopt.Euclidean)
-def _(
-    manifold: geoopt.Euclidean,
-    W: Tensor,
-    x: Tensor,
-    l: Tensor,
-    kernel: Kernel,
-    bias: float,
-) -> Terms:
-    ls = l.flatten(0, 1).unbind(1)
+def _(manifold: geoopt.Euclidean, rows: _Rows) -> Terms:
+    ls = rows.by_position(rows.l)
 
     def add(out: Tensor, s: int, t: int, first: bool) -> None:
-        _add_hadamard(out, ls[s], ls[t], kernel(s, t) + bias, first=first)
+        _add_hadamard(out, ls[s], ls[t], rows.kernel(s, t, rows.bias), first=first)
 
     return add
 
 
 @_terms.register(geoopt.PoincareBall)
-def _(
-    manifold: geoopt.PoincareBall,
-    W: Tensor,
-    x: Tensor,
-    l: Tensor,
-    kernel: Kernel,
-    bias: float,
-) -> Terms:
-    return _terms(geoopt.Euclidean(), W, x, l / manifold.lambda_x(W), kernel, bias)
+def _(manifold: geoopt.PoincareBall, rows: _Rows) -> Terms:
+    flattened = replace(rows, l=rows.l / manifold.lambda_x(rows.W))
+    return _terms(geoopt.Euclidean(), flattened)
 
 
 @_terms.register(geoopt.Sphere)
-def _(
-    manifold: geoopt.Sphere,
-    W: Tensor,
-    x: Tensor,
-    l: Tensor,
-    kernel: Kernel,
-    bias: float,
-) -> Terms:
+def _(manifold: geoopt.Sphere, rows: _Rows) -> Terms:
     if manifold.projector is not None:
-        return _terms.dispatch(object)(manifold, W, x, l, kernel, bias)
-    euclidean = _terms(geoopt.Euclidean(), W, x, l, kernel, bias)
-    radial = (l * (x @ W.mT)).sum(2).flatten(0, 1)
+        return _terms.dispatch(object)(manifold, rows)
+    euclidean = _terms(geoopt.Euclidean(), rows)
+    radial = (rows.l * (rows.x @ rows.W.mT)).sum(2).flatten(0, 1)
 
     def add(out: Tensor, s: int, t: int, first: bool) -> None:
         euclidean(out, s, t, first)
@@ -194,42 +193,28 @@ def _(
 
 
 @_terms.register(geoopt.EuclideanStiefel)
-def _(
-    manifold: geoopt.EuclideanStiefel,
-    W: Tensor,
-    x: Tensor,
-    l: Tensor,
-    kernel: Kernel,
-    bias: float,
-) -> Terms:
-    ls = l.flatten(0, 1).unbind(1)
-    ps, qs = _views(x @ W.mT, l @ W)
-    wide = W.shape[-2] < W.shape[-1]
+def _(manifold: geoopt.EuclideanStiefel, rows: _Rows) -> Terms:
+    ls, qs = rows.by_position(rows.l), rows.by_position(rows.l @ rows.W)
+    ps = (rows.x @ rows.W.mT).unbind(1)
+    wide = rows.W.shape[-2] < rows.W.shape[-1]
 
     def add(out: Tensor, s: int, t: int, first: bool) -> None:
-        k = kernel(s, t)
+        kernel = rows.kernel(s, t, rows.bias)
         if wide:
-            inner = k + bias - 0.5 * ps[s] @ ps[t].mT
+            inner = torch.addmm(kernel, ps[s], ps[t].mT, alpha=-0.5)
             _add_hadamard(out, ls[s], ls[t], inner, first=first)
         else:
-            _add_hadamard(out, ls[s], ls[t], k + bias, first=first)
-            _add_hadamard(out, qs[s], qs[t], -0.5 * k, first=False)
+            _add_hadamard(out, ls[s], ls[t], kernel, first=first)
+            _add_hadamard(out, qs[s], qs[t], -0.5 * rows.kernel(s, t), first=False)
         _add_crossed(out, ls[s] @ ps[t].mT, ls[t] @ ps[s].mT, -0.5)
 
     return add
 
 
 @_terms.register(CanonicalStiefel)
-def _(
-    manifold: CanonicalStiefel,
-    W: Tensor,
-    x: Tensor,
-    l: Tensor,
-    kernel: Kernel,
-    bias: float,
-) -> Terms:
-    euclidean = _terms(geoopt.Euclidean(), W, x, l, kernel, bias)
-    ps, ls = _views(x @ W.mT, l)
+def _(manifold: CanonicalStiefel, rows: _Rows) -> Terms:
+    euclidean = _terms(geoopt.Euclidean(), rows)
+    ls, ps = rows.by_position(rows.l), (rows.x @ rows.W.mT).unbind(1)
 
     def add(out: Tensor, s: int, t: int, first: bool) -> None:
         euclidean(out, s, t, first)
@@ -239,16 +224,9 @@ def _(
 
 
 @_terms.register(geoopt.SymmetricPositiveDefinite)
-def _(
-    manifold: geoopt.SymmetricPositiveDefinite,
-    W: Tensor,
-    x: Tensor,
-    l: Tensor,
-    kernel: Kernel,
-    bias: float,
-) -> Terms:
-    xs, ls = _views(x, l)
-    ps, qs = _views(x @ W, l @ W)
+def _(manifold: geoopt.SymmetricPositiveDefinite, rows: _Rows) -> Terms:
+    ls, qs = rows.by_position(rows.l), rows.by_position(rows.l @ rows.W)
+    xs, ps = rows.x.unbind(1), (rows.x @ rows.W).unbind(1)
 
     def add(out: Tensor, s: int, t: int, first: bool) -> None:
         _add_hadamard(out, qs[s], ls[t], 0.5 * ps[s] @ xs[t].mT, first=first)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from riemannian_modules.declared import Declared
 from riemannian_modules.errors import NonFiniteError
+from riemannian_modules.finite import looks_finite
 from riemannian_modules.retractions import Retraction
 
 __all__ = ["Plan"]
@@ -129,7 +130,7 @@ class Plan:
         if update is None or isinstance(manifold, geoopt.Euclidean):
             return None
         point = retraction(manifold, self.declared.space().point, update)
-        if point.device.type == "cpu" and not bool(torch.isfinite(point).all()):
+        if not looks_finite(point):
             raise NonFiniteError(
                 f"the step of '{self.declared.name}' on {manifold.name} has no finite "
                 f"end point (step norm {float(update.norm()):.2e}); lower the learning "

@@ -11,6 +11,7 @@ from riemannian_modules.errors import (
     NotPositiveDefiniteError,
     NotRecordedError,
 )
+from riemannian_modules.finite import looks_finite
 from riemannian_modules.layerwise import LayerwiseMetric
 from riemannian_modules.metric import Solution
 from riemannian_modules.optim.plan import Plan
@@ -234,9 +235,13 @@ class RiemannianSGD(torch.optim.Optimizer):
             # gradient must not steer the others): a covector like any other.
             covector = {n: plan.direction() for n, plan in plans.items()}
             solutions = self.metric.solve(covector, gradient=0.0)
+        whole_total = torch.stack(
+            [s.total().double() for s in solutions.values()]
+        ).sum()
+        if looks_finite(whole_total):
+            return solutions
         for block, solution in solutions.items():
-            total = solution.total()
-            if total.device.type == "cpu" and not bool(torch.isfinite(total)):
+            if not looks_finite(solution.total()):
                 raise NonFiniteError(
                     f"the step of block '{block}' is not finite; nothing was changed. "
                     "Lower the learning rate or raise the mass"

@@ -122,10 +122,12 @@ class Categorical(OutputMetric):
         self.validate(outputs)
         p = outputs.detach().softmax(-1).unsqueeze(1)
         p = p.expand(-1, probes, *outputs.shape[1:])
-        # The first of independent exponential clocks of rates p rings at t ~ p.
-        clocks = torch.empty_like(p, memory_format=torch.contiguous_format)
-        drawn = (p / clocks.exponential_(generator=generator)).argmax(-1, keepdim=True)
-        return (-p).scatter_add(-1, drawn, torch.ones_like(p[..., :1]))
+        levels = p.cumsum(-1, dtype=torch.float64)
+        # Levels that are below 1 by rounding must not draw a class that is not there.
+        u = torch.empty_like(levels[..., :1]).uniform_(generator=generator)
+        u.mul_(levels[..., -1:])
+        drawn = torch.searchsorted(levels, u, right=True).clamp_max_(p.shape[-1] - 1)
+        return p.neg().scatter_add_(-1, drawn, torch.ones_like(p[..., :1]))
 
     def terms(self, outputs: Tensor) -> int:
         """Return the number of examples times the number of positions."""

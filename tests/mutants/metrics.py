@@ -85,7 +85,7 @@ class TransposedImage(LinearFactor):
 
 class FirstRowOnly(LinearFactor):
     def row_sum(self):
-        return self._pull(self.cotangents[0])
+        return self.pull(self.cotangents[0])
 
 
 class ShiftedRows(LinearFactor):
@@ -456,15 +456,33 @@ OUTPUTS: dict[str, type[OutputMetric]] = {
 # ---- models and their rules ------------------------------------------------------
 
 
-def rule(factor: Callable[[Tensor, Tensor], LinearFactor], both: bool = False):
+Wrong = Callable[[Tensor, Tensor], LinearFactor]
+
+
+class WrongRows(LinearFactor):
+    """Right as a whole and for the costate, wrong for the rows of the metric."""
+
+    wrong: Wrong
+
+    def narrow(self, start, stop):
+        part = super().narrow(start, stop)
+        if len(part.cotangents) == 1:
+            return part
+        return self.wrong(part.inputs, part.cotangents)
+
+
+def rule(factor: Wrong, both: bool = False):
     """A rule for weights; with ``both`` also for the single row of the costate."""
 
     class Rule(LinearRule):
         def factors(self, module, inputs, cotangents):
             found = super().factors(module, inputs, cotangents)
             right = found["weight"]
-            if both or len(right.cotangents) > 1:
+            if both:
                 found["weight"] = factor(right.inputs, right.cotangents)
+            else:
+                found["weight"] = WrongRows(right.inputs, right.cotangents)
+                found["weight"].wrong = factor
             return found
 
     return Rule()
