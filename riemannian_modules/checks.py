@@ -1,6 +1,6 @@
 """What is checked before a linearisation counts: nothing is changed when it fails."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +8,6 @@ from torch.autograd.graph import Node
 
 from riemannian_modules.declared import DeclaredParameters
 from riemannian_modules.errors import (
-    EmptyBatchError,
     LinearizationError,
     NonFiniteError,
     NotRecordedError,
@@ -16,49 +15,20 @@ from riemannian_modules.errors import (
 )
 from riemannian_modules.factors import MetricFactor
 from riemannian_modules.finite import looks_finite
-from riemannian_modules.rules import has_rule
 from riemannian_modules.tape import Tape
 
 __all__ = [
     "autograd_gradient",
     "batch_norms",
-    "compare_gradients",
-    "output_costate",
-    "recordable_layers",
+    "disagreements",
+    "operations",
+    "output_costates",
+    "parameters_reached",
     "recorded_tape",
     "refuse_coupling",
-    "refuse_other_paths",
-    "refuse_unrecorded_uses",
+    "refuse_direct_terms",
     "require_finite",
 ]
-
-
-def recordable_layers(
-    model: nn.Module, parameters: DeclaredParameters
-) -> list[tuple[str, nn.Module]]:
-    """Return the layers whose uses are recorded: those with trainable parameters.
-
-    Args:
-        model: the model.
-        parameters: its trainable parameters.
-
-    Returns:
-        Qualified names and layers.
-
-    Raises:
-        LinearizationError: a layer has no rule.
-    """
-    layers = []
-    for path, module in model.named_modules():
-        if any(parameters.name_of(p) for p in module.parameters(recurse=False)):
-            if not has_rule(module):
-                raise LinearizationError(
-                    f"{_label(path, module)} has trainable parameters and no rule "
-                    "makes factors of them; freeze it with requires_grad_(False) "
-                    "before building the metric, or register_rule"
-                )
-            layers.append((path, module))
-    return layers
 
 
 def batch_norms(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -89,40 +59,29 @@ def _label(path: str, module: nn.Module) -> str:
     return f"{f'layer {path!r}' if path else 'the model'} ({type(module).__name__})"
 
 
-def recorded_tape(tape: Tape | None, outputs: Tensor) -> Tape:
+def recorded_tape(tape: Tape | None, outputs: Sequence[Tensor]) -> Tape:
     """Return the tape if it can be linearised at these outputs.
 
     Args:
         tape: the last recorded pass, or None.
-        outputs: model outputs, ``(n, *output)``.
+        outputs: model outputs, ``(n, *output)`` each.
 
     Returns:
         The tape.
 
     Raises:
-        ShapeError: the outputs are not one tensor.
-        EmptyBatchError: no examples.
         NotRecordedError: nothing was recorded, or without gradients.
+        NonFiniteError: NaN or infinity in the outputs or in a layer's input.
     """
-    if not isinstance(outputs, Tensor):
-        raise ShapeError(
-            f"outputs are a {type(outputs).__name__}; hand on the one tensor that the "
-            "output metric measures (a model with several outputs needs one metric "
-            "for what its loss is computed from)"
-        )
-    if outputs.ndim == 0 or outputs.shape[0] == 0:
-        raise EmptyBatchError(
-            f"outputs have shape {tuple(outputs.shape)}: a batch needs at least "
-            "one example in its first dimension; skip empty batches"
-        )
-    if tape is None or not tape.uses or not outputs.requires_grad:
+    if tape is None or not tape.uses or not any(z.requires_grad for z in outputs):
         raise NotRecordedError(
             "no recorded forward pass leads to these outputs: run the model inside "
             "'with metric.record():', with gradients enabled, before every "
             "metric.backward or metric.pull_back"
         )
-    tape.check_inputs(outputs.shape[0])
-    require_finite(outputs, "the outputs", tape)
+    tape.check_inputs()
+    for output in outputs:
+        require_finite(output, "the outputs", tape)
     return tape
 
 
@@ -137,21 +96,35 @@ def autograd_gradient(
     return {d.name: g for d, g in zip(declared, grads, strict=True)}
 
 
-def refuse_other_paths(
+def operations(starts: Iterable[Node | None]) -> list[str]:
+    """Return the names of a graph's operations, in the order of a walk through it."""
+    found, waiting = [], list(starts)
+    seen: set[Node | None] = {None}
+    while waiting:
+        node = waiting.pop()
+        if node not in seen:
+            seen.add(node)
+            found.append(type(node).__name__)
+            waiting += [following for following, _ in node.next_functions]  # type: ignore[union-attr]
+    return found
+
+
+def parameters_reached(
     starts: Iterable[Node | None],
     stops: Iterable[Node | None],
     parameters: DeclaredParameters,
-) -> None:
-    """Refuse a graph that reaches a parameter without passing a known node.
+) -> set[str]:
+    """Return the parameters that a graph reaches without passing a known node.
 
     Args:
         starts: where to begin: the loss; or the outputs and the layers' inputs.
         stops: where to end: the outputs; or the recorded layers' outputs.
         parameters: the model's parameters.
 
-    Raises:
-        LinearizationError: a parameter is reached; names it.
+    Returns:
+        Their names.
     """
+    found = set()
     seen, waiting = set(stops), list(starts)
     while waiting:
         node = waiting.pop()
@@ -161,42 +134,43 @@ def refuse_other_paths(
         leaf = getattr(node, "variable", None)
         name = None if leaf is None else parameters.name_of(leaf)
         if name is not None:
-            raise LinearizationError(
-                f"parameter '{name}' is reached other than through its recorded layer: "
-                "it is used outside its layer or outside the recorded scope, or the "
-                "loss has a term of it (put weight decay in the optimizer)"
-            )
+            found.add(name)
         waiting += [following for following, _ in node.next_functions]
+    return found
 
 
-def refuse_unrecorded_uses(
-    tape: Tape, outputs: Tensor, parameters: DeclaredParameters
+def refuse_direct_terms(
+    loss: Tensor, outputs: Sequence[Tensor], parameters: DeclaredParameters
 ) -> None:
-    """Refuse a pass in which a parameter acts other than in its recorded layer.
-
-    Comparing gradients does not see a use that happens to contribute zero.
+    """Refuse a loss that depends on parameters other than through the outputs.
 
     Args:
-        tape: the recorded pass.
-        outputs: its outputs.
+        loss: scalar.
+        outputs: model outputs.
         parameters: the model's parameters.
 
     Raises:
-        LinearizationError: a parameter does; names it.
+        LinearizationError: it does; names a parameter.
     """
-    starts = [outputs.grad_fn, *(use.origin for use in tape.uses)]
-    refuse_other_paths(starts, [use.edge.node for use in tape.uses], parameters)
+    ends = [output.grad_fn for output in outputs]
+    found = sorted(parameters_reached([loss.grad_fn], ends, parameters))
+    if found:
+        names = ", ".join(f"'{name}'" for name in found)
+        raise LinearizationError(
+            f"the loss depends on {names} other than through the outputs: it has a "
+            "term of them (put weight decay in the optimizer), or sees hidden values"
+        )
 
 
-def output_costate(loss: Tensor, outputs: Tensor) -> Tensor:
-    """Return d loss/d outputs, of the shape of the outputs; the graph is kept.
+def output_costates(loss: Tensor, outputs: Sequence[Tensor]) -> list[Tensor]:
+    """Return d loss/d outputs, each of the shape of its output; the graph is kept.
 
     Args:
         loss: scalar.
         outputs: model outputs.
 
     Returns:
-        The costate at the outputs.
+        The costates at the outputs, zero at those that the loss does not depend on.
 
     Raises:
         NotRecordedError: the loss does not depend on the outputs.
@@ -208,23 +182,27 @@ def output_costate(loss: Tensor, outputs: Tensor) -> Tensor:
             f"the loss has shape {tuple(loss.shape)}; it must be a scalar: call "
             "loss.mean() (reduction='mean') or loss.sum() (reduction='sum')"
         )
-    costate = None
+    found: tuple[Tensor | None, ...] = (None,)
     if loss.requires_grad:
-        (costate,) = torch.autograd.grad(
-            loss, outputs, retain_graph=True, allow_unused=True
-        )
-    if costate is None:
+        found = torch.autograd.grad(loss, outputs, retain_graph=True, allow_unused=True)
+    if all(costate is None for costate in found):
         raise NotRecordedError(
             "the loss does not depend on these outputs; hand metric.backward the very "
             "tensor that the model returned and the loss was computed from"
         )
-    if not looks_finite(costate):
-        raise NonFiniteError(
-            "the derivative of the loss by the outputs, of shape "
-            f"{tuple(costate.shape)}, holds NaN or infinity while the loss does not; "
-            "nothing was changed. Check the loss for roots, norms and logarithms of 0"
-        )
-    return costate
+    costates = [
+        torch.zeros_like(output) if costate is None else costate
+        for costate, output in zip(found, outputs, strict=True)
+    ]
+    for costate in costates:
+        if not looks_finite(costate):
+            raise NonFiniteError(
+                "the derivative of the loss by the outputs, of shape "
+                f"{tuple(costate.shape)}, holds NaN or infinity while the loss does "
+                "not; nothing was changed. Check the loss for roots, norms and "
+                "logarithms of 0"
+            )
+    return costates
 
 
 def require_finite(value: Tensor, what: str, tape: Tape) -> None:
@@ -249,12 +227,12 @@ def require_finite(value: Tensor, what: str, tape: Tape) -> None:
     )
 
 
-def compare_gradients(
+def disagreements(
     gradient: Mapping[str, Tensor],
     expected: Mapping[str, Tensor | None],
     costates: Mapping[str, MetricFactor],
     rounding: float,
-) -> None:
+) -> dict[str, str]:
     """Compare the assembled gradient with autograd's.
 
     Args:
@@ -264,13 +242,15 @@ def compare_gradients(
             what rounding is relative to.
         rounding: unit of rounding of the arithmetic that both went through.
 
+    Returns:
+        ``{parameter name: what is wrong}`` where they differ.
+
     Raises:
-        LinearizationError: they differ; names the parameter.
         NonFiniteError: the assembled gradient is not finite; names the parameter.
     """
     known = [g for g in expected.values() if g is not None]
     if not known or known[0].device.type == "meta":
-        return
+        return {}
     for name, value in gradient.items():
         if not bool(torch.isfinite(value).all()):
             raise NonFiniteError(
@@ -278,6 +258,7 @@ def compare_gradients(
                 "loss and the outputs do not; nothing was changed. Check the model for "
                 "roots, norms and logarithms of zero behind that layer"
             )
+    wrong = {}
     scale = max(float(g.norm()) for g in known)
     tolerance = min(0.1, 1e4 * rounding)
     for name, reference in expected.items():
@@ -291,9 +272,8 @@ def compare_gradients(
             error = float((own - reference).norm())
         floor = 0.0 if own is None else 16.0 * float(costates[name].magnitude())
         if error > tolerance * (size + 1e-2 * scale) + rounding * floor:
-            raise LinearizationError(
-                f"parameter '{name}': the recorded uses give a gradient that differs "
-                f"from autograd's by {error:.2e} (norm {size:.2e}). It is used outside "
-                "its layer or outside the recorded scope, or the loss depends on it "
-                "directly (put weight decay in the optimizer)"
+            wrong[name] = (
+                f"the recorded uses give a gradient that differs from autograd's by "
+                f"{error:.2e} (norm {size:.2e})"
             )
+    return wrong

@@ -4,7 +4,7 @@ The recursion of Pehle & Slotine (2026) in five lines:
 
     L    = output.factor(outputs)                    rows of the output metric
     L, v = backward(L), backward(d loss/d outputs)   one batched reverse pass
-    K    = rule(layer).factors(inputs, L)            each parameter's factor
+    K    = rule(call, L)                             each parameter's factor
     g    = mass g0 + K^T K                           each block's metric
     x    = sharp(K^T y + e),  L^T y + rest = v       the Riemannian gradient
 """
@@ -22,24 +22,13 @@ from riemannian_modules.assembly import (
     moved,
     zero_covectors,
 )
-from riemannian_modules.checks import (
-    autograd_gradient,
-    batch_norms,
-    compare_gradients,
-    output_costate,
-    recordable_layers,
-    recorded_tape,
-    refuse_coupling,
-    refuse_other_paths,
-    refuse_unrecorded_uses,
-    require_finite,
-)
 from riemannian_modules.declared import Blocks, DeclaredParameters
 from riemannian_modules.errors import NotRecordedError, ShapeError
-from riemannian_modules.linearize import Linearization, Reduction, linearize
+from riemannian_modules.heads import OutputLike, OutputMetricLike, Reduction, pair
+from riemannian_modules.linearize import Linearization
 from riemannian_modules.mass import MassLike
 from riemannian_modules.metric import LayerMetric, Solution
-from riemannian_modules.output import OutputMetric
+from riemannian_modules.recorder import Recorder
 from riemannian_modules.tape import Tape
 
 __all__ = ["LayerwiseMetric"]
@@ -51,8 +40,9 @@ class LayerwiseMetric:
     Args:
         model: the model; parameters that are geoopt ManifoldParameters live on
             their manifold, all others are Euclidean.
-        output: metric on the model's outputs; None: no factor, so that the metric
-            is the massed base metric.
+        output: metric on the model's outputs; a sequence or a dictionary of metrics
+            for a model with several outputs; None: no factor, so that the metric is
+            the massed base metric.
         mass: a positive number; or a mapping from parameter names or patterns
             (``"*.bias"``) to numbers, ``(row, column)`` pairs of vectors, or tensors
             of the parameter's shape.
@@ -92,7 +82,7 @@ class LayerwiseMetric:
     def __init__(
         self,
         model: nn.Module,
-        output: OutputMetric | None,
+        output: OutputMetricLike,
         *,
         mass: MassLike | Mapping[str, MassLike] = 1e-2,
         blocks: Blocks = "layer",
@@ -111,11 +101,8 @@ class LayerwiseMetric:
         self.version = 0
         self.blocks: dict[str, LayerMetric] = {}
         self._groups = self.parameters.groups(blocks)
-        self._batch_norms = batch_norms(model)
-        self._layers: list[tuple[str, nn.Module]] | None = None
-        self._tape: Tape | None = None
+        self._recorder = Recorder(model, self.parameters)
         self._passed = Tape()
-        self._batched: dict[tuple[str, ...], bool] = {}
         self._frozen = False
         self._found: Linearization | None = None
         self._marks: dict[str, int] = {}
@@ -146,24 +133,14 @@ class LayerwiseMetric:
         """Record the forward pass inside this scope; it is the one linearised next.
 
         Raises:
-            LinearizationError: the model has a trainable layer without a rule, or
-                BatchNorm in training mode.
+            LinearizationError: BatchNorm in training mode.
             LostManifoldError: a parameter was replaced or lost its manifold.
             NotOnManifoldError: a parameter was moved off its manifold.
             NonFiniteError: a parameter holds NaN or infinity.
         """
         self.parameters.verify()
-        refuse_coupling(self._batch_norms)
-        if self._layers is None:
-            self._layers = recordable_layers(self.model, self.parameters)
-        tape = Tape()
-        handles = tape.watch(self._layers)
-        try:
+        with self._recorder.record():
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
-        self._tape = tape
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
@@ -181,7 +158,7 @@ class LayerwiseMetric:
         finally:
             self._frozen = before
 
-    def backward(self, loss: Tensor, outputs: Tensor) -> None:
+    def backward(self, loss: Tensor, outputs: OutputLike) -> None:
         """Linearise the recorded pass: fill ``.grad`` and renew every block's metric.
 
         One reverse pass carries d loss/d outputs and all rows of the output metric.
@@ -190,20 +167,20 @@ class LayerwiseMetric:
 
         Args:
             loss: scalar that depends on the parameters through ``outputs`` only.
-            outputs: the recorded outputs, ``(n, *output)``.
+            outputs: the recorded outputs, ``(n, *output)``; as many as there are
+                output metrics.
 
         Raises:
             NotRecordedError: no recorded pass leads to ``outputs``, or ``loss`` does
                 not depend on them.
-            LinearizationError: the recorded uses do not explain the gradient.
+            LinearizationError: the recorded uses do not explain the gradient, or
+                examples of the batch interact.
             NonFiniteError: NaN or infinity in the loss or the outputs.
             EmptyBatchError: no examples.
         """
-        tape = recorded_tape(self._tape, outputs)
-        require_finite(loss, "the loss", tape)
-        self._pass(tape, outputs, loss)
+        self._pass(outputs, loss)
 
-    def pull_back(self, outputs: Tensor) -> None:
+    def pull_back(self, outputs: OutputLike) -> None:
         """Renew every block's metric without a loss; ``.grad`` is left alone.
 
         Args:
@@ -214,7 +191,7 @@ class LayerwiseMetric:
             NonFiniteError: NaN or infinity in the outputs.
             EmptyBatchError: no examples.
         """
-        self._pass(recorded_tape(self._tape, outputs), outputs, None)
+        self._pass(outputs, None)
 
     def natural_gradient(self) -> dict[str, Tensor]:
         """Return ``{parameter name: Riemannian gradient}`` of the last backward pass.
@@ -295,41 +272,19 @@ class LayerwiseMetric:
 
     # --- how a pass becomes the state
 
-    def _pass(self, tape: Tape, outputs: Tensor, loss: Tensor | None) -> None:
-        signature = tape.signature(outputs, loss)
-        costate, expected = None, None
-        if loss is not None:
-            costate = output_costate(loss, outputs)
-            refuse_other_paths([loss.grad_fn], [outputs.grad_fn], self.parameters)
-            if signature not in self._batched:
-                expected = autograd_gradient(loss, self.parameters)
-        with torch.no_grad():
-            found = linearize(
-                tape,
-                outputs,
-                costate,
-                output=self.output,
-                reduction=self.reduction,
-                parameters=self.parameters,
-                batched=self._batched.get(signature),
-            )
-            if signature not in self._batched:
-                refuse_unrecorded_uses(tape, outputs, self.parameters)
-            if expected is not None:
-                compare_gradients(
-                    found.gradient, expected, found.costates, tape.rounding
-                )
-            if self._frozen and self.blocks:
-                # The old factors do not span the new gradient.
-                rest = {**zero_covectors(self.blocks), **found.gradient}
-                found = replace(found, residual=None, rest=rest, source=None)
-                self.blocks = moved(self.blocks, self.parameters)
-            else:
-                self._renew(found)
-        self._found, self._passed, self._tape = found, tape, None
+    def _pass(self, outputs: OutputLike, loss: Tensor | None) -> None:
+        heads = pair(self.output, outputs)
+        found = self._recorder.linearize(heads, loss, self.reduction)
+        if self._frozen and self.blocks:
+            # The old factors do not span the new gradient.
+            rest = {**zero_covectors(self.blocks), **found.gradient}
+            found = replace(found, residual=None, rest=rest, source=None)
+            self.blocks = moved(self.blocks, self.parameters)
+        else:
+            self._renew(found)
+        self._found, self._passed = found, self._recorder.close()
         self._marks = {name: g._version for name, g in found.gradient.items()}
         if loss is not None:
-            self._batched[signature] = found.batched
             self.passes += 1
             for declared in self.parameters:
                 declared.linearised = declared.tensor._version

@@ -1,5 +1,6 @@
 """One reverse pass for many cotangents: the recursion ``L_{a-1} = L_a A_a``."""
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -10,9 +11,9 @@ __all__ = ["reverse_pass"]
 
 
 def reverse_pass(
-    outputs: Tensor,
+    outputs: Sequence[Tensor],
     edges: Sequence[GradientEdge],
-    cotangents: Tensor,
+    cotangents: Sequence[Tensor],
     *,
     batched: bool | None,
 ) -> tuple[list[Tensor | None], bool]:
@@ -21,9 +22,9 @@ def reverse_pass(
     Nothing is differentiated with respect to parameters or the model's input.
 
     Args:
-        outputs: model outputs, ``(n, *output)``.
+        outputs: model outputs, ``(n, *output)`` each.
         edges: places in the autograd graph, for instance layer outputs.
-        cotangents: ``(k, n, *output)``.
+        cotangents: ``(k, n, *output)`` for each output.
         batched: True: all cotangents at once, and the graph is freed. False: one
             by one, and the graph is freed. None: find out whether the graph can be
             batched (compiled ones cannot), and keep the graph.
@@ -37,28 +38,44 @@ def reverse_pass(
     """
     if batched is not False:
         try:
-            grads = torch.autograd.grad(
-                outputs,
-                edges,
-                cotangents,
-                is_grads_batched=True,
-                allow_unused=True,
-                retain_graph=batched is None,
-            )
+            grads = _batched(outputs, edges, cotangents, keep=batched is None)
         except RuntimeError:
             if batched:
                 raise
         else:
             return list(grads), True
+    count = len(cotangents[0])
     passes = [
         torch.autograd.grad(
             outputs,
             edges,
-            cotangent,
+            [cotangent[index] for cotangent in cotangents],
             allow_unused=True,
-            retain_graph=batched is None or index + 1 < len(cotangents),
+            retain_graph=batched is None or index + 1 < count,
         )
-        for index, cotangent in enumerate(cotangents)
+        for index in range(count)
     ]
     columns = list(zip(*passes, strict=True))
     return [None if c[0] is None else torch.stack(c) for c in columns], False
+
+
+def _batched(
+    outputs: Sequence[Tensor],
+    edges: Sequence[GradientEdge],
+    cotangents: Sequence[Tensor],
+    *,
+    keep: bool,
+) -> tuple[Tensor | None, ...]:
+    grads: tuple[Tensor | None, ...]
+    with warnings.catch_warnings():
+        # torch says so, over and over, of operations that it carries one by one.
+        warnings.filterwarnings("ignore", "There is a performance drop")
+        grads = torch.autograd.grad(
+            outputs,
+            edges,
+            cotangents,
+            is_grads_batched=True,
+            allow_unused=True,
+            retain_graph=keep,
+        )
+    return grads

@@ -1,7 +1,8 @@
-"""What a recorded forward pass remembers: every use of every layer with a rule."""
+"""What a recorded forward pass remembers: every use of every watched module."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,139 +12,159 @@ from torch.utils.hooks import RemovableHandle
 from riemannian_modules.errors import LinearizationError, NonFiniteError
 from riemannian_modules.finite import looks_finite
 
-__all__ = ["Tape", "Use"]
+__all__ = ["Tape", "Use", "map_tensors", "tensors_in"]
 
 
-@dataclass(frozen=True)
+def tensors_in(value: object) -> Iterator[Tensor]:
+    """Yield the tensors of nested tuples, lists and dictionaries, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for each in value.values():
+            yield from tensors_in(each)
+    elif isinstance(value, tuple | list):
+        for each in value:
+            yield from tensors_in(each)
+
+
+def map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
+    """Return the same nesting with every tensor changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: map_tensors(each, change) for key, each in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(map_tensors(each, change) for each in value))
+    if isinstance(value, tuple | list):
+        return type(value)(map_tensors(each, change) for each in value)
+    return value
+
+
+@dataclass(frozen=True, eq=False)
 class Use:
-    """One call of a layer.
+    """One call of a module.
 
-    The output is kept as an edge of the autograd graph, not as a tensor: an
-    in-place operation on the output afterwards moves the tensor, not the edge.
+    An output is kept as an edge of the autograd graph, not as a tensor: an in-place
+    operation on it afterwards moves the tensor, not the edge.
 
     Attributes:
-        name: qualified name of the layer in the model.
-        module: the layer.
-        input: its input, detached, ``(n, *positions, in)``.
-        edge: where the layer's output enters the autograd graph.
-        version: version counter of the input when it was used.
-        dtype: data type of its output, lower than the parameters' under autocast.
-        origin: the node of the autograd graph that made the input, if there is one.
+        name: qualified name of the module in the model.
+        module: the module.
+        args: positional arguments, tensors detached.
+        kwargs: keyword arguments, tensors detached.
+        edges: where its differentiable outputs enter the autograd graph.
+        places: which of its outputs' tensors these are.
+        versions: version counters of the arguments' tensors when it was called.
+        dtype: data type of its first output, lower than the parameters' under
+            autocast.
+        origins: the nodes of the autograd graph that made the arguments.
+        values: its differentiable outputs, where they are to be compared later.
     """
 
     name: str
     module: nn.Module
-    input: Tensor
-    edge: GradientEdge
-    version: int
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    edges: tuple[GradientEdge, ...]
+    places: tuple[int, ...]
+    versions: tuple[int, ...]
     dtype: torch.dtype
-    origin: Node | None
+    origins: tuple[Node, ...]
+    values: tuple[Tensor, ...]
 
     @property
     def label(self) -> str:
-        """The layer in words for an error."""
+        """The module in words for an error."""
         return f"layer '{self.name}'" if self.name else "the model"
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """The tensors among its arguments."""
+        return list(tensors_in((self.args, self.kwargs)))
 
 
 @dataclass
 class Tape:
-    """The uses of one recorded scope, in the order in which they ran."""
+    """The uses of one recorded scope, in the order in which they ended."""
 
     uses: list[Use] = field(default_factory=list)
 
-    def watch(self, layers: Iterable[tuple[str, nn.Module]]) -> list[RemovableHandle]:
-        """Append a use to the tape at every call of one of ``layers``.
+    def watch(
+        self, modules: Iterable[tuple[str, nn.Module, bool]]
+    ) -> list[RemovableHandle]:
+        """Append a use to the tape at every call of one of ``modules``.
 
         Args:
-            layers: qualified names and layers.
+            modules: qualified names, modules, and whether the values of their outputs
+                are to be kept.
 
         Returns:
             Handles that end the recording.
         """
         return [
-            layer.register_forward_hook(self._hook(name), with_kwargs=True)
-            for name, layer in layers
+            module.register_forward_hook(self._hook(name, keep), with_kwargs=True)
+            for name, module, keep in modules
         ]
 
-    def _hook(self, name: str):  # type: ignore[no-untyped-def]
+    def _hook(self, name: str, keep: bool):  # type: ignore[no-untyped-def]
         def remember(
             module: nn.Module,
-            args: tuple[Tensor, ...],
-            kwargs: dict[str, Tensor],
-            output: Tensor,
+            args: tuple[Any, ...],
+            kwargs: dict[str, Any],
+            output: object,
         ) -> None:
-            if output.requires_grad:
-                source = args[0] if args else next(iter(kwargs.values()))
-                edge = get_gradient_edge(output)
-                self.uses.append(
-                    Use(
-                        name,
-                        module,
-                        source.detach(),
-                        edge,
-                        source._version,
-                        output.dtype,
-                        source.grad_fn,
-                    )
+            every = list(enumerate(tensors_in(output)))
+            outputs = [t for _, t in every if t.requires_grad]
+            if not outputs:
+                return
+            inputs = list(tensors_in((args, kwargs)))
+            self.uses.append(
+                Use(
+                    name,
+                    module,
+                    map_tensors(args, Tensor.detach),
+                    map_tensors(kwargs, Tensor.detach) if kwargs else kwargs,
+                    tuple(map(get_gradient_edge, outputs)),
+                    tuple(place for place, t in every if t.requires_grad),
+                    tuple(t._version for t in inputs),
+                    outputs[0].dtype,
+                    tuple(t.grad_fn for t in inputs if t.grad_fn is not None),
+                    tuple(t.detach().clone() for t in outputs) if keep else (),
                 )
+            )
 
         return remember
 
     @property
     def rounding(self) -> float:
-        """The unit of rounding of the least precise layer."""
+        """The unit of rounding of the least precise module."""
         return max(torch.finfo(use.dtype).eps for use in self.uses)
 
-    def signature(self, outputs: Tensor, loss: Tensor | None) -> tuple[str, ...]:
-        """Return what tells one graph from another: its layers and its two ends.
-
-        Args:
-            outputs: model outputs.
-            loss: the loss, or None.
-
-        Returns:
-            Names that stay the same from step to step of an ordinary training loop.
-        """
-        ends = [outputs] if loss is None else [outputs, loss]
-        return (
-            *(use.name for use in self.uses),
-            *(type(end.grad_fn).__name__ for end in ends),
-        )
-
     def require_intact(self) -> None:
-        """Check that the layers' inputs still hold what the layers saw.
+        """Check that the modules' arguments still hold what the modules saw.
 
         Raises:
-            LinearizationError: an input was changed in place; names the layer.
+            LinearizationError: one was changed in place; names the layer.
         """
         for use in self.uses:
-            if use.input._version != use.version:
+            if tuple(t._version for t in use.inputs) != use.versions:
                 raise LinearizationError(
                     f"the input of {use.label} was changed in place after the layer "
                     "had used it, so its factor is lost; use the out-of-place operation"
                 )
 
-    def check_inputs(self, examples: int) -> None:
-        """Check that the recorded inputs are intact and finite, examples first.
-
-        Args:
-            examples: number of examples in the batch.
+    def check_inputs(self) -> None:
+        """Check that the recorded arguments are intact and finite.
 
         Raises:
-            LinearizationError: an input was changed in place, or its first dimension
-                is not the examples; names the layer.
+            LinearizationError: an input was changed in place; names the layer.
             NonFiniteError: an input holds NaN or infinity (looked at on the CPU only,
                 where it costs no synchronisation).
         """
         self.require_intact()
         for use in self.uses:
-            if use.input.ndim < 2 or use.input.shape[0] != examples:
-                raise LinearizationError(
-                    f"{use.label} saw an input of shape {tuple(use.input.shape)} in a "
-                    f"batch of {examples} outputs; the first dimension must be the "
-                    "examples everywhere: use unsqueeze(0) or transpose(0, 1)"
-                )
-            if not looks_finite(use.input):
+            # An attention mask may well hold infinities: only the first counts.
+            if not all(map(_finite, use.inputs[:1])):
                 raise NonFiniteError(
                     f"NaN or infinity in the layer inputs ({self.first_nonfinite()}); "
                     "nothing was changed. Check the data, lower the learning rate or "
@@ -157,6 +178,10 @@ class Tape:
                 if not looks_finite(value):
                     name = f"{use.name}.{parameter}" if use.name else parameter
                     return f"parameter '{name}' is not finite"
-            if not looks_finite(use.input):
+            if not all(map(_finite, use.inputs[:1])):
                 return f"the input of {use.label} is the first not finite"
         return "every recorded layer input is finite, so it arose behind the last layer"
+
+
+def _finite(value: Tensor) -> bool:
+    return not value.is_floating_point() or looks_finite(value)

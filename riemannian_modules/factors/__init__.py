@@ -3,7 +3,7 @@
 from riemannian_modules.factors.base import MetricFactor
 from riemannian_modules.factors.block import block_gram, block_image, block_rmatvec
 from riemannian_modules.factors.dense import DenseFactor
-from riemannian_modules.factors.linear import BiasFactor, LinearFactor
+from riemannian_modules.factors.linear import BiasFactor, LinearFactor, joined
 
 __all__ = [
     "BiasFactor",
@@ -13,4 +13,5 @@ __all__ = [
     "block_gram",
     "block_image",
     "block_rmatvec",
+    "joined",
 ]

@@ -6,6 +6,11 @@ Row ``(j, i)`` of K, for output row j of example i, is the sum over positions t
 L at the layer's output and ``x`` the layer's input.
 """
 
+import operator
+from collections.abc import Sequence
+from functools import reduce
+from typing import cast
+
 import geoopt
 import torch
 from torch import Tensor
@@ -16,7 +21,7 @@ from riemannian_modules.factors.dense import DenseFactor
 from riemannian_modules.factors.linear_gram import linear_gram
 from riemannian_modules.tangent import TangentSpace
 
-__all__ = ["BiasFactor", "LinearFactor"]
+__all__ = ["BiasFactor", "LinearFactor", "joined"]
 
 
 def _check(inputs: Tensor | None, cotangents: Tensor) -> None:
@@ -266,3 +271,24 @@ class BiasFactor(_CotangentFactor):
     def double(self) -> "BiasFactor":
         """Return the same factor in float64."""
         return BiasFactor(self.cotangents.double())
+
+
+def joined(factors: Sequence[MetricFactor]) -> MetricFactor:
+    """Return the factor of a parameter that is used in several places.
+
+    Args:
+        factors: the factor of each use, at least one, all of the same rank.
+
+    Returns:
+        Their sum. Uses of linear layers are further positions.
+    """
+    if len(factors) == 1:
+        return factors[0]
+    if all(type(factor) is LinearFactor for factor in factors):
+        linear = cast("list[LinearFactor]", factors)
+        inputs = torch.cat([factor.inputs for factor in linear], 1)
+        return LinearFactor(inputs, torch.cat([f.cotangents for f in linear], 2))
+    if all(type(factor) is BiasFactor for factor in factors):
+        biases = cast("list[BiasFactor]", factors)
+        return BiasFactor(torch.cat([f.cotangents for f in biases], 2))
+    return reduce(operator.add, factors)

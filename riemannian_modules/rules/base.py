@@ -1,71 +1,125 @@
-"""The registry of rules: a layer type and how its uses become factors."""
+"""The registry of rules: a layer type and how a call of it becomes factors."""
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from riemannian_modules.errors import LinearizationError
 from riemannian_modules.factors import MetricFactor
+from riemannian_modules.layout import Layout
 
-__all__ = ["Rule", "has_rule", "register_rule", "rule_of"]
-
-
-class Rule(ABC):
-    """How the uses of one layer type become the factors of its parameters."""
-
-    @abstractmethod
-    def factors(
-        self, module: nn.Module, inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
-    ) -> dict[str, MetricFactor]:
-        """Return ``{attribute name: factor}`` for the layer's parameters.
-
-        The same function makes the metric's factor from the rows of L and the
-        ordinary gradient from the costate, which is a factor with one row an
-        example.
-
-        Args:
-            module: the layer.
-            inputs: input of each use, ``(n, *positions, in)``.
-            cotangents: cotangents at the output of each use,
-                ``(r, n, *positions, out)``.
-
-        Returns:
-            One factor for each parameter of the layer, ordered as (row, example).
-        """
+__all__ = ["Call", "Entry", "Rule", "entry_of", "register_rule"]
 
 
-_RULES: dict[type[nn.Module], Rule] = {}
+@dataclass(frozen=True)
+class Call:
+    """One recorded call of a module, with the cotangents at its outputs.
+
+    Attributes:
+        module: the module.
+        args: positional arguments, tensors detached.
+        kwargs: keyword arguments, tensors detached.
+        places: which tensors of the module's outputs are differentiable.
+        cotangents: for each of these ``(r, *shape)``, or None where nothing depends
+            on it.
+        layouts: where the examples are in each differentiable output.
+        examples: number n of examples.
+        wanted: the module's parameters that need a factor.
+        label: the module in words for errors.
+        values: the differentiable outputs, for rules that ask for them.
+        memo: what the rule found out about this call before; empty in the first pass
+            through a graph.
+    """
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    places: tuple[int, ...]
+    cotangents: tuple[Tensor | None, ...]
+    layouts: tuple[Layout, ...]
+    examples: int
+    wanted: tuple[str, ...]
+    label: str
+    values: tuple[Tensor, ...] = ()
+    memo: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def input(self) -> Tensor:
+        """The first argument."""
+        first: Tensor = self.args[0] if self.args else next(iter(self.kwargs.values()))
+        return first
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Data type of the parameters; under autocast the calls have another one."""
+        return self.module.get_parameter(self.wanted[0]).dtype
+
+    def first(self, tensor: Tensor) -> Tensor:
+        """Return a tensor that is laid out like the first output, examples first."""
+        return self.layouts[0].front(tensor, self.examples)
+
+    def cotangent(self) -> Tensor:
+        """Return the cotangents at the first output, ``(r, n, *rest)``."""
+        cotangent = self.cotangents[0]
+        assert cotangent is not None
+        return self.layouts[0].front(cotangent, self.examples, 1)
 
 
-def register_rule(layer: type[nn.Module], rule: Rule) -> None:
-    """Use ``rule`` for layers of type ``layer`` and for subclasses without their own.
+Rule = Callable[[Call], Mapping[str, MetricFactor]]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A registered rule.
+
+    Attributes:
+        rule: makes one factor for each of the module's parameters, by attribute name
+            (by path below the module if ``deep``). The rows are ordered by cotangent
+            first, then by example. The same function makes the metric's rows and the
+            ordinary gradient.
+        deep: whether it explains the parameters of the module's children as well.
+        compares: whether it asks for the values of the outputs.
+    """
+
+    rule: Rule
+    deep: bool = False
+    compares: bool = False
+
+
+_ENTRIES: dict[type[nn.Module], Entry] = {}
+
+
+def register_rule(
+    layer: type[nn.Module], rule: Rule, *, deep: bool = False, compares: bool = False
+) -> None:
+    """Use ``rule`` for layers of type ``layer`` and of subclasses that compute alike.
+
+    A subclass with a ``forward`` of its own gets no rule by this: it is treated like
+    any module without one, slower and as exact.
 
     Args:
         layer: layer type.
-        rule: its rule.
+        rule: ``{attribute: factor}`` for a :class:`Call`; see :class:`Entry`.
+        deep: whether it explains the parameters of the layer's children as well.
+        compares: whether it asks for :attr:`Call.values`.
     """
-    _RULES[layer] = rule
+    _ENTRIES[layer] = Entry(rule, deep, compares)
 
 
-def has_rule(module: nn.Module) -> bool:
-    """Whether a rule makes factors of this layer's parameters."""
-    return any(base in _RULES for base in type(module).__mro__)
-
-
-def rule_of(module: nn.Module) -> Rule:
-    """Return the rule of the nearest registered class of ``module``.
+def entry_of(module: nn.Module) -> Entry | None:
+    """Return the rule that explains a module's parameters, or None.
 
     Args:
         module: a layer.
 
     Returns:
-        Its rule.
-
-    Raises:
-        LinearizationError: there is none.
+        The rule of the nearest registered class that computes as the module does.
     """
-    for base in type(module).__mro__:
-        if base in _RULES:
-            return _RULES[base]
-    raise LinearizationError(f"no rule for {type(module).__name__}; register_rule one")
+    kind = type(module)
+    for base in kind.__mro__:
+        if base in _ENTRIES:
+            own = getattr(kind, "forward", None) is getattr(base, "forward", None)
+            return _ENTRIES[base] if own else None
+    return None

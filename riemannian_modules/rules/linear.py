@@ -1,35 +1,36 @@
 """The rule of linear layers."""
 
-from collections.abc import Sequence
-
-import torch
 from torch import Tensor, nn
 
+from riemannian_modules.errors import LinearizationError
 from riemannian_modules.factors import BiasFactor, LinearFactor, MetricFactor
-from riemannian_modules.rules.base import Rule, register_rule
+from riemannian_modules.rules.base import Call, register_rule
 
-__all__ = ["LinearRule"]
+__all__ = ["linear"]
 
 
-class LinearRule(Rule):
-    """``y = W x + b`` with any number of leading dimensions, the first the examples."""
+def linear(call: Call) -> dict[str, MetricFactor]:
+    """Factors of ``y = W x + b`` with any number of leading dimensions.
 
-    def factors(
-        self, module: nn.Module, inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
-    ) -> dict[str, MetricFactor]:
-        """Return the structured factors of weight and bias.
+    Args:
+        call: a call of a linear layer.
 
-        Several uses are further positions: their factors add up, not their Gram
-        matrices.
-        """
-        # Autocast computes the layer in another data type than its parameters'.
-        dtype = module.get_parameter("weight").dtype
-        x = _join([_positions(each, 1).to(dtype) for each in inputs], 1)
-        l = _join([_positions(each, 2).to(dtype) for each in cotangents], 2)
-        factors: dict[str, MetricFactor] = {"weight": LinearFactor(x, l)}
-        if module.bias is not None:
-            factors["bias"] = BiasFactor(l)
-        return factors
+    Returns:
+        The structured factors of weight and bias.
+
+    Raises:
+        LinearizationError: the input has no batch dimension.
+    """
+    x, l = call.input, call.cotangents[0]
+    assert l is not None
+    if x.shape[:-1] != l.shape[1:-1] or call.layouts[0].dim >= x.ndim - 1:
+        raise LinearizationError(
+            f"{call.label} saw an input of shape {tuple(x.shape)} in a batch of "
+            f"{call.examples} outputs; give it a batch dimension with unsqueeze(0)"
+        )
+    x = _positions(call.first(call.input), 1).to(call.dtype)
+    l = _positions(call.cotangent(), 2).to(call.dtype)
+    return {"weight": LinearFactor(x, l), "bias": BiasFactor(l)}
 
 
 def _positions(tensor: Tensor, leading: int) -> Tensor:
@@ -38,8 +39,4 @@ def _positions(tensor: Tensor, leading: int) -> Tensor:
     return tensor.flatten(leading, -2)
 
 
-def _join(tensors: Sequence[Tensor], dim: int) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)
-
-
-register_rule(nn.Linear, LinearRule())
+register_rule(nn.Linear, linear)

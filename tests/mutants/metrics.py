@@ -11,7 +11,7 @@ import riemannian_modules as rm
 from riemannian_modules import LayerMetric, Mass, Part, TangentSpace
 from riemannian_modules.factors import BiasFactor, LinearFactor
 from riemannian_modules.output import OutputMetric
-from riemannian_modules.rules import LinearRule, register_rule
+from riemannian_modules.rules import linear, register_rule
 
 # ---- metrics ---------------------------------------------------------------------
 
@@ -474,18 +474,17 @@ class WrongRows(LinearFactor):
 def rule(factor: Wrong, both: bool = False):
     """A rule for weights; with ``both`` also for the single row of the costate."""
 
-    class Rule(LinearRule):
-        def factors(self, module, inputs, cotangents):
-            found = super().factors(module, inputs, cotangents)
-            right = found["weight"]
-            if both:
-                found["weight"] = factor(right.inputs, right.cotangents)
-            else:
-                found["weight"] = WrongRows(right.inputs, right.cotangents)
-                found["weight"].wrong = factor
-            return found
+    def wrong(call):
+        found = linear(call)
+        right = found["weight"]
+        if both:
+            found["weight"] = factor(right.inputs, right.cotangents)
+        else:
+            found["weight"] = WrongRows(right.inputs, right.cotangents)
+            found["weight"].wrong = factor
+        return found
 
-    return Rule()
+    return wrong
 
 
 class WrongGradient(nn.Linear):

@@ -1,0 +1,229 @@
+"""The rule of everything without a rule: replay the module, one example at a time.
+
+Each example's rows are the products of its cotangents with the Jacobian of the module
+by its parameters, by torch.func, all examples and rows at once where the module allows
+it. Whatever the module does inside is allowed: several uses of a parameter, children,
+other functions. What is not: examples that interact, and a replay that differs.
+"""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from itertools import islice, product
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call, vjp, vmap
+
+from riemannian_modules.errors import LinearizationError
+from riemannian_modules.factors import DenseFactor, MetricFactor
+from riemannian_modules.layout import Layout, candidates
+from riemannian_modules.rules.base import Call, Entry
+from riemannian_modules.tape import map_tensors, tensors_in
+
+__all__ = ["GENERIC", "generic"]
+
+_MOST_CHOICES = 64
+
+Slicing = tuple[Layout | None, ...]
+Rows = dict[str, Tensor]
+
+
+def generic(call: Call) -> dict[str, MetricFactor]:
+    """Return dense factors of a module's parameters, for any module.
+
+    Cost: a forward pass and a reverse pass through the module with a cotangent for
+    each row, and the memory of the rows, O(r n p).
+
+    Args:
+        call: a call of any module that treats the examples of a batch one by one.
+
+    Returns:
+        Dense factors.
+
+    Raises:
+        LinearizationError: replaying the module for single examples gives other
+            outputs than the recorded ones.
+    """
+    inputs = list(tensors_in((call.args, dict(call.kwargs))))
+    active = [i for i, c in enumerate(call.cotangents) if c is not None]
+    reason: object = "the outputs differ"
+    known = call.memo.get("slicing")
+    choices = [known] if known is not None else _slicings(call, inputs, active[0])
+    for slicing in choices:
+        replay = _Replay(call, inputs, slicing, active)
+        try:
+            if known is None and not replay.agrees(replay.outputs()):
+                continue
+            rows, outputs = replay.rows()
+        except Exception as error:
+            # A module that cannot be run on this choice of a single example.
+            reason = error
+            continue
+        if replay.agrees(outputs):
+            call.memo["slicing"] = slicing
+            return {
+                name: DenseFactor(each.transpose(0, 1).flatten(0, 1))
+                for name, each in rows.items()
+            }
+    names = ", ".join(f"'{name}'" for name in call.wanted)
+    raise LinearizationError(
+        f"{call.label} does not give the recorded outputs when it is run again for "
+        f"single examples, so its parameters {names} have no factor: its examples "
+        "interact, or dropout or another source of randomness is inside. Use "
+        "model.eval(), dropout outside this module, or a layer that has a rule "
+        f"(riemannian_modules.rules). Last reason: {reason}"
+    )
+
+
+GENERIC = Entry(generic, deep=True, compares=True)
+
+
+class _Replay:
+    """The module as a function of its parameters and of one example."""
+
+    def __init__(
+        self,
+        call: Call,
+        inputs: Sequence[Tensor],
+        slicing: Slicing,
+        active: Sequence[int],
+    ) -> None:
+        self.call, self.inputs, self.slicing = call, inputs, slicing
+        n = call.examples
+        self.layouts = [call.layouts[i] for i in active]
+        self.places = [call.places[i] for i in active]
+        self.values = [
+            layout.front(call.values[i], n)
+            for i, layout in zip(active, self.layouts, strict=True)
+        ]
+        self.cotangents = tuple(
+            layout.front(each, n, 1)
+            for each, layout in zip(
+                (c for c in call.cotangents if c is not None), self.layouts, strict=True
+            )
+        )
+        self.folded = [
+            layout is not None and x.shape[layout.dim] != n
+            for x, layout in zip(inputs, slicing, strict=True)
+        ]
+        self.slices = tuple(
+            layout.front(x, n)
+            for x, layout in zip(inputs, slicing, strict=True)
+            if layout is not None
+        )
+        self.theta = {
+            name: call.module.get_parameter(name).detach().as_subclass(Tensor)
+            for name in call.wanted
+        }
+
+    def one(self, theta: Rows, example: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Return the differentiable outputs of one example."""
+        pieces = iter(example)
+        whole = [
+            x if layout is None else layout.single(next(pieces), folded)
+            for x, layout, folded in zip(
+                self.inputs, self.slicing, self.folded, strict=True
+            )
+        ]
+        tensors = iter(whole)
+
+        def place(_: Tensor) -> Tensor:
+            return next(tensors)
+
+        args: tuple[Any, ...] = map_tensors(self.call.args, place)
+        kwargs: dict[str, Any] = map_tensors(dict(self.call.kwargs), place)
+        outputs = functional_call(self.call.module, theta, args, kwargs)
+        found = list(tensors_in(outputs))
+        return tuple(
+            layout.front(found[place], 1)[0]
+            for place, layout in zip(self.places, self.layouts, strict=True)
+        )
+
+    def outputs(self) -> tuple[Tensor, ...]:
+        """Return the outputs of all examples, ``(n, *rest)`` each."""
+        columns = zip(*(self.one(self.theta, e) for e in self._examples()), strict=True)
+        return tuple(torch.stack(column) for column in columns)
+
+    def agrees(self, outputs: Sequence[Tensor]) -> bool:
+        """Whether these are the recorded outputs, up to rounding."""
+        for recorded, own in zip(self.values, outputs, strict=True):
+            if own.shape != recorded.shape:
+                return False
+            if recorded.is_meta:
+                continue
+            error = (own.to(recorded.dtype) - recorded).norm()
+            tolerance = torch.finfo(recorded.dtype).eps ** 0.5
+            if not bool(error <= tolerance * (recorded.norm() + 1e-30)):
+                return False
+        return True
+
+    def _examples(self) -> list[tuple[Tensor, ...]]:
+        n = self.call.examples
+        return [tuple(s[i] for s in self.slices) for i in range(n)]
+
+    def rows(self) -> tuple[Rows, tuple[Tensor, ...]]:
+        """Return ``{name: (n, r, *shape)}`` and the outputs, ``(n, *rest)`` each."""
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "There is a performance drop")
+                found: tuple[Rows, tuple[Tensor, ...]] = vmap(
+                    self._rows_of_one, in_dims=(0, 1)
+                )(self.slices, self.cotangents)
+        except (RuntimeError, NotImplementedError):
+            # Not every operation can be vectorised, nor every custom function.
+            return self._rows_in_a_loop()
+        return found
+
+    def _rows_of_one(
+        self, example: tuple[Tensor, ...], cotangents: tuple[Tensor, ...]
+    ) -> tuple[Rows, tuple[Tensor, ...]]:
+        outputs, pull, *_ = vjp(lambda theta: self.one(theta, example), self.theta)
+        (rows,) = vmap(pull)(cotangents)
+        return rows, outputs
+
+    def _rows_in_a_loop(self) -> tuple[Rows, tuple[Tensor, ...]]:
+        found: list[list[Tensor]] = []
+        values: list[tuple[Tensor, ...]] = []
+        for i, example in enumerate(self._examples()):
+            with torch.enable_grad():
+                theta = {k: v.clone().requires_grad_() for k, v in self.theta.items()}
+                outputs = self.one(theta, example)
+            values.append(tuple(z.detach() for z in outputs))
+            active = [
+                (z, c[:, i])
+                for z, c in zip(outputs, self.cotangents, strict=True)
+                if z.requires_grad
+            ]
+            rows = [
+                torch.autograd.grad(
+                    [z for z, _ in active],
+                    list(theta.values()),
+                    [c[j] for _, c in active],
+                    retain_graph=True,
+                    allow_unused=True,
+                    materialize_grads=True,
+                )
+                for j in range(len(self.cotangents[0]))
+            ]
+            found.append([torch.stack(column) for column in zip(*rows, strict=True)])
+        stacked = [torch.stack(column) for column in zip(*found, strict=True)]
+        outputs = tuple(torch.stack(column) for column in zip(*values, strict=True))
+        return dict(zip(self.theta, stacked, strict=True)), outputs
+
+
+def _slicings(call: Call, inputs: Sequence[Tensor], output: int) -> Iterator[Slicing]:
+    """Yield the ways to find one example in the arguments, the likeliest first."""
+    n, own = call.examples, call.layouts[output]
+    size = call.values[output].shape[own.dim]
+
+    def options(x: Tensor) -> list[Layout | None]:
+        likely: list[Layout | None] = []
+        if x.ndim > own.dim and x.shape[own.dim] == size:
+            likely.append(own)
+        likely += candidates(x.shape, n)
+        exact = [e for e in likely if e and (e == own or x.shape[e.dim] == n)]
+        folded = [e for e in likely if e not in exact]
+        return list(dict.fromkeys([*exact, None, *folded]))
+
+    return islice(product(*map(options, inputs)), _MOST_CHOICES)

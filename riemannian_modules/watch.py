@@ -1,0 +1,198 @@
+"""Which modules are recorded, and which of them explains which parameter."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from riemannian_modules.declared import DeclaredParameters
+from riemannian_modules.errors import LinearizationError
+from riemannian_modules.rules import GENERIC, Entry, entry_of
+from riemannian_modules.tape import Tape, Use
+
+__all__ = ["Job", "Watch"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A rule and the parameters that it makes factors of.
+
+    Attributes:
+        entry: the rule.
+        wanted: parameters of the module, by path below it.
+    """
+
+    entry: Entry
+    wanted: tuple[str, ...]
+
+
+class Watch:
+    """Every parameter's factors come from the calls of one kind of module.
+
+    At first that is the module that holds the parameter, by the rule of its type or
+    by the generic one. Where the calls of this module do not tell everything about a
+    parameter (it is used elsewhere too, or its output is shared by all examples), the
+    parameter is handed up to the next module above, by the generic rule: slower,
+    never wrong.
+
+    Args:
+        model: the model.
+        parameters: its trainable parameters.
+    """
+
+    def __init__(self, model: nn.Module, parameters: DeclaredParameters) -> None:
+        self._model = model
+        self._parameters = parameters
+        self._raised: dict[str, str] = {}
+        self._kept: dict[str, str] = {}
+        self._reasons: dict[str, str] = {}
+        self.jobs: dict[str, list[Job]] = {}
+        self._assign()
+
+    def _assign(self) -> None:
+        self.jobs = {}
+        claimed: set[nn.Module] = set()
+        for path, module in self._model.named_modules():
+            entry = entry_of(module)
+            deep = entry is not None and entry.deep
+            if module not in claimed:
+                own = module.named_parameters(recurse=deep)
+                wanted = tuple(rel for rel, p in own if self._is_own(p))
+                if wanted:
+                    self.jobs[path] = [Job(entry or GENERIC, wanted)]
+            if deep:
+                claimed.update(module.modules())
+        higher: dict[str, list[str]] = {}
+        for name, path in self._raised.items():
+            higher.setdefault(path, []).append(name[len(path) + 1 if path else 0 :])
+        for path, names in higher.items():
+            self.jobs.setdefault(path, []).append(Job(GENERIC, tuple(names)))
+
+    def _is_own(self, tensor: Tensor) -> bool:
+        name = self._parameters.name_of(tensor)
+        return name is not None and name not in self._raised
+
+    def modules(self, *, exploring: bool) -> list[tuple[str, nn.Module, bool]]:
+        """Return what to record: paths, modules, whether to keep their outputs.
+
+        Args:
+            exploring: also the modules above, to which a parameter may be handed.
+
+        Returns:
+            Arguments of :meth:`Tape.watch`.
+        """
+        jobs = self.jobs
+        found = {
+            path: any(job.entry.compares for job in jobs[path]) for path in self.jobs
+        }
+        if exploring:
+            for declared in self._parameters:
+                found.update((path, True) for path in _above(declared.name))
+        return [
+            (path, module, found[path])
+            for path, module in self._model.named_modules()
+            if path in found
+        ]
+
+    def explaining(self, tape: Tape) -> list[Use]:
+        """Return the uses of a tape that have something to explain."""
+        return [use for use in tape.uses if use.name in self.jobs]
+
+    def canonical(self, use: Use, path: str) -> str:
+        """Return the parameter's name in the model, from its path below a module."""
+        return self._parameters.of(use.module.get_parameter(path)).name
+
+    def names_of(self, use: Use) -> list[str]:
+        """Return the parameters that a use is to explain."""
+        jobs = self.jobs[use.name]
+        return [self.canonical(use, path) for job in jobs for path in job.wanted]
+
+    def is_leaf(self, use: Use) -> bool:
+        """Whether nothing lies behind a use but what it is to explain."""
+        jobs = self.jobs[use.name]
+        return jobs[0].entry.deep is False or not list(use.module.children())
+
+    def refuse_rule(self, name: str, reason: str) -> None:
+        """Refuse a parameter whose layer has a rule that gives a wrong gradient.
+
+        Args:
+            name: the parameter.
+            reason: what is wrong.
+
+        Raises:
+            LinearizationError: a rule, not the generic one, explains it.
+        """
+        for path, jobs in self.jobs.items():
+            module = self._model.get_submodule(path)
+            for job in jobs:
+                tensors = (module.get_parameter(own) for own in job.wanted)
+                named = any(self._parameters.name_of(t) == name for t in tensors)
+                if named and job.entry is not GENERIC:
+                    raise LinearizationError(
+                        f"parameter '{name}': {reason}. The rule of "
+                        f"{type(module).__name__} is wrong, or a hook changes what the "
+                        "layer returns; test the rule with "
+                        "riemannian_modules.testing.check_rule"
+                    )
+
+    def keep(self) -> None:
+        """Make what was handed up since the last call permanent."""
+        self._kept, self._reasons = dict(self._raised), {}
+
+    def forget(self) -> None:
+        """Go back to what was kept last."""
+        self._raised, self._reasons = dict(self._kept), {}
+        self._assign()
+
+    def raise_up(self, name: str, tape: Tape, reason: str) -> None:
+        """Hand a parameter up to the next recorded module.
+
+        Args:
+            name: the parameter.
+            tape: the recorded pass; only modules in it can explain anything.
+            reason: why, for the error.
+
+        Raises:
+            LinearizationError: there is no such module; names the parameter.
+        """
+        first = self._reasons.setdefault(name, reason)
+        recorded = {use.name for use in tape.uses if use.values}
+        if name in self._raised:
+            above = list(_above(self._raised[name]))
+        else:
+            tensor = self._parameters[name].tensor
+            above = _common(
+                path
+                for path, module in self._model.named_modules()
+                if any(p is tensor for p in module._parameters.values())
+            )
+        for path in above:
+            tried = any(
+                job.entry is GENERIC and name == f"{path}.{own}".removeprefix(".")
+                for job in self.jobs.get(path, [])
+                for own in job.wanted
+            )
+            if path in recorded and not tried:
+                self._raised[name] = path
+                self._assign()
+                return
+        last = "" if reason == first else f" At last: {reason}."
+        raise LinearizationError(
+            f"parameter '{name}': {first}. No module above that was called inside "
+            "metric.record() explains it: use the parameter only inside the model's "
+            "forward, keep the examples of the batch apart, and put weight decay in "
+            f"the optimizer.{last}"
+        )
+
+
+def _above(path: str) -> Iterable[str]:
+    """Return the paths of the modules that contain this one, the nearest first."""
+    while path:
+        path = path.rpartition(".")[0]
+        yield path
+
+
+def _common(paths: Iterable[str]) -> list[str]:
+    """Return the paths of the modules that contain, or are, all of these."""
+    chains = [[path, *_above(path)] for path in paths]
+    return [path for path in chains[0] if all(path in chain for chain in chains)]
