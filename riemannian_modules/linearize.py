@@ -174,10 +174,8 @@ def assemble(
             try:
                 factors = job.entry.rule(call)
             except LinearizationError as error:
-                names = [watch.canonical(use, path) for path in job.wanted]
-                raise UnexplainedError(names, str(error)) from error
-            for path in job.wanted:
-                name = watch.canonical(use, path)
+                raise UnexplainedError(job.names, str(error)) from error
+            for path, name in zip(job.wanted, job.names, strict=True):
                 if path in factors:
                     found.setdefault(name, []).append(factors[path])
     return {name: joined(factors) for name, factors in found.items()}

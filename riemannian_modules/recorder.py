@@ -28,7 +28,7 @@ from riemannian_modules.linearize import (
     carry,
     linearize,
 )
-from riemannian_modules.tape import Tape
+from riemannian_modules.tape import Tape, Use
 from riemannian_modules.watch import Watch
 
 __all__ = ["Recorder"]
@@ -101,12 +101,12 @@ class Recorder:
             require_finite(loss, "the loss", tape)
             costates = output_costates(loss, ends)
             refuse_direct_terms(loss, ends, self._parameters)
-        graph = self.graphs.get(self._signature(tape, ends, loss))
+        uses = self.watch.explaining(tape)
+        graph = self.graphs.get(_signature(uses, ends, loss))
         if graph is None:
             return self._explore(tape, heads, costates, loss, reduction)
         with torch.no_grad():
             rows = output_rows(heads, costates, reduction)
-            uses = self.watch.explaining(tape)
             carried, _ = carry(uses, ends, rows.stacks, batched=graph.batched)
             try:
                 whole = assemble(self.watch, uses, carried, graph, len(ends[0]))
@@ -136,18 +136,20 @@ class Recorder:
             )
         # Without a loss nothing was compared: look again next time.
         if certain and loss is not None:
-            self.graphs[self._signature(tape, ends, loss)] = graph
+            uses = self.watch.explaining(tape)
+            self.graphs[_signature(uses, ends, loss)] = graph
         return found
 
-    def _signature(
-        self, tape: Tape, outputs: Sequence[Tensor], loss: Tensor | None
-    ) -> tuple[str, ...]:
-        """Return what tells one graph from another: its layers and its operations.
 
-        A single example tells nothing about where the examples are, so it counts as
-        another graph.
-        """
-        ends = [*outputs, *([] if loss is None else [loss])]
-        single = "one" if len(outputs[0]) == 1 else "many"
-        names = (use.name for use in self.watch.explaining(tape))
-        return (single, *names, "|", *operations(end.grad_fn for end in ends))
+def _signature(
+    uses: Sequence[Use], outputs: Sequence[Tensor], loss: Tensor | None
+) -> tuple[str, ...]:
+    """Return what tells one graph from another: its layers and its operations.
+
+    A single example tells nothing about where the examples are, so it counts as another
+    graph.
+    """
+    ends = [*outputs, *([] if loss is None else [loss])]
+    single = "one" if len(outputs[0]) == 1 else "many"
+    names = (use.name for use in uses)
+    return (single, *names, "|", *operations(end.grad_fn for end in ends))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -77,7 +78,7 @@ class Use:
         """The module in words for an error."""
         return f"layer '{self.name}'" if self.name else "the model"
 
-    @property
+    @cached_property
     def inputs(self) -> list[Tensor]:
         """The tensors among its arguments."""
         return list(tensors_in((self.args, self.kwargs)))
@@ -113,11 +114,11 @@ class Tape:
             kwargs: dict[str, Any],
             output: object,
         ) -> None:
-            every = list(enumerate(tensors_in(output)))
-            outputs = [t for _, t in every if t.requires_grad]
+            every = [output] if isinstance(output, Tensor) else [*tensors_in(output)]
+            outputs = [t for t in every if t.requires_grad]
             if not outputs:
                 return
-            inputs = list(tensors_in((args, kwargs)))
+            inputs = list(tensors_in((args, kwargs) if kwargs else args))
             self.uses.append(
                 Use(
                     name,
@@ -125,7 +126,7 @@ class Tape:
                     map_tensors(args, Tensor.detach),
                     map_tensors(kwargs, Tensor.detach) if kwargs else kwargs,
                     tuple(map(get_gradient_edge, outputs)),
-                    tuple(place for place, t in every if t.requires_grad),
+                    tuple(i for i, t in enumerate(every) if t.requires_grad),
                     tuple(t._version for t in inputs),
                     outputs[0].dtype,
                     tuple(t.grad_fn for t in inputs if t.grad_fn is not None),

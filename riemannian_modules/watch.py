@@ -1,6 +1,6 @@
 """Which modules are recorded, and which of them explains which parameter."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -20,10 +20,12 @@ class Job:
     Attributes:
         entry: the rule.
         wanted: parameters of the module, by path below it.
+        names: the same parameters by name in the model.
     """
 
     entry: Entry
     wanted: tuple[str, ...]
+    names: tuple[str, ...]
 
 
 class Watch:
@@ -46,11 +48,13 @@ class Watch:
         self._raised: dict[str, str] = {}
         self._kept: dict[str, str] = {}
         self._reasons: dict[str, str] = {}
+        self._recorded: dict[bool, list[tuple[str, nn.Module, bool]]] = {}
         self.jobs: dict[str, list[Job]] = {}
         self._assign()
 
     def _assign(self) -> None:
         self.jobs = {}
+        self._recorded = {}
         claimed: set[nn.Module] = set()
         for path, module in self._model.named_modules():
             entry = entry_of(module)
@@ -59,14 +63,20 @@ class Watch:
                 own = module.named_parameters(recurse=deep)
                 wanted = tuple(rel for rel, p in own if self._is_own(p))
                 if wanted:
-                    self.jobs[path] = [Job(entry or GENERIC, wanted)]
+                    self.jobs[path] = [self._job(entry or GENERIC, module, wanted)]
             if deep:
                 claimed.update(module.modules())
         higher: dict[str, list[str]] = {}
         for name, path in self._raised.items():
             higher.setdefault(path, []).append(name[len(path) + 1 if path else 0 :])
         for path, names in higher.items():
-            self.jobs.setdefault(path, []).append(Job(GENERIC, tuple(names)))
+            job = self._job(GENERIC, self._model.get_submodule(path), names)
+            self.jobs.setdefault(path, []).append(job)
+
+    def _job(self, entry: Entry, module: nn.Module, wanted: Sequence[str]) -> Job:
+        tensors = map(module.get_parameter, wanted)
+        names = tuple(self._parameters.of(tensor).name for tensor in tensors)
+        return Job(entry, tuple(wanted), names)
 
     def _is_own(self, tensor: Tensor) -> bool:
         name = self._parameters.name_of(tensor)
@@ -81,31 +91,28 @@ class Watch:
         Returns:
             Arguments of :meth:`Tape.watch`.
         """
-        jobs = self.jobs
-        found = {
-            path: any(job.entry.compares for job in jobs[path]) for path in self.jobs
-        }
-        if exploring:
-            for declared in self._parameters:
-                found.update((path, True) for path in _above(declared.name))
-        return [
-            (path, module, found[path])
-            for path, module in self._model.named_modules()
-            if path in found
-        ]
+        if exploring not in self._recorded:
+            found = {
+                path: any(job.entry.compares for job in jobs)
+                for path, jobs in self.jobs.items()
+            }
+            if exploring:
+                for declared in self._parameters:
+                    found.update((path, True) for path in _above(declared.name))
+            self._recorded[exploring] = [
+                (path, module, found[path])
+                for path, module in self._model.named_modules()
+                if path in found
+            ]
+        return self._recorded[exploring]
 
     def explaining(self, tape: Tape) -> list[Use]:
         """Return the uses of a tape that have something to explain."""
         return [use for use in tape.uses if use.name in self.jobs]
 
-    def canonical(self, use: Use, path: str) -> str:
-        """Return the parameter's name in the model, from its path below a module."""
-        return self._parameters.of(use.module.get_parameter(path)).name
-
     def names_of(self, use: Use) -> list[str]:
         """Return the parameters that a use is to explain."""
-        jobs = self.jobs[use.name]
-        return [self.canonical(use, path) for job in jobs for path in job.wanted]
+        return [name for job in self.jobs[use.name] for name in job.names]
 
     def is_leaf(self, use: Use) -> bool:
         """Whether nothing lies behind a use but what it is to explain."""
@@ -125,9 +132,7 @@ class Watch:
         for path, jobs in self.jobs.items():
             module = self._model.get_submodule(path)
             for job in jobs:
-                tensors = (module.get_parameter(own) for own in job.wanted)
-                named = any(self._parameters.name_of(t) == name for t in tensors)
-                if named and job.entry is not GENERIC:
+                if name in job.names and job.entry is not GENERIC:
                     raise LinearizationError(
                         f"parameter '{name}': {reason}. The rule of "
                         f"{type(module).__name__} is wrong, or a hook changes what the "
@@ -168,9 +173,8 @@ class Watch:
             )
         for path in above:
             tried = any(
-                job.entry is GENERIC and name == f"{path}.{own}".removeprefix(".")
+                job.entry is GENERIC and name in job.names
                 for job in self.jobs.get(path, [])
-                for own in job.wanted
             )
             if path in recorded and not tried:
                 self._raised[name] = path
