@@ -33,14 +33,69 @@ def batch(sizes: Sequence[int], examples: int) -> tuple[torch.Tensor, torch.Tens
     return x, torch.randint(sizes[-1], (examples,), generator=generator)
 
 
+class Convnet(nn.Sequential):
+    """Two convolutions and two linear layers on 28 x 28 images."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Conv2d(1, 16, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(16, 32, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(32 * 7 * 7, 64),
+            nn.ReLU(),
+            nn.Linear(64, 10),
+        )
+
+
+class Transformer(nn.Module):
+    """One block on 32 tokens, a class for each sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.TransformerEncoderLayer(
+            64, 4, 256, dropout=0.0, batch_first=True
+        )
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scores: torch.Tensor = self.head(self.block(x).mean(1))
+        return scores
+
+
+INPUTS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "convnet": (Convnet, (1, 28, 28)),
+    "transformer": (Transformer, (32, 64)),
+}
+
+
+def network_step(method: str, network: str) -> Step:
+    """Return one step of a method on the convnet or the transformer block."""
+    make, shape = INPUTS[network]
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(BATCH, *shape, generator=generator)
+    return step_of(method, make(), x, torch.randint(10, (BATCH,), generator=generator))
+
+
 def training_step(method: str, sizes: Sequence[int], examples: int = BATCH) -> Step:
-    """Return one step of a method: forward, backward and update, float32.
+    """Return one step of a method on a chain of linear layers, float32."""
+    torch.manual_seed(0)
+    model, (x, y) = mlp(sizes), batch(sizes, examples)
+    if method == "sampled by hand":
+        return sampled_step_by_hand(sizes, x, y, mass=1e-2, lr=1e-6)
+    return step_of(method, model, x, y)
+
+
+def step_of(method: str, model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Step:
+    """Return one step of a method: forward, backward and update.
 
     The step length is tiny, so that the thousandth step meets the same problem as
     the first.
     """
-    torch.manual_seed(0)
-    model, (x, y) = mlp(sizes), batch(sizes, examples)
     if method == "adam":
         adam = torch.optim.Adam(model.parameters(), lr=1e-6)
 
@@ -50,9 +105,6 @@ def training_step(method: str, sizes: Sequence[int], examples: int = BATCH) -> S
             adam.step()
 
         return plain
-
-    if method == "sampled by hand":
-        return sampled_step_by_hand(sizes, x, y, mass=1e-2, lr=1e-6)
 
     output: rm.output.OutputMetric = rm.output.Categorical()
     if method == "sampled":
