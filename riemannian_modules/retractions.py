@@ -4,7 +4,8 @@ A retraction R satisfies ``R_w(0) = w`` and ``d/dt R_w(t v) = v`` at 0. Its *ord
 the order of agreement with the geodesic of the manifold's own metric: the distance to
 ``Exp_w(t v)`` is O(t^(order + 1)) (Absil, Mahony & Sepulchre, 2008, section 4.1 and
 proposition 5.5.5). The geodesics of a layer metric with a factor are other curves,
-with which every retraction agrees to first order.
+with which every retraction agrees to first order. On a quotient such as ``Grassmann``
+the distance is that of the points, however the tensors differ that stand for them.
 """
 
 from abc import ABC, abstractmethod
@@ -16,13 +17,29 @@ from torch import Tensor
 
 from riemannian_modules.errors import ManifoldContractError
 from riemannian_modules.manifolds.contract import base_of
+from riemannian_modules.manifolds.fixed_rank import FixedRank, orthographic_step
+from riemannian_modules.manifolds.grassmann import Grassmann
+from riemannian_modules.manifolds.log_euclidean import LogEuclideanSPD
+from riemannian_modules.manifolds.lorentz import Lorentz
+from riemannian_modules.manifolds.oblique import Oblique
+from riemannian_modules.manifolds.positive import Positive
+from riemannian_modules.manifolds.rotations import SpecialOrthogonal
+from riemannian_modules.manifolds.scaled import Scaled
 from riemannian_modules.manifolds.stiefel import (
     CanonicalStiefel,
     cayley_step,
     qr_step,
 )
 
-__all__ = ["QR", "Cayley", "Default", "Exponential", "Projection", "Retraction"]
+__all__ = [
+    "QR",
+    "Cayley",
+    "Default",
+    "Exponential",
+    "Orthographic",
+    "Projection",
+    "Retraction",
+]
 
 
 class Retraction(ABC):
@@ -63,26 +80,60 @@ _SECOND_ORDER_RETR: frozenset[Callable[..., Tensor]] = frozenset(
         geoopt.EuclideanStiefelExact,
         geoopt.StereographicExact,
         CanonicalStiefel,
+        FixedRank,
+        Grassmann,
+        LogEuclideanSPD,
+        Lorentz,
+        Oblique,
+        Positive,
+        SpecialOrthogonal,
     )
 )
+
+
+_SURROUNDING_METRIC = (
+    geoopt.Euclidean,
+    geoopt.Sphere,
+    geoopt.EuclideanStiefel,
+    FixedRank,
+    Grassmann,
+    Oblique,
+    SpecialOrthogonal,
+)
+
+
+def _unscaled(manifold: geoopt.Manifold) -> geoopt.Manifold:
+    """Return the manifold below a metric and below scales, which change no curve."""
+    base = base_of(manifold)
+    return _unscaled(base.base) if isinstance(base, Scaled) else base
 
 
 def _lowest_order(
     manifold: geoopt.Manifold, order: Callable[[geoopt.Manifold], int]
 ) -> int:
     """Return the order on a manifold or, for a product, on its worst part."""
-    base = base_of(manifold)
+    base = _unscaled(manifold)
     if isinstance(base, geoopt.ProductManifold):
         return min(_lowest_order(part, order) for part in base.manifolds)
     return order(base)
 
 
-def _stiefel(manifold: geoopt.Manifold, rule: str) -> geoopt.Stiefel:
-    base = base_of(manifold)
-    if not isinstance(base, geoopt.Stiefel):
+def _orthonormal(manifold: geoopt.Manifold, rule: str) -> geoopt.Manifold:
+    base = _unscaled(manifold)
+    if not isinstance(base, geoopt.Stiefel | Grassmann | SpecialOrthogonal):
         raise ManifoldContractError(
-            f"retractions.{rule} needs a Stiefel manifold, got {base.name}; use "
-            "retractions.Default()"
+            f"retractions.{rule} needs a manifold of orthonormal matrices (Stiefel, "
+            f"Grassmann, SpecialOrthogonal), got {base.name}; use retractions.Default()"
+        )
+    return base
+
+
+def _fixed_rank(manifold: geoopt.Manifold) -> FixedRank:
+    base = _unscaled(manifold)
+    if not isinstance(base, FixedRank):
+        raise ManifoldContractError(
+            f"retractions.Orthographic needs a FixedRank manifold, got {base.name}; "
+            "use retractions.Default()"
         )
     return base
 
@@ -91,7 +142,8 @@ def _stiefel(manifold: geoopt.Manifold, rule: str) -> geoopt.Stiefel:
 class Default(Retraction):
     """The manifold's own ``retr``.
 
-    Second order on Euclidean space, spheres, SPD matrices, ``CanonicalStiefel`` and
+    Second order on Euclidean space, spheres, SPD matrices, ``CanonicalStiefel``,
+    ``FixedRank``, ``Grassmann``, ``Oblique``, ``Positive``, ``SpecialOrthogonal`` and
     geoopt's "Exact" classes; first order on ``Stiefel`` (QR) and the Poincare ball.
     On a manifold of your own the order is reported as 1.
 
@@ -154,10 +206,11 @@ class Exponential(Retraction):
 class Projection(Retraction):
     """The nearest point to ``point + tangent``: ``manifold.projx``.
 
-    On Stiefel manifolds this is the polar retraction. Second order where the metric
-    is that of the surrounding space: Euclidean space, spheres, ``Stiefel`` (Absil &
-    Malick, 2012); first order with other metrics, and reported as such on a manifold
-    of your own.
+    On Stiefel manifolds this is the polar retraction, on ``FixedRank`` the truncated
+    singular value decomposition. Second order where the metric is that of the
+    surrounding space: Euclidean space, spheres, ``Stiefel``, ``FixedRank``,
+    ``Oblique``, ``SpecialOrthogonal`` (Absil & Malick, 2012), and on ``Grassmann``;
+    first order with other metrics, and reported as such on a manifold of your own.
 
     >>> from riemannian_modules.manifolds import Stiefel
     >>> Projection().order(Stiefel()), Projection().order(CanonicalStiefel())
@@ -172,18 +225,18 @@ class Projection(Retraction):
         return moved
 
     def order(self, manifold: geoopt.Manifold) -> int:
-        """Return 2 on embedded manifolds with the surrounding metric, else 1."""
-        embedded = (geoopt.Euclidean, geoopt.Sphere, geoopt.EuclideanStiefel)
+        """Return 2 where the metric is the surrounding one, else 1."""
         return _lowest_order(
-            manifold, lambda base: 2 if isinstance(base, embedded) else 1
+            manifold, lambda base: 2 if isinstance(base, _SURROUNDING_METRIC) else 1
         )
 
 
 @dataclass(frozen=True)
 class Cayley(Retraction):
-    """The Cayley map of the Stiefel manifolds (Wen & Yin, 2013), either orientation.
+    """The Cayley map of orthonormal matrices (Wen & Yin, 2013), either orientation.
 
-    Second order with the canonical metric. With the Euclidean metric first order: its
+    For Stiefel manifolds, ``Grassmann`` and ``SpecialOrthogonal``, where it is the
+    default. Second order, but for the Euclidean metric on Stiefel manifolds: there its
     acceleration has the tangent part ``(I - x x^T) u x^T u``. A ManifoldContractError
     on other manifolds.
 
@@ -195,20 +248,24 @@ class Cayley(Retraction):
         self, manifold: geoopt.Manifold, point: Tensor, tangent: Tensor
     ) -> Tensor:
         """Return :func:`riemannian_modules.manifolds.stiefel.cayley_step`."""
-        _stiefel(manifold, "Cayley")
+        _orthonormal(manifold, "Cayley")
         return cayley_step(point, tangent)
 
     def order(self, manifold: geoopt.Manifold) -> int:
-        """Return 2 with the canonical metric, 1 with the Euclidean one."""
-        return 2 if isinstance(_stiefel(manifold, "Cayley"), CanonicalStiefel) else 1
+        """Return 1 with the Euclidean metric on Stiefel manifolds, else 2."""
+        base = _orthonormal(manifold, "Cayley")
+        second = (CanonicalStiefel, Grassmann, SpecialOrthogonal)
+        return 2 if isinstance(base, second) else 1
 
 
 @dataclass(frozen=True)
 class QR(Retraction):
-    """The QR retraction of the Stiefel manifolds, either orientation; first order.
+    """The QR retraction of orthonormal matrices, either orientation.
 
-    The default of ``Stiefel``, and a cheaper step than the Cayley map for
-    ``CanonicalStiefel``. A ManifoldContractError on other manifolds.
+    For Stiefel manifolds and ``SpecialOrthogonal``, where it is first order and
+    cheaper than the Cayley map, and for ``Grassmann``, where it is second order. The
+    default of ``Stiefel`` and ``Grassmann``. A ManifoldContractError on other
+    manifolds.
 
     >>> QR().order(CanonicalStiefel())
     1
@@ -218,10 +275,32 @@ class QR(Retraction):
         self, manifold: geoopt.Manifold, point: Tensor, tangent: Tensor
     ) -> Tensor:
         """Return :func:`riemannian_modules.manifolds.stiefel.qr_step`."""
-        _stiefel(manifold, "QR")
+        _orthonormal(manifold, "QR")
         return qr_step(point, tangent)
 
     def order(self, manifold: geoopt.Manifold) -> int:
-        """Return 1 on every Stiefel manifold."""
-        _stiefel(manifold, "QR")
-        return 1
+        """Return 2 on subspaces, else 1."""
+        return 2 if isinstance(_orthonormal(manifold, "QR"), Grassmann) else 1
+
+
+@dataclass(frozen=True)
+class Orthographic(Retraction):
+    """The point that differs from ``point + tangent`` by a normal vector.
+
+    For ``FixedRank``: second order (Absil & Malick, 2012), and meant for steps shorter
+    than the least singular value. A ManifoldContractError on other manifolds.
+
+    >>> Orthographic().order(FixedRank(2))
+    2
+    """
+
+    def __call__(
+        self, manifold: geoopt.Manifold, point: Tensor, tangent: Tensor
+    ) -> Tensor:
+        """Return :func:`riemannian_modules.manifolds.fixed_rank.orthographic_step`."""
+        return orthographic_step(point, tangent, _fixed_rank(manifold).rank)
+
+    def order(self, manifold: geoopt.Manifold) -> int:
+        """Return 2 on matrices of fixed rank."""
+        _fixed_rank(manifold)
+        return 2

@@ -11,6 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from riemannian_modules import manifolds
 from riemannian_modules.errors import (
     EmptyBatchError,
     ManifoldContractError,
@@ -107,7 +108,7 @@ MANIFOLDS = [
     geoopt.EuclideanStiefel(),
     geoopt.PoincareBall(c=0.7),
     geoopt.SymmetricPositiveDefinite(),
-    geoopt.Lorentz(),
+    manifolds.Lorentz(),
     geoopt.ProductManifold((geoopt.Sphere(), 3), (geoopt.PoincareBall(c=0.7), 2)),
 ]
 MANIFOLD_IDS = [type(m).__name__ for m in MANIFOLDS]

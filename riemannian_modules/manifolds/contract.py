@@ -10,7 +10,8 @@ A layer metric asks five things of its base manifold:
 5. ``retr(x, t v)`` starts with the velocity ``v``.
 
 ``riemannian_modules.testing.check_base_manifold`` measures them on any manifold. Some
-geoopt classes (0.5.1) fail; :func:`ensure_contract` knows these.
+geoopt classes (0.5.1) fail; :func:`ensure_contract` knows these, and what replaces
+them.
 """
 
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import geoopt
+from geoopt.manifolds.siegel.siegel import SiegelManifold
 from geoopt.manifolds.symmetric_positive_definite import SPDMetric
 
 from riemannian_modules.errors import ManifoldContractError
@@ -42,7 +44,10 @@ def base_of(manifold: geoopt.Manifold) -> geoopt.Manifold:
 
 @dataclass(frozen=True)
 class _Flaw:
-    """Methods that break the contract, in every class that inherits them."""
+    """Methods that break the contract, in every class that inherits one of them.
+
+    Without methods: nothing that a subclass could override mends it.
+    """
 
     owner: type[geoopt.Manifold]
     methods: tuple[str, ...]
@@ -51,11 +56,24 @@ class _Flaw:
 
     def afflicts(self, manifold: geoopt.Manifold) -> bool:
         kind = type(manifold)
-        return isinstance(manifold, self.owner) and any(
-            getattr(kind, method) is getattr(self.owner, method)
-            for method in self.methods
+        return isinstance(manifold, self.owner) and (
+            not self.methods
+            or any(
+                getattr(kind, method) is getattr(self.owner, method)
+                for method in self.methods
+            )
         )
 
+
+_OURS = "riemannian_modules.manifolds"
+_COMPLEX = (
+    "its points are complex, while covectors, factors and Gram matrices of a layer "
+    "metric are real"
+)
+_REAL_INSTEAD = (
+    f"use {_OURS}.SPD() on real matrices of twice the size, the symplectic ones of "
+    "which are this space, or for 1 x 1 matrices Lorentz() or PoincareBall()"
+)
 
 _FLAWS = (
     _Flaw(
@@ -63,35 +81,41 @@ _FLAWS = (
         ("proju", "retr", "expmap"),
         "its retr and expmap double the speed in the directions x A, its proju is not "
         "a projection",
-        "use riemannian_modules.manifolds.CanonicalStiefel()",
+        f"use {_OURS}.CanonicalStiefel()",
     ),
     _Flaw(
         geoopt.Scaled,
         ("__init__",),
         "its retr and expmap divide the step by the scale while inner and egrad2rgrad "
         "ignore it",
-        "use the manifold inside it and put scale^2 into the mass",
+        f"use {_OURS}.Scaled(manifold, scale), or put scale^2 into the mass",
     ),
     _Flaw(
         geoopt.BirkhoffPolytope,
         ("egrad2rgrad", "proju"),
         "its egrad2rgrad is not the Riesz map of its inner (off by the matrix size), "
-        "its proju is not a projection",
-        "use a subclass with egrad2rgrad(x, e) = n proju(x, e * x) and a repaired "
-        "proju, or a Euclidean parameter with a softmax",
+        "its proju is not a projection, its points are only good to 1e-5",
+        f"use {_OURS}.BirkhoffPolytope(), whose egrad2rgrad(x, e) is n proju(x, e * x)",
+    ),
+    _Flaw(
+        geoopt.Lorentz,
+        ("egrad2rgrad", "retr"),
+        "its egrad2rgrad overwrites its argument, its retr(x, 0) is not x, its logmap "
+        "and transp are wrong between points closer than 1e-4",
+        f"use {_OURS}.Lorentz(k)",
     ),
     _Flaw(
         geoopt.BoundedDomain,
-        ("egrad2rgrad", "proju"),
+        (),
         "its egrad2rgrad is not the Riesz map of its inner, its proju is not a "
-        "projection",
-        "use a subclass that repairs both",
+        f"projection, and {_COMPLEX}",
+        f"not even a subclass that repairs both can carry one; {_REAL_INSTEAD}",
     ),
     _Flaw(
-        geoopt.UpperHalf,
-        ("proju",),
-        "its proju is egrad2rgrad, not a projection",
-        "use a subclass with proju(x, u) = (u + u.mT) / 2",
+        SiegelManifold,
+        (),
+        f"its proju is egrad2rgrad, not a projection, and {_COMPLEX}",
+        f"not even a subclass that repairs it can carry one; {_REAL_INSTEAD}",
     ),
 )
 
@@ -116,14 +140,12 @@ def ensure_contract(
 ) -> geoopt.Manifold:
     """Return the manifold, unless it is known to break the contract.
 
-    Refused are geoopt's ``CanonicalStiefel``, ``Scaled``, ``BirkhoffPolytope``,
-    ``BoundedDomain``, ``UpperHalf``, subclasses of these that inherit the broken
-    methods, ``SymmetricPositiveDefinite`` with another metric than "AIM", and products
-    of any of these. Everything else is returned unchanged; run
+    Refused are geoopt's ``CanonicalStiefel``, ``Scaled``, ``BirkhoffPolytope`` and
+    ``Lorentz``, subclasses of these that inherit a broken method,
+    ``SymmetricPositiveDefinite`` with another metric than "AIM", the complex
+    ``BoundedDomain`` and ``UpperHalf``, learnable curvatures, and products of any of
+    these. Everything else is returned unchanged; run
     ``riemannian_modules.testing.check_base_manifold`` on a class of your own.
-
-    ``geoopt.Lorentz`` writes into the argument of ``egrad2rgrad``. It is accepted,
-    because the library always passes a copy.
 
     Args:
         manifold: where a parameter is to live.
@@ -152,11 +174,23 @@ def ensure_contract(
             isinstance(part, geoopt.SymmetricPositiveDefinite)
             and part.default_metric is not SPDMetric.AIM
         ):
+            own = "SPD()"
+            if part.default_metric is SPDMetric.LEM:
+                own = f"LogEuclideanSPD(), or {_OURS}.SPD() as it is without LEM"
             _refuse(
                 name,
                 part,
                 f"with default_metric={part.default_metric.value} only its dist "
                 "changes, inner, egrad2rgrad and retr stay affine-invariant",
-                "use riemannian_modules.manifolds.SPD()",
+                f"use {_OURS}.{own}",
+            )
+        if any(value.requires_grad for value in part.parameters(recurse=False)):
+            _refuse(
+                name,
+                part,
+                "its curvature is learnable, so that its points and their metric would "
+                "change between two steps",
+                "make it with learnable=False; a scale of the outputs can be learned "
+                "instead",
             )
     return manifold

@@ -1,6 +1,7 @@
 """The geoopt view of one parameter: its base manifold with the layer metric inside."""
 
 import copy
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import geoopt
@@ -13,7 +14,35 @@ from riemannian_modules.manifolds.contract import ensure_contract
 if TYPE_CHECKING:
     from riemannian_modules.metric import LayerMetric
 
-__all__ = ["MetricManifold"]
+__all__ = ["MetricManifold", "follow", "has_tensors"]
+
+
+def has_tensors(manifold: geoopt.Manifold) -> bool:
+    """Return whether a manifold has tensors of its own, such as a curvature."""
+    return any(True for _ in chain(manifold.buffers(), manifold.parameters()))
+
+
+def follow(manifold: geoopt.Manifold, x: Tensor) -> None:
+    """Move a manifold's own tensors, such as its curvature, to where its points are.
+
+    ``model.to`` does not do it, because a parameter's manifold is no submodule. Numbers
+    keep their data type, so that nothing is lost when a model is rounded for a while;
+    nothing is moved to the meta device, which would forget them.
+
+    Args:
+        manifold: base manifold; changed in place.
+        x: a point.
+    """
+    if x.is_meta:
+        return
+
+    def moved(tensor: Tensor) -> Tensor:
+        return tensor.to(x.device, x.dtype if tensor.ndim else tensor.dtype)
+
+    for tensor in chain(manifold.buffers(), manifold.parameters()):
+        if tensor.device != x.device or (tensor.ndim and tensor.dtype != x.dtype):
+            manifold._apply(moved)
+            return
 
 
 class MetricManifold(geoopt.Manifold):  # type: ignore[misc]
@@ -25,7 +54,8 @@ class MetricManifold(geoopt.Manifold):  # type: ignore[misc]
     the base manifold with mass 1. With a factor, ``inner`` is one number for the
     whole tensor, since K couples all entries.
 
-    The factor belongs to one pass and is dropped by copying and pickling.
+    The factor belongs to one pass and is dropped by copying and pickling. Tensors of
+    the base follow the points to their device, matrices to their data type as well.
 
     Args:
         base: the manifold; one of those that keep their contract.
@@ -50,6 +80,12 @@ class MetricManifold(geoopt.Manifold):  # type: ignore[misc]
         self.ndim = base.ndim
         self.reversible = False
         self._metric: LayerMetric | None = None
+        self._has_tensors = has_tensors(base)
+
+    def _at(self, x: Tensor) -> geoopt.Manifold:
+        if self._has_tensors:
+            follow(self.base, x)
+        return self.base
 
     @property
     def metric(self) -> "LayerMetric | None":
@@ -69,7 +105,7 @@ class MetricManifold(geoopt.Manifold):  # type: ignore[misc]
     ) -> Tensor:
         """Return ``g(u, v)`` at ``x``; one number once there is a factor."""
         if self._metric is None:
-            value: Tensor = self.base.inner(x, u, v, keepdim=keepdim)
+            value: Tensor = self._at(x).inner(x, u, v, keepdim=keepdim)
             return value
         total = self._metric.at(x).inner(u, u if v is None else v).to(u.dtype)
         return total.view((1,) * x.ndim) if keepdim else total
@@ -77,45 +113,45 @@ class MetricManifold(geoopt.Manifold):  # type: ignore[misc]
     def egrad2rgrad(self, x: Tensor, u: Tensor) -> Tensor:
         """Return the tangent vector that represents the covector ``u`` in g."""
         if self._metric is None:
-            gradient: Tensor = self.base.egrad2rgrad(x, u.clone())
+            gradient: Tensor = self._at(x).egrad2rgrad(x, u.clone())
             return gradient
         return self._metric.at(x).sharp(u)
 
     def retr(self, x: Tensor, u: Tensor) -> Tensor:
         """Retract with the base manifold."""
-        point: Tensor = self.base.retr(x, u)
+        point: Tensor = self._at(x).retr(x, u)
         return point
 
     def expmap(self, x: Tensor, u: Tensor) -> Tensor:
         """Follow the geodesic of the base manifold (not of the layer metric)."""
-        point: Tensor = self.base.expmap(x, u)
+        point: Tensor = self._at(x).expmap(x, u)
         return point
 
     def projx(self, x: Tensor) -> Tensor:
         """Return the nearest point of the base manifold."""
-        point: Tensor = self.base.projx(x)
+        point: Tensor = self._at(x).projx(x)
         return point
 
     def proju(self, x: Tensor, u: Tensor) -> Tensor:
         """Return the tangent part of ``u`` on the base manifold."""
-        tangent: Tensor = self.base.proju(x, u)
+        tangent: Tensor = self._at(x).proju(x, u)
         return tangent
 
     def transp(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
         """Transport with the base manifold."""
-        vector: Tensor = self.base.transp(x, y, v)
+        vector: Tensor = self._at(x).transp(x, y, v)
         return vector
 
     def dist(self, x: Tensor, y: Tensor, *, keepdim: bool = False) -> Tensor:
         """Return the base manifold's distance; undefined once there is a factor."""
         self._refuse("dist")
-        distance: Tensor = self.base.dist(x, y, keepdim=keepdim)
+        distance: Tensor = self._at(x).dist(x, y, keepdim=keepdim)
         return distance
 
     def logmap(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the base manifold's logarithm; undefined once there is a factor."""
         self._refuse("logmap")
-        vector: Tensor = self.base.logmap(x, y)
+        vector: Tensor = self._at(x).logmap(x, y)
         return vector
 
     def random(self, *size: int, **kwargs: Any) -> geoopt.ManifoldTensor:
@@ -149,7 +185,7 @@ class MetricManifold(geoopt.Manifold):  # type: ignore[misc]
     def _check_point_on_manifold(
         self, x: Tensor, *, atol: float = 1e-5, rtol: float = 1e-5
     ) -> tuple[bool, str | None]:
-        result: tuple[bool, str | None] = self.base._check_point_on_manifold(
+        result: tuple[bool, str | None] = self._at(x)._check_point_on_manifold(
             x, atol=atol, rtol=rtol
         )
         return result
@@ -157,7 +193,7 @@ class MetricManifold(geoopt.Manifold):  # type: ignore[misc]
     def _check_vector_on_tangent(
         self, x: Tensor, u: Tensor, *, atol: float = 1e-5, rtol: float = 1e-5
     ) -> tuple[bool, str | None]:
-        result: tuple[bool, str | None] = self.base._check_vector_on_tangent(
+        result: tuple[bool, str | None] = self._at(x)._check_vector_on_tangent(
             x, u, atol=atol, rtol=rtol
         )
         return result

@@ -36,6 +36,11 @@ MANIFOLDS: Mapping[str, Callable[[], geoopt.Manifold]] = MappingProxyType(
         "sphere": rm_manifolds.Sphere,
         "poincare_ball": rm_manifolds.PoincareBall,
         "spd": rm_manifolds.SPD,
+        "grassmann": rm_manifolds.Grassmann,
+        "special_orthogonal": rm_manifolds.SpecialOrthogonal,
+        "oblique": rm_manifolds.Oblique,
+        "positive": rm_manifolds.Positive,
+        "fixed_rank": lambda: rm_manifolds.FixedRank(2),
     }
 )
 
@@ -102,9 +107,17 @@ def shapes(
     Returns:
         The strategy.
     """
+    if isinstance(manifold, rm_manifolds.FixedRank):
+        min_side = max(min_side, manifold.rank)
     sides = st.integers(min_side, max_side)
-    if isinstance(manifold, geoopt.SymmetricPositiveDefinite):
+    if isinstance(manifold, rm_manifolds.SPD | rm_manifolds.SpecialOrthogonal):
         return sides.map(lambda side: (side, side))
+    if isinstance(manifold, rm_manifolds.Grassmann):
+        short = st.integers(min_side, max_side - 1)
+        wide = short.flatmap(
+            lambda side: st.tuples(st.just(side), st.integers(side + 1, max_side))
+        )
+        return st.one_of(wide, wide.map(lambda shape: (shape[1], shape[0])))
     return st.tuples(sides, sides)
 
 
@@ -126,18 +139,28 @@ def points(
         shape: shape of the point.
         max_radius: largest norm of a point of the Poincare ball, relative to its
             radius.
-        max_condition: largest condition number of a positive definite matrix.
+        max_condition: largest condition number of a positive definite matrix or one
+            of fixed rank, and largest ratio of the entries of a positive tensor.
         dtype: data type.
 
     Returns:
         A point. It is computed in float64 and rounded.
     """
     ambient = normal(draw(seeds()), shape, torch.float64, "point")
-    if isinstance(manifold, geoopt.SymmetricPositiveDefinite):
+    spread = 0.5 * math.log(draw(st.floats(1.0, max_condition)))
+
+    def values(count: int) -> Tensor:
+        return torch.linspace(-spread, spread, count, dtype=torch.float64).exp()
+
+    if isinstance(manifold, rm_manifolds.SPD):
         _, vectors = torch.linalg.eigh(ambient + ambient.mT)
-        spread = 0.5 * math.log(draw(st.floats(1.0, max_condition)))
-        values = torch.linspace(-spread, spread, shape[-1], dtype=torch.float64).exp()
-        return ((vectors * values) @ vectors.mT).to(dtype)
+        return ((vectors * values(shape[-1])) @ vectors.mT).to(dtype)
+    if isinstance(manifold, rm_manifolds.FixedRank):
+        left, _, right = torch.linalg.svd(ambient, full_matrices=False)
+        rank = manifold.rank
+        return ((left[..., :rank] * values(rank)) @ right[..., :rank, :]).to(dtype)
+    if isinstance(manifold, rm_manifolds.Positive):
+        return (spread * ambient.tanh()).exp().to(dtype)
     if isinstance(manifold, geoopt.PoincareBall):
         radius = draw(st.floats(0.0, max_radius)) / math.sqrt(float(manifold.c))
         return (radius * torch.nn.functional.normalize(ambient, dim=-1)).to(dtype)

@@ -2,7 +2,8 @@
 
 The first derivative of ``projx`` is a tangent projection that owes nothing to
 ``proju`` or ``egrad2rgrad``: with it the methods of a manifold are checked against
-each other.
+each other. On a :class:`riemannian_modules.manifolds.Quotient` what does not move the
+point, by the derivative of ``invariant``, is taken off.
 
 Tolerances, for rounding unit eps relative to the size of what is compared:
 
@@ -19,6 +20,8 @@ from functools import cached_property
 import geoopt
 import torch
 from torch import Tensor
+
+from riemannian_modules.manifolds import Quotient
 
 __all__ = ["Curve", "Probe", "change", "gap", "has", "pairing", "size", "velocity"]
 
@@ -113,9 +116,54 @@ class Probe:
         norm = self.norm(v)
         return v / norm if norm > 0.0 else v
 
+    def identity(self, x: Tensor) -> Tensor:
+        """Return what tells points apart: ``x``, or its invariant on a quotient."""
+        return self.manifold.invariant(x) if isinstance(self.manifold, Quotient) else x
+
     def tangent_part(self, u: Tensor) -> Tensor:
-        """Return the derivative of ``projx`` at the point in the direction u."""
-        return velocity(lambda t: self.manifold.projx(self.point + t * u), self.step)
+        """Return the derivative of ``projx`` at the point in the direction u.
+
+        On a quotient, the part of it that is orthogonal to :attr:`fibre`.
+        """
+        part = self._derivative(u)
+        for vertical in self.fibre:
+            part = part - self.inner(vertical, part) * vertical
+        return part
+
+    def _derivative(self, u: Tensor) -> Tensor:
+        length = size(u) or 1.0
+        unit = u / length
+        rate = velocity(lambda t: self.manifold.projx(self.point + t * unit), self.step)
+        return length * rate
+
+    @cached_property
+    def fibre(self) -> list[Tensor]:
+        """Orthonormal directions in which the tensor changes, but not the point."""
+        if not isinstance(self.manifold, Quotient):
+            return []
+
+        def moved(u: Tensor) -> Tensor:
+            return velocity(
+                lambda t: self.identity(self.manifold.projx(self.point + t * u)),
+                self.step,
+            )
+
+        columns = [moved(unit).reshape(-1) for unit in units(self.point)]
+        _, values, right = torch.linalg.svd(torch.stack(columns, dim=-1))
+        rank = int((values > math.sqrt(self.derived) * values[0]).sum())
+        # Normal directions hide among these, too, but projx maps them to nothing.
+        hidden = [self._derivative(u.view_as(self.point)) for u in right[rank:]]
+        if not hidden:
+            return []
+        images = torch.stack([u.reshape(-1) for u in hidden])
+        _, values, right = torch.linalg.svd(images, full_matrices=False)
+        basis: list[Tensor] = []
+        for row in right[values > math.sqrt(self.derived)]:
+            rest = row.view_as(self.point)
+            for vertical in (*basis, *basis):
+                rest = rest - self.inner(vertical, rest) * vertical
+            basis.append(rest / self.norm(rest))
+        return basis
 
     @cached_property
     def metric_size(self) -> float:

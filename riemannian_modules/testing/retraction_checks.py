@@ -27,9 +27,10 @@ def check_retraction(
 
     The findings are named ``retraction_zero``, ``retraction_on_manifold``,
     ``retraction_derivative``, ``retraction_pure`` and ``retraction_order``. The order
-    is that of the distance to ``expmap``, so it is left out on a manifold without one;
-    whether ``expmap`` itself can be trusted is a finding of
-    :func:`check_base_manifold`.
+    is that of the distance to ``expmap``, so it is left out on a manifold without one
+    (on a :class:`riemannian_modules.manifolds.Quotient` points are compared, not the
+    tensors that stand for them); whether ``expmap`` itself can be trusted is a finding
+    of :func:`check_base_manifold`.
 
     Args:
         manifold: the manifold.
@@ -82,7 +83,9 @@ def check_retraction(
         if has(manifold.expmap, x, u):
             order = retraction.order(manifold)
             slope = error_slope(
-                lambda t: torch.linalg.vector_norm(move(t) - manifold.expmap(x, t * u)),
+                lambda t: torch.linalg.vector_norm(
+                    probe.identity(move(t)) - probe.identity(manifold.expmap(x, t * u))
+                ),
                 x.dtype,
                 scale=size(x),
             )

@@ -253,7 +253,8 @@ def modules(
     for index, (before, after) in enumerate(pairwise(sizes)):
         manifold = draw(manifolds(kinds=kinds))
         square = isinstance(manifold, geoopt.SymmetricPositiveDefinite)
-        if square and before != after:
+        fits = manifold.check_point(torch.empty(after, before))
+        if not fits or (square and before != after):
             manifold = rm_manifolds.Euclidean()
         bias = draw(st.booleans())
         layer = Linear(before, after, bias, manifold=manifold, dtype=dtype)

@@ -1,0 +1,243 @@
+r"""Matrices of one rank, as a manifold in the space of all matrices.
+
+With the singular value decomposition ``X = U S V^T`` of a point, tangent vectors are
+the matrices that ``(I - U U^T) . (I - V V^T)`` kills (Vandereycken, 2013). The point is
+the dense matrix, so it is a weight like any other; its decomposition is computed where
+it is needed.
+"""
+
+import geoopt
+import torch
+from geoopt.utils import size2shape
+from torch import Tensor
+
+from riemannian_modules.manifolds.riesz import dimension, flat, root, root_adjoint
+from riemannian_modules.manifolds.stiefel import _orthonormalise
+
+__all__ = ["FixedRank", "orthographic_step"]
+
+
+def _bases(x: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return orthonormal bases of the columns and of the rows, both tall."""
+    u, _, vh = torch.linalg.svd(x, full_matrices=False)
+    return u[..., :rank], vh[..., :rank, :].mT
+
+
+def orthographic_step(x: Tensor, u: Tensor, rank: int) -> Tensor:
+    """Return the point near ``x`` that differs from ``x + u`` by a normal vector.
+
+    With ``Y = x + u`` and bases U, V of the columns and rows of x it is
+    ``Y V (U^T Y V)^-1 U^T Y`` (Absil & Malick, 2012; Absil & Oseledets, 2015).
+
+    Args:
+        x: matrices of the rank, ``(*batch, a, b)``.
+        u: tangent vectors at ``x``.
+        rank: the rank.
+
+    Returns:
+        Points of the shape of ``x + u``. Agrees with the geodesics to second order.
+        It grows without bound where ``U^T Y V`` becomes singular, which takes a step
+        as long as the least singular value of ``x``. Cost: the decomposition of ``x``.
+    """
+    left, right = _bases(x, rank)
+    moved = x + u
+    columns, rows = moved @ right, left.mT @ moved
+    core: Tensor = torch.linalg.solve_ex(rows @ right, rows)[0]
+    return columns @ core
+
+
+class FixedRank(geoopt.Manifold):  # type: ignore[misc]
+    """Matrices of one rank, ``(*batch, m, n)``, with the Euclidean metric.
+
+    Dimension ``rank (m + n - rank)`` (Vandereycken, 2013). The default retraction is
+    the truncated singular value decomposition of ``x + u``, the nearest matrix of the
+    rank; ``riemannian_modules.retractions.Orthographic`` is another. Geodesics have no
+    closed form. Every method decomposes the point: O(m n min(m, n)).
+
+    The manifold is not closed: a matrix of lower rank is at the end of a finite step,
+    and near it the curvature is the inverse of the least singular value.
+
+    Args:
+        rank: the rank, at least 1.
+
+    Raises:
+        ValueError: the rank is not positive.
+
+    >>> FixedRank(1).projx(torch.tensor([[3.0, 0.0], [0.0, 1.0]]))
+    tensor([[3., 0.],
+            [0., 0.]])
+    """
+
+    name = "FixedRank"
+    ndim = 2
+    reversible = False
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        if rank < 1:
+            raise ValueError(f"rank={rank}: choose at least 1")
+        self.rank = rank
+
+    def inner(
+        self, x: Tensor, u: Tensor, v: Tensor | None = None, *, keepdim: bool = False
+    ) -> Tensor:
+        """Return the Euclidean inner product."""
+        return (u * (u if v is None else v)).sum((-1, -2), keepdim=keepdim)
+
+    def projx(self, x: Tensor) -> Tensor:
+        """Return the nearest matrix of at most this rank (Eckart & Young, 1936)."""
+        u, values, vh = torch.linalg.svd(x, full_matrices=False)
+        kept = u[..., : self.rank] * values[..., None, : self.rank]
+        return kept @ vh[..., : self.rank, :]
+
+    def proju(self, x: Tensor, u: Tensor) -> Tensor:
+        """Return the orthogonal projection of ``u`` on the tangent space at ``x``."""
+        left, right = _bases(x, self.rank)
+        inside = left @ (left.mT @ u)
+        return inside + ((u - inside) @ right) @ right.mT
+
+    def egrad2rgrad(self, x: Tensor, u: Tensor) -> Tensor:
+        """Return the tangent vector that represents the covector ``u``."""
+        return self.proju(x, u)
+
+    def retr(self, x: Tensor, u: Tensor) -> Tensor:
+        """Return the nearest matrix of the rank to ``x + u``; second order.
+
+        The metric projection (Absil & Malick, 2012; Vandereycken, 2013).
+        """
+        return self.projx(x + u)
+
+    def expmap(self, x: Tensor, u: Tensor) -> Tensor:
+        """Geodesics are not available.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(self._missing("expmap", "use retr"))
+
+    def logmap(self, x: Tensor, y: Tensor) -> Tensor:
+        """Geodesics are not available.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(self._missing("logmap", "proju(x, y - x) is near"))
+
+    def dist(self, x: Tensor, y: Tensor, *, keepdim: bool = False) -> Tensor:
+        """Geodesics are not available.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(self._missing("dist", "|y - x| is a lower bound"))
+
+    def transp(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
+        """Transport ``v`` from ``x`` to ``y`` by projection; not an isometry."""
+        return self.proju(y, v)
+
+    def random(
+        self,
+        *size: int,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> geoopt.ManifoldTensor:
+        """Draw uniform singular vectors, and singular values uniform in [1/2, 3/2].
+
+        Args:
+            *size: shape, ``(*batch, m, n)``.
+            dtype: data type.
+            device: device.
+
+        Returns:
+            Points of the manifold.
+        """
+        *batch, m, n = shape = size2shape(*size)
+        self._assert_check_shape(shape, "x")
+        gaussian = torch.randn(*batch, m + n, self.rank, dtype=dtype, device=device)
+        left = _orthonormalise(gaussian[..., :m, :])
+        right = _orthonormalise(gaussian[..., m:, :])
+        values = 0.5 + torch.rand_like(gaussian[..., :1, :])
+        return geoopt.ManifoldTensor((left * values) @ right.mT, manifold=self)
+
+    def origin(
+        self,
+        *size: int,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        seed: int | None = 42,
+    ) -> geoopt.ManifoldTensor:
+        """Return the identity of the size of the rank, and zeros around it.
+
+        Args:
+            *size: shape, ``(*batch, m, n)``.
+            dtype: data type.
+            device: device.
+            seed: ignored; part of geoopt's interface.
+
+        Returns:
+            Points of the manifold.
+        """
+        shape = size2shape(*size)
+        self._assert_check_shape(shape, "x")
+        point = torch.zeros(shape, dtype=dtype, device=device)
+        point[..., : self.rank, : self.rank].diagonal(dim1=-2, dim2=-1).fill_(1.0)
+        return geoopt.ManifoldTensor(point, manifold=self)
+
+    def extra_repr(self) -> str:
+        """Say the rank."""
+        return f"rank={self.rank}"
+
+    def _missing(self, verb: str, remedy: str) -> str:
+        return (
+            f"{verb}: the geodesics of matrices of rank {self.rank} have no closed "
+            f"form; {remedy}"
+        )
+
+    def _check_shape(
+        self, shape: tuple[int, ...], name: str
+    ) -> tuple[bool, str | None]:
+        if len(shape) < 2 or min(shape[-2:]) < self.rank:
+            return False, (
+                f"`{name}` should be matrices with at least {self.rank} rows and "
+                f"columns, got shape {tuple(shape)}"
+            )
+        return True, None
+
+    def _check_point_on_manifold(
+        self, x: Tensor, *, atol: float = 1e-5, rtol: float = 1e-5
+    ) -> tuple[bool, str | None]:
+        values = torch.linalg.svdvals(x)
+        ranks = (values > atol + rtol * values[..., :1]).sum(-1)
+        if not bool((ranks == self.rank).all()):
+            found = sorted(set(ranks.reshape(-1).tolist()))
+            return False, (
+                f"the numerical rank is {', '.join(map(str, found))}, expected "
+                f"{self.rank}, with atol={atol}, rtol={rtol}"
+            )
+        return True, None
+
+    def _check_vector_on_tangent(
+        self, x: Tensor, u: Tensor, *, atol: float = 1e-5, rtol: float = 1e-5
+    ) -> tuple[bool, str | None]:
+        if not torch.allclose(self.proju(x, u), u, atol=atol, rtol=rtol):
+            return False, (
+                f"`(I - U U^T) u (I - V V^T) != 0` with atol={atol}, rtol={rtol}"
+            )
+        return True, None
+
+
+@flat.register(FixedRank)
+def _(manifold: FixedRank, x: Tensor, u: Tensor) -> Tensor:
+    return u
+
+
+@root.register(FixedRank)
+@root_adjoint.register(FixedRank)
+def _(manifold: FixedRank, x: Tensor, z: Tensor) -> Tensor:
+    return manifold.proju(x, z)
+
+
+@dimension.register(FixedRank)
+def _(manifold: FixedRank, x: Tensor) -> int:
+    m, n = x.shape[-2:]
+    return (x.numel() // (m * n)) * manifold.rank * (m + n - manifold.rank)

@@ -1,0 +1,200 @@
+"""Oblique manifolds: matrices with unit columns or unit rows, products of spheres."""
+
+from typing import Literal
+
+import geoopt
+import torch
+from geoopt.utils import size2shape
+from torch import Tensor
+
+from riemannian_modules.manifolds.riesz import dimension, flat, root, root_adjoint
+
+__all__ = ["Oblique"]
+
+
+class Oblique(geoopt.Manifold):  # type: ignore[misc]
+    """Matrices whose columns, or whose rows, have Euclidean norm 1; Euclidean metric.
+
+    One point is the whole matrix: ``inner`` and ``dist`` are those of the product of
+    spheres (Absil & Gallivan, 2006). On the weight ``(out, in)`` of a linear layer,
+    unit rows are unit filters. The default retraction normalises ``x + u``.
+
+    Args:
+        unit: ``"columns"`` or ``"rows"``.
+
+    Raises:
+        ValueError: ``unit`` is something else.
+
+    >>> Oblique("rows").projx(torch.tensor([[3.0, 4.0], [0.0, 2.0]]))
+    tensor([[0.6000, 0.8000],
+            [0.0000, 1.0000]])
+    """
+
+    name = "Oblique"
+    ndim = 2
+    reversible = False
+
+    def __init__(self, unit: Literal["columns", "rows"] = "columns") -> None:
+        super().__init__()
+        if unit not in {"columns", "rows"}:
+            raise ValueError(f"unit={unit!r}: choose 'columns' or 'rows'")
+        self.unit = unit
+
+    @property
+    def dim(self) -> int:
+        """The dimension along which vectors have norm 1: -2 or -1."""
+        return -2 if self.unit == "columns" else -1
+
+    def inner(
+        self, x: Tensor, u: Tensor, v: Tensor | None = None, *, keepdim: bool = False
+    ) -> Tensor:
+        """Return the Euclidean inner product, summed over all vectors."""
+        return (u * (u if v is None else v)).sum((-1, -2), keepdim=keepdim)
+
+    def projx(self, x: Tensor) -> Tensor:
+        """Return the nearest point: every vector divided by its norm."""
+        return x / torch.linalg.vector_norm(x, dim=self.dim, keepdim=True)
+
+    def proju(self, x: Tensor, u: Tensor) -> Tensor:
+        """Return the orthogonal projection of ``u`` on the tangent space at ``x``."""
+        return u - x * self._dot(x, u)
+
+    def egrad2rgrad(self, x: Tensor, u: Tensor) -> Tensor:
+        """Return the tangent vector that represents the covector ``u``."""
+        return self.proju(x, u)
+
+    def retr(self, x: Tensor, u: Tensor) -> Tensor:
+        """Return ``x + u`` with every vector divided by its norm; second order."""
+        return self.projx(x + u)
+
+    def expmap(self, x: Tensor, u: Tensor) -> Tensor:
+        """Follow great circles; exact."""
+        angle = torch.linalg.vector_norm(u, dim=self.dim, keepdim=True)
+        return self.projx(x * angle.cos() + u * torch.sinc(angle / torch.pi))
+
+    def logmap(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the shortest tangent vector at ``x`` that leads to ``y``.
+
+        Unique unless a vector of ``y`` is the opposite of that of ``x``.
+        """
+        across = self.proju(x, y - x)
+        sine = torch.linalg.vector_norm(across, dim=self.dim, keepdim=True)
+        tiny = torch.finfo(x.dtype).tiny
+        return across * (self._angles(x, y) / sine.clamp_min(tiny))
+
+    def dist(self, x: Tensor, y: Tensor, *, keepdim: bool = False) -> Tensor:
+        """Return the root of the sum of the squared angles between the vectors."""
+        return torch.linalg.vector_norm(
+            self._angles(x, y), dim=(-1, -2), keepdim=keepdim
+        )
+
+    def transp(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
+        """Transport ``v`` in parallel along the great circles from ``x`` to ``y``.
+
+        An isometry: the reflection of ``v`` that exchanges ``x`` and ``-y``.
+        """
+        tiny = torch.finfo(x.dtype).tiny
+        middle = torch.nn.functional.normalize(x + y, dim=self.dim, eps=tiny)
+        return v - 2.0 * middle * self._dot(middle, v)
+
+    def random(
+        self,
+        *size: int,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> geoopt.ManifoldTensor:
+        """Draw points from the uniform distribution.
+
+        Args:
+            *size: shape, ``(*batch, a, b)``.
+            dtype: data type.
+            device: device.
+
+        Returns:
+            Points of the manifold.
+        """
+        self._assert_check_shape(size2shape(*size), "x")
+        gaussian = torch.randn(*size, dtype=dtype, device=device)
+        return geoopt.ManifoldTensor(self.projx(gaussian), manifold=self)
+
+    def origin(
+        self,
+        *size: int,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        seed: int | None = 42,
+    ) -> geoopt.ManifoldTensor:
+        """Return the point whose vectors are all the first unit vector.
+
+        Args:
+            *size: shape, ``(*batch, a, b)``.
+            dtype: data type.
+            device: device.
+            seed: ignored; part of geoopt's interface.
+
+        Returns:
+            Points of the manifold.
+        """
+        shape = size2shape(*size)
+        self._assert_check_shape(shape, "x")
+        point = torch.zeros(shape, dtype=dtype, device=device)
+        point.narrow(self.dim, 0, 1).fill_(1.0)
+        return geoopt.ManifoldTensor(point, manifold=self)
+
+    def extra_repr(self) -> str:
+        """Say which vectors have norm 1."""
+        return f"unit={self.unit}"
+
+    def _dot(self, u: Tensor, v: Tensor) -> Tensor:
+        return (u * v).sum(self.dim, keepdim=True)
+
+    def _angles(self, x: Tensor, y: Tensor) -> Tensor:
+        # Accurate at every angle, unlike the arc cosine (Kahan).
+        sine = torch.linalg.vector_norm(y - x, dim=self.dim, keepdim=True)
+        cosine = torch.linalg.vector_norm(y + x, dim=self.dim, keepdim=True)
+        return 2.0 * torch.atan2(sine, cosine)
+
+    def _check_shape(
+        self, shape: tuple[int, ...], name: str
+    ) -> tuple[bool, str | None]:
+        if len(shape) < 2 or shape[self.dim] < 2:
+            return False, (
+                f"`{name}` should be matrices whose {self.unit} have at least 2 "
+                f"entries, got shape {tuple(shape)}"
+            )
+        return True, None
+
+    def _check_point_on_manifold(
+        self, x: Tensor, *, atol: float = 1e-5, rtol: float = 1e-5
+    ) -> tuple[bool, str | None]:
+        norm = torch.linalg.vector_norm(x, dim=self.dim)
+        if not torch.allclose(norm, torch.ones_like(norm), atol=atol, rtol=rtol):
+            return False, f"`{self.unit}` of norm != 1 with atol={atol}, rtol={rtol}"
+        return True, None
+
+    def _check_vector_on_tangent(
+        self, x: Tensor, u: Tensor, *, atol: float = 1e-5, rtol: float = 1e-5
+    ) -> tuple[bool, str | None]:
+        radial = self._dot(x, u)
+        if not torch.allclose(radial, torch.zeros_like(radial), atol=atol, rtol=rtol):
+            return False, (
+                f"`<x, u> != 0` for some of the {self.unit} with atol={atol}, "
+                f"rtol={rtol}"
+            )
+        return True, None
+
+
+@flat.register(Oblique)
+def _(manifold: Oblique, x: Tensor, u: Tensor) -> Tensor:
+    return u
+
+
+@root.register(Oblique)
+@root_adjoint.register(Oblique)
+def _(manifold: Oblique, x: Tensor, z: Tensor) -> Tensor:
+    return manifold.proju(x, z)
+
+
+@dimension.register(Oblique)
+def _(manifold: Oblique, x: Tensor) -> int:
+    return x.numel() - x.numel() // x.shape[manifold.dim]

@@ -1,0 +1,165 @@
+"""Positive numbers, entry by entry, measured by their logarithms."""
+
+import geoopt
+import torch
+from geoopt.utils import size2shape
+from torch import Tensor
+
+from riemannian_modules.manifolds.riesz import dimension, flat, root, root_adjoint
+
+__all__ = ["Positive"]
+
+
+class Positive(geoopt.Manifold):  # type: ignore[misc]
+    """Tensors of any shape with positive entries, metric ``sum u v / x^2``.
+
+    The logarithm is an isometry to Euclidean space, so everything has a closed form
+    (Boumal, 2023, chapter 11). A step never leaves the manifold, and what counts is
+    by which factor a number changes.
+
+    Args:
+        ndim: number of trailing dimensions that make up one point, as in
+            ``geoopt.Euclidean``; 0: every entry has its own ``inner`` and ``dist``.
+
+    >>> x = torch.tensor([1.0, 10.0])
+    >>> Positive().egrad2rgrad(x, torch.ones(2)), Positive().retr(x, -10.0 * x)
+    (tensor([  1., 100.]), tensor([ 41., 410.]))
+    """
+
+    name = "Positive"
+    ndim = 0
+    reversible = True
+
+    def __init__(self, ndim: int = 0) -> None:
+        super().__init__()
+        self.ndim = ndim
+
+    def inner(
+        self, x: Tensor, u: Tensor, v: Tensor | None = None, *, keepdim: bool = False
+    ) -> Tensor:
+        """Return ``u v / x^2``, summed over the dimensions of a point."""
+        u = u / x
+        return self._sum(u * (u if v is None else v / x), keepdim)
+
+    def projx(self, x: Tensor) -> Tensor:
+        """Return ``x`` with smaller entries raised to a positive floor.
+
+        The positive numbers are open, so there is no nearest one. The floor is the
+        root of the least normal number, whose square is still positive.
+        """
+        return x.clamp_min(torch.finfo(x.dtype).tiny ** 0.5)
+
+    def proju(self, x: Tensor, u: Tensor) -> Tensor:
+        """Return ``u``: every vector is tangent."""
+        return u.expand(torch.broadcast_shapes(x.shape, u.shape))
+
+    def egrad2rgrad(self, x: Tensor, u: Tensor) -> Tensor:
+        """Return the tangent vector ``x^2 u`` that represents the covector ``u``."""
+        return x * (x * u)
+
+    def retr(self, x: Tensor, u: Tensor) -> Tensor:
+        """Return ``x + u + u^2 / (2 x)``, which is at least ``x / 2``; second order.
+
+        The polynomial retraction of Jeuris, Vandebril & Vandereycken (2012).
+        """
+        return 0.5 * x * (1.0 + (1.0 + u / x).square())
+
+    def expmap(self, x: Tensor, u: Tensor) -> Tensor:
+        """Return ``x exp(u / x)``; exact."""
+        return x * torch.exp(u / x)
+
+    def logmap(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return ``x log(y / x)``."""
+        return x * (y / x).log()
+
+    def dist(self, x: Tensor, y: Tensor, *, keepdim: bool = False) -> Tensor:
+        """Return ``|log(y / x)|``, over the dimensions of a point."""
+        logs = (y / x).log()
+        if self.ndim == 0:
+            return logs.abs()
+        return torch.linalg.vector_norm(logs, dim=self._dims, keepdim=keepdim)
+
+    def transp(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
+        """Transport ``v`` in parallel: ``v y / x``, an isometry."""
+        return v * (y / x)
+
+    def random(
+        self,
+        *size: int,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> geoopt.ManifoldTensor:
+        """Draw entries whose logarithms are standard normal.
+
+        Args:
+            *size: shape.
+            dtype: data type.
+            device: device.
+
+        Returns:
+            Points of the manifold.
+        """
+        shape = self._shape(size)
+        gaussian = torch.randn(shape, dtype=dtype, device=device)
+        return geoopt.ManifoldTensor(gaussian.exp(), manifold=self)
+
+    def origin(
+        self,
+        *size: int,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        seed: int | None = 42,
+    ) -> geoopt.ManifoldTensor:
+        """Return ones.
+
+        Args:
+            *size: shape.
+            dtype: data type.
+            device: device.
+            seed: ignored; part of geoopt's interface.
+
+        Returns:
+            Points of the manifold.
+        """
+        ones = torch.ones(self._shape(size), dtype=dtype, device=device)
+        return geoopt.ManifoldTensor(ones, manifold=self)
+
+    def _shape(self, size: tuple[int, ...]) -> tuple[int, ...]:
+        shape: tuple[int, ...] = tuple(size2shape(*size)) if size else ()
+        self._assert_check_shape(shape, "x")
+        return shape
+
+    @property
+    def _dims(self) -> tuple[int, ...]:
+        return tuple(range(-self.ndim, 0))
+
+    def _sum(self, values: Tensor, keepdim: bool) -> Tensor:
+        return values.sum(self._dims, keepdim=keepdim) if self.ndim else values
+
+    def _check_point_on_manifold(
+        self, x: Tensor, *, atol: float = 1e-5, rtol: float = 1e-5
+    ) -> tuple[bool, str | None]:
+        if not bool((x > 0).all()):
+            return False, f"`x > 0` fails, its least entry is {float(x.min())}"
+        return True, None
+
+    def _check_vector_on_tangent(
+        self, x: Tensor, u: Tensor, *, atol: float = 1e-5, rtol: float = 1e-5
+    ) -> tuple[bool, str | None]:
+        return True, None
+
+
+@flat.register(Positive)
+def _(manifold: Positive, x: Tensor, u: Tensor) -> Tensor:
+    return u / x / x
+
+
+@root.register(Positive)
+@root_adjoint.register(Positive)
+def _(manifold: Positive, x: Tensor, z: Tensor) -> Tensor:
+    return x * z
+
+
+@dimension.register(Positive)
+def _(manifold: Positive, x: Tensor) -> int:
+    return x.numel()

@@ -1,0 +1,343 @@
+"""The product manifold of named tensors: one point is the whole model."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import Any, Union
+
+import geoopt
+import torch
+from torch import Tensor, nn
+
+from riemannian_modules.errors import ManifoldContractError, MassError, ShapeError
+from riemannian_modules.manifolds.contract import base_of, ensure_contract
+from riemannian_modules.manifolds.quotient import Quotient
+from riemannian_modules.manifolds.riesz import (
+    dimension,
+    flat,
+    require_own_formulas,
+    riesz,
+    root,
+    root_adjoint,
+)
+from riemannian_modules.mass import Mass
+
+__all__ = ["Nested", "Product"]
+
+Nested = Mapping[str, Union[Tensor, "Nested"]]
+
+
+class Product(geoopt.ProductManifold):  # type: ignore[misc]
+    """A product of named manifolds, each with a mass.
+
+    Points and vectors are flat, ``(*batch, size)``; :meth:`pack` and :meth:`unpack`
+    lead to tensors by name and back. Projection, retraction and transport are those
+    of the parts, the metric is the sum of theirs, each times its mass. It takes the
+    place of ``geoopt.ProductManifold``, which knows neither names nor masses, cannot
+    project onto wide Stiefel matrices, puts every point at a distance of 3e-8 from
+    itself, and refuses parts whose curvatures differ in data type.
+
+    Args:
+        parts: ``{name: (manifold, shape)}``; base manifolds, also products.
+        masses: ``{name: mass}``; 1 for names that are missing.
+
+    Raises:
+        ShapeError: no point of a manifold has the shape of its part.
+        ManifoldContractError: a part cannot carry a layer metric.
+        MassError: a mass that its manifold cannot carry.
+
+    >>> product = Product({"a": (geoopt.Sphere(), (2,)), "b": (geoopt.Euclidean(), ())})
+    >>> x = product.pack({"a": torch.tensor([1.0, 0.0]), "b": torch.tensor(5.0)})
+    >>> product.egrad2rgrad(x, torch.ones(3))
+    tensor([0., 1., 1.])
+    """
+
+    name = "Product"
+    invariant: Callable[[Tensor], Tensor]
+
+    def __init__(
+        self,
+        parts: Mapping[str, tuple[geoopt.Manifold, Sequence[int]]],
+        *,
+        masses: Mapping[str, Mass] | None = None,
+    ) -> None:
+        # Not super(): it compares the devices and data types of the parts.
+        geoopt.Manifold.__init__(self)
+        for name, (manifold, shape) in parts.items():
+            _require_part(name, manifold, tuple(shape))
+        self.names = tuple(parts)
+        self.shapes = [tuple(shape) for _, shape in parts.values()]
+        self.manifolds: Any = nn.ModuleList(base for base, _ in parts.values())
+        ends = [0]
+        for shape in self.shapes:
+            ends.append(ends[-1] + math.prod(shape))
+        self.slices = [slice(*pair) for pair in pairwise(ends)]
+        self.n_elements = ends[-1]
+        self.n_manifolds = len(self.names)
+        given = {} if masses is None else masses
+        self.masses = [given.get(name, Mass()) for name in self.names]
+        for name, manifold, mass in zip(
+            self.names, self.manifolds, self.masses, strict=True
+        ):
+            if not (mass.is_scalar or isinstance(manifold, geoopt.Euclidean)):
+                raise MassError(
+                    f"'{name}' lives on {manifold.name}, where only a number can be "
+                    "its mass; use one"
+                )
+
+        if any(isinstance(manifold, Quotient) for manifold in self.manifolds):
+            self.invariant = self._invariant
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Product":
+        """Return the product of a model's trainable parameters, without a metric.
+
+        Args:
+            model: parameters without a manifold are Euclidean.
+
+        Returns:
+            The product with masses 1, in the order of ``model.named_parameters()``.
+        """
+        return cls(
+            {
+                name: (
+                    base_of(getattr(tensor, "manifold", geoopt.Euclidean())),
+                    tensor.shape,
+                )
+                for name, tensor in model.named_parameters()
+                if tensor.requires_grad
+            }
+        )
+
+    # --- flat vectors and named tensors
+
+    def pack(self, values: Nested) -> Tensor:
+        """Return named tensors as one flat tensor.
+
+        Args:
+            values: ``{name: (*batch, *shape)}``. Names may be split at their dots into
+                nested dictionaries, as in ``{"0": {"weight": w, "bias": b}}``.
+
+        Returns:
+            ``(*batch, size)``.
+
+        Raises:
+            ShapeError: names are missing or unknown, or a shape does not fit.
+        """
+        named = dict(_flattened(values))
+        found: list[Tensor] = []
+        used: set[str] = set()
+        for name, shape, manifold in zip(
+            self.names, self.shapes, self.manifolds, strict=True
+        ):
+            inside = {key for key in named if key.startswith(f"{name}.")}
+            if name in named:
+                value, used = named[name], used | {name}
+            elif isinstance(manifold, Product) and inside:
+                start = len(name) + 1
+                value = manifold.pack({key[start:]: named[key] for key in inside})
+                used |= inside
+            else:
+                raise ShapeError(f"'{name}' is missing; pass one of {self.names} each")
+            batch = value.ndim - len(shape)
+            if batch < 0 or tuple(value.shape[batch:]) != shape:
+                raise ShapeError(
+                    f"'{name}' has shape {tuple(value.shape)}; it must end with {shape}"
+                )
+            value = value.as_subclass(Tensor)
+            found.append(value.reshape(*value.shape[:batch], math.prod(shape)))
+        if set(named) - used:
+            raise ShapeError(
+                f"{sorted(set(named) - used)} are unknown; choose from {self.names}"
+            )
+        batches = torch.broadcast_shapes(*(part.shape[:-1] for part in found))
+        return torch.cat([p.expand(*batches, p.shape[-1]) for p in found], -1)
+
+    def unpack(self, point: Tensor) -> dict[str, Tensor]:
+        """Return a flat tensor as ``{name: (*batch, *shape)}``, views of it.
+
+        Args:
+            point: ``(*batch, size)``.
+
+        Returns:
+            One tensor for each part.
+
+        Raises:
+            ShapeError: it has another size.
+        """
+        if point.ndim == 0 or point.shape[-1] != self.n_elements:
+            raise ShapeError(
+                f"a flat tensor of shape {tuple(point.shape)} must end with "
+                f"{self.n_elements}, the number of entries of all parts"
+            )
+        plain = point.as_subclass(Tensor)
+        return dict(zip(self.names, self.unpack_tensor(plain), strict=True))
+
+    def unpack_nested(self, point: Tensor) -> dict[str, Any]:
+        """Return a flat tensor as dictionaries nested as the names are.
+
+        Args:
+            point: ``(*batch, size)``.
+
+        Returns:
+            Dictionaries of dictionaries of tensors; parts that are products are
+            dictionaries as well.
+        """
+        nested: dict[str, Any] = {}
+        named = self.unpack(point)
+        for (name, value), manifold in zip(named.items(), self.manifolds, strict=True):
+            *path, last = name.split(".")
+            inner = nested
+            for step in path:
+                inner = inner.setdefault(step, {})
+            own = isinstance(manifold, Product)
+            inner[last] = manifold.unpack_nested(value) if own else value
+        return nested
+
+    # --- the metric
+
+    def inner(
+        self, x: Tensor, u: Tensor, v: Tensor | None = None, *, keepdim: bool = False
+    ) -> Tensor:
+        """Return the inner products, ``(*batch)``; with keepdim ``(*batch, 1)``."""
+        w = u if v is None else v
+        terms = self._weighted("inner", x, u, w)
+        return torch.cat(terms, -1).sum(-1, keepdim=keepdim)
+
+    def component_inner(self, x: Tensor, u: Tensor, v: Tensor | None = None) -> Tensor:
+        """Return for every entry the inner product of its part."""
+        w = u if v is None else v
+        return torch.cat(self._weighted("component_inner", x, u, w), -1)
+
+    def egrad2rgrad(self, x: Tensor, u: Tensor) -> Tensor:
+        """Return the tangent vectors that represent the covectors ``u``."""
+
+        def sharp(i: int, m: geoopt.Manifold, p: Tensor, e: Tensor) -> Tensor:
+            return self.masses[i].divide(riesz(m, p, e))
+
+        return self._by_part(sharp, x, u)
+
+    def _weighted(self, verb: str, x: Tensor, u: Tensor, v: Tensor) -> list[Tensor]:
+        """Return the parts' inner products times their masses, ``(*batch, size)``."""
+        batch = torch.broadcast_shapes(x.shape[:-1], u.shape[:-1], v.shape[:-1])
+        terms = []
+        for i, (manifold, mass) in enumerate(
+            zip(self.manifolds, self.masses, strict=True)
+        ):
+            p, a, b = (self.take_submanifold_value(t, i) for t in (x, u, v))
+            if mass.is_scalar and verb == "inner":
+                term = mass.scalar * manifold.inner(p, a, b, keepdim=True)
+            elif mass.is_scalar:
+                own = manifold.component_inner(p, a, b)
+                term = mass.scalar * own.expand((*batch, *self.shapes[i]))
+            else:  # only Euclidean parts have it
+                term = (mass.multiply(a) * b).expand((*batch, *self.shapes[i]))
+            terms.append(term.reshape(*batch, -1))
+        return terms
+
+    def _by_part(self, verb: Callable[..., Tensor], *flat_tensors: Tensor) -> Tensor:
+        """Return ``verb(i, manifold, *tensors of part i)`` of every part, packed."""
+        batch = torch.broadcast_shapes(*(t.shape[:-1] for t in flat_tensors))
+        found = []
+        for i, manifold in enumerate(self.manifolds):
+            tensors = [self.take_submanifold_value(t, i) for t in flat_tensors]
+            value = verb(i, manifold, *tensors)
+            found.append(value.expand((*batch, *self.shapes[i])).reshape((*batch, -1)))
+        return torch.cat(found, -1)
+
+    def _invariant(self, x: Tensor) -> Tensor:
+        parts = zip(self.manifolds, self.unpack(x).values(), strict=True)
+        found = [m.invariant(p) if isinstance(m, Quotient) else p for m, p in parts]
+        return torch.cat([part.reshape(*x.shape[:-1], -1) for part in found], -1)
+
+    # --- what geoopt's class gets wrong, or cannot do
+
+    def projx(self, x: Tensor) -> Tensor:
+        """Return the parts' ``projx``."""
+        return self._by_part(lambda i, manifold, p: manifold.projx(p), x)
+
+    def dist2(self, x: Tensor, y: Tensor, *, keepdim: bool = False) -> Tensor:
+        """Return the squared distance."""
+        return self.dist(x, y, keepdim=keepdim).square()
+
+    def dist(self, x: Tensor, y: Tensor, *, keepdim: bool = False) -> Tensor:
+        """Return the root of the sum of the parts' squared distances times masses.
+
+        A NotImplementedError where a part has none.
+        """
+        batch = torch.broadcast_shapes(x.shape[:-1], y.shape[:-1])
+        found = []
+        for i, (manifold, mass) in enumerate(
+            zip(self.manifolds, self.masses, strict=True)
+        ):
+            p, q = (self.take_submanifold_value(t, i) for t in (x, y))
+            own = manifold.dist(p, q, keepdim=True)
+            weight = mass.elementwise(own)
+            root_mass = weight.sqrt() if isinstance(weight, Tensor) else weight**0.5
+            found.append((root_mass * own).reshape(*batch, -1))
+        return torch.linalg.vector_norm(torch.cat(found, -1), dim=-1, keepdim=keepdim)
+
+    def __repr__(self) -> str:
+        lines = [
+            f"  {name} {shape}: {manifold!r}".replace("\n", "\n  ")
+            for name, shape, manifold in zip(
+                self.names, self.shapes, self.manifolds, strict=True
+            )
+        ]
+        extra = f"({own})" if (own := self.extra_repr()) else ""
+        return "\n".join([f"{self.name}{extra} manifold:", *lines])
+
+
+def _require_part(name: str, manifold: geoopt.Manifold, shape: tuple[int, ...]) -> None:
+    ensure_contract(manifold, name)
+    require_own_formulas(manifold, name)
+    if base_of(manifold) is not manifold:
+        raise ManifoldContractError(
+            f"'{name}': a MetricManifold holds one metric; pass its .base instead"
+        )
+    ok, reason = manifold._check_shape(shape, name)
+    if not ok:
+        raise ShapeError(
+            f"'{name}' of shape {shape} does not fit {manifold.name}: {reason}; choose "
+            "another manifold"
+        )
+
+
+def _flattened(values: Nested, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flattened(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+@flat.register(Product)
+def _(manifold: Product, x: Tensor, u: Tensor) -> Tensor:
+    def lowered(i: int, m: geoopt.Manifold, p: Tensor, v: Tensor) -> Tensor:
+        return manifold.masses[i].multiply(flat(m, p, v))
+
+    return manifold._by_part(lowered, x, u)
+
+
+@root.register(Product)
+def _(manifold: Product, x: Tensor, z: Tensor) -> Tensor:
+    def rooted(i: int, m: geoopt.Manifold, p: Tensor, v: Tensor) -> Tensor:
+        return root(m, p, manifold.masses[i].divide_root(v))
+
+    return manifold._by_part(rooted, x, z)
+
+
+@root_adjoint.register(Product)
+def _(manifold: Product, x: Tensor, e: Tensor) -> Tensor:
+    def rooted(i: int, m: geoopt.Manifold, p: Tensor, v: Tensor) -> Tensor:
+        return manifold.masses[i].divide_root(root_adjoint(m, p, v))
+
+    return manifold._by_part(rooted, x, e)
+
+
+@dimension.register(Product)
+def _(manifold: Product, x: Tensor) -> int:
+    return sum(
+        int(dimension(m, manifold.take_submanifold_value(x, i)))
+        for i, m in enumerate(manifold.manifolds)
+    )

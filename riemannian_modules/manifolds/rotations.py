@@ -1,0 +1,192 @@
+r"""Rotations SO(n): square orthogonal matrices with determinant 1.
+
+Tangent vectors at X are the matrices ``X A`` with skew A, and the metric is the
+Euclidean one of these. It is invariant under rotations from both sides, so geodesics
+are ``X exp(t A)`` (Edelman, Arias & Smith, 1998, section 2.1).
+"""
+
+import geoopt
+import torch
+from geoopt.utils import size2shape
+from torch import Tensor
+
+from riemannian_modules.manifolds.riesz import dimension, flat, root, root_adjoint
+from riemannian_modules.manifolds.stiefel import (
+    Stiefel,
+    _orthonormalise,
+    _polar,
+    _rotation,
+    _skew,
+    cayley_step,
+)
+
+__all__ = ["SpecialOrthogonal"]
+
+
+def _handedness(q: Tensor) -> Tensor:
+    """Return the sign of the determinant, ``(*batch, 1)``."""
+    determinant = torch.linalg.det(q.to(torch.promote_types(q.dtype, torch.float32)))
+    sign = torch.where(determinant < 0, -torch.ones_like(determinant), 1.0)
+    return sign.unsqueeze(-1).to(q.dtype)
+
+
+def _arc_ratio(cosine: Tensor) -> Tensor:
+    """Return ``t / sin t`` for the angle t with this cosine, 1 at ``t = 0``."""
+    inside = cosine < 1.0
+    c = torch.where(inside, cosine, 0.0)
+    return torch.where(inside, c.acos() / ((1.0 - c) * (1.0 + c)).sqrt(), 1.0)
+
+
+def _logarithm(rotation: Tensor) -> Tensor:
+    # The polar factor of 1 + Q is the square root of Q: half the angles, at most a
+    # right angle each. There the logarithm is a smooth function of the symmetric part
+    # times the skew part, which commute.
+    eye = torch.eye(rotation.shape[-1], dtype=rotation.dtype, device=rotation.device)
+    half = _polar(eye + rotation)
+    cosines, vectors = torch.linalg.eigh(0.5 * (half + half.mT))
+    ratio = (vectors * _arc_ratio(cosines).unsqueeze(-2)) @ vectors.mT
+    return 2.0 * _skew(ratio @ _skew(half))
+
+
+class SpecialOrthogonal(geoopt.Manifold):  # type: ignore[misc]
+    """Rotation matrices, ``(*batch, n, n)`` with ``n >= 2``, Euclidean metric.
+
+    Tangent vectors are ambient matrices ``x A`` with skew A. The default retraction is
+    the Cayley map ``x (I - A/2)^-1 (I + A/2)``; a product of rotations is made
+    orthogonal anew at each step, so rounding does not add up.
+
+    >>> quarter = torch.tensor([[0.0, -1.0], [1.0, 0.0]])
+    >>> SpecialOrthogonal().logmap(torch.eye(2), quarter)
+    tensor([[ 0.0000, -1.5708],
+            [ 1.5708,  0.0000]])
+    """
+
+    name = "SpecialOrthogonal"
+    ndim = 2
+    reversible = False
+
+    proju = Stiefel.proju
+    origin = Stiefel.origin
+    _check_vector_on_tangent = Stiefel._check_vector_on_tangent
+
+    def inner(
+        self, x: Tensor, u: Tensor, v: Tensor | None = None, *, keepdim: bool = False
+    ) -> Tensor:
+        """Return the Euclidean inner product."""
+        return (u * (u if v is None else v)).sum((-1, -2), keepdim=keepdim)
+
+    def egrad2rgrad(self, x: Tensor, u: Tensor) -> Tensor:
+        """Return the tangent vector that represents the covector ``u``."""
+        tangent: Tensor = self.proju(x, u)
+        return tangent
+
+    def projx(self, x: Tensor) -> Tensor:
+        """Return the nearest rotation, from the singular vectors of ``x``."""
+        u, _, vh = torch.linalg.svd(x)
+        sign = _handedness(u @ vh)
+        return torch.cat((u[..., :-1], u[..., -1:] * sign.unsqueeze(-1)), -1) @ vh
+
+    def retr(self, x: Tensor, u: Tensor) -> Tensor:
+        """Return the Cayley map of ``u``; second order, O(n^3)."""
+        return cayley_step(x, u)
+
+    def expmap(self, x: Tensor, u: Tensor) -> Tensor:
+        """Follow the geodesic ``x exp(x^T u)``; exact, O(n^3)."""
+        return _orthonormalise(x) @ _rotation(_skew(x.mT @ u))
+
+    def logmap(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the shortest tangent vector at ``x`` that leads to ``y``.
+
+        Unique if ``x^T y`` turns no plane by a half turn; accurate up to about
+        ``eps / d``, for the least distance d of its angles from a half turn. Its
+        derivatives are not available, those of :meth:`dist` are.
+        """
+        return x @ _logarithm(x.mT @ y)
+
+    def dist(self, x: Tensor, y: Tensor, *, keepdim: bool = False) -> Tensor:
+        """Return ``|log(x^T y)|`` in the Frobenius norm, accurate at every angle."""
+        sines = torch.linalg.svdvals(y - x)
+        cosines = torch.linalg.svdvals(y + x).flip(-1)
+        angles = 2.0 * torch.atan2(sines, cosines)
+        total = torch.linalg.vector_norm(angles, dim=-1)
+        return total[..., None, None] if keepdim else total
+
+    def transp(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
+        """Transport ``v`` from ``x`` to ``y`` by left translation ``y x^T v``.
+
+        An isometry for any two points, but not the parallel transport.
+        """
+        return y @ (x.mT @ v)
+
+    def transp_follow_expmap(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        """Transport ``v`` in parallel along ``expmap(x, t u)`` to ``t = 1``; exact.
+
+        ``x exp(A/2) (x^T v) exp(A/2)`` with ``A = x^T u``, an isometry (Edelman, Arias
+        & Smith, 1998, section 2.2.3, on square matrices).
+        """
+        half = _rotation(0.5 * _skew(x.mT @ u))
+        return x @ half @ (x.mT @ v) @ half
+
+    def expmap_transp(self, x: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Return :meth:`expmap` and :meth:`transp_follow_expmap`."""
+        return self.expmap(x, u), self.transp_follow_expmap(x, u, v)
+
+    def random(
+        self,
+        *size: int,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> geoopt.ManifoldTensor:
+        """Draw rotations from the uniform (Haar) distribution.
+
+        Args:
+            *size: shape, ``(*batch, n, n)``.
+            dtype: data type.
+            device: device.
+
+        Returns:
+            Points of the manifold.
+        """
+        self._assert_check_shape(size2shape(*size), "x")
+        q = _orthonormalise(torch.randn(*size, dtype=dtype, device=device))
+        sign = _handedness(q).unsqueeze(-1)
+        return geoopt.ManifoldTensor(
+            torch.cat((q[..., :-1], q[..., -1:] * sign), -1), manifold=self
+        )
+
+    def _check_shape(
+        self, shape: tuple[int, ...], name: str
+    ) -> tuple[bool, str | None]:
+        if len(shape) < 2 or shape[-1] != shape[-2] or shape[-1] < 2:
+            return False, (
+                f"`{name}` should be square matrices with at least 2 rows, got shape "
+                f"{tuple(shape)}"
+            )
+        return True, None
+
+    def _check_point_on_manifold(
+        self, x: Tensor, *, atol: float = 1e-5, rtol: float = 1e-5
+    ) -> tuple[bool, str | None]:
+        eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+        if not torch.allclose(x.mT @ x, eye.expand_as(x), atol=atol, rtol=rtol):
+            return False, f"`X^T X != I` with atol={atol}, rtol={rtol}"
+        if bool((_handedness(x) < 0).any()):
+            return False, "`det X = -1`: a reflection, not a rotation"
+        return True, None
+
+
+@flat.register(SpecialOrthogonal)
+def _(manifold: SpecialOrthogonal, x: Tensor, u: Tensor) -> Tensor:
+    return u
+
+
+@root.register(SpecialOrthogonal)
+@root_adjoint.register(SpecialOrthogonal)
+def _(manifold: SpecialOrthogonal, x: Tensor, z: Tensor) -> Tensor:
+    return manifold.egrad2rgrad(x, z)
+
+
+@dimension.register(SpecialOrthogonal)
+def _(manifold: SpecialOrthogonal, x: Tensor) -> int:
+    n = x.shape[-1]
+    return (x.numel() // (n * n)) * (n * (n - 1) // 2)

@@ -1,0 +1,191 @@
+"""A manifold in other units: all distances times a number."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import geoopt
+from torch import Tensor
+
+from riemannian_modules.errors import ManifoldContractError, MassError
+from riemannian_modules.manifolds.contract import base_of, ensure_contract
+from riemannian_modules.manifolds.quotient import Quotient
+from riemannian_modules.manifolds.riesz import (
+    dimension,
+    flat,
+    require_own_formulas,
+    riesz,
+    root,
+    root_adjoint,
+)
+
+__all__ = ["Scaled"]
+
+
+class Scaled(geoopt.Manifold):  # type: ignore[misc]
+    """The points of a manifold with the metric ``scale^2 g0``.
+
+    Points, tangent vectors, geodesics, retractions and transports are those of the
+    manifold inside, ``base``. Inner products are ``scale^2`` times larger, distances
+    ``scale`` times; gradients are ``scale^2`` times shorter. A layer metric with the
+    mass mu on ``Scaled(M, s)`` is the one with the mass ``mu s^2`` on M, so for a
+    single parameter a mass says the same in fewer words. This class is for manifolds
+    that carry a unit of their own: parts of a product, outputs, distances.
+
+    Replaces ``geoopt.Scaled``, which divides steps by the scale and leaves the metric
+    as it is. The scale is a fixed number.
+
+    Args:
+        manifold: a manifold that keeps its contract.
+        scale: a positive number.
+
+    Raises:
+        ManifoldContractError: the manifold cannot carry a layer metric, or it is a
+            MetricManifold.
+        MassError: the scale is not a positive number.
+
+    >>> import torch
+    >>> circle, x = Scaled(geoopt.Sphere(), 2.0), torch.tensor([1.0, 0.0])
+    >>> circle.egrad2rgrad(x, torch.tensor([5.0, 8.0])), circle.dist(x, x.flip(0))
+    (tensor([0., 2.]), tensor(3.1416))
+    """
+
+    invariant: Callable[[Tensor], Tensor]
+
+    def __init__(self, manifold: geoopt.Manifold, scale: float = 1.0) -> None:
+        super().__init__()
+        ensure_contract(manifold, "Scaled")
+        if base_of(manifold) is not manifold:
+            raise ManifoldContractError(
+                "Scaled: a MetricManifold holds one metric; scale its .base instead"
+            )
+        require_own_formulas(manifold, "Scaled")
+        self.base = manifold
+        self.scale = float(scale)
+        if not 0.0 < self.scale < math.inf:
+            raise MassError(f"Scaled: the scale must be positive, got {scale}")
+        self.name = f"Scaled({manifold.name})"
+        self.ndim = manifold.ndim
+        self.reversible = manifold.reversible
+        if isinstance(manifold, Quotient):
+            self.invariant = manifold.invariant
+
+    def inner(
+        self, x: Tensor, u: Tensor, v: Tensor | None = None, *, keepdim: bool = False
+    ) -> Tensor:
+        """Return ``scale^2 g0(u, v)``."""
+        return self.scale**2 * self.base.inner(x, u, v, keepdim=keepdim)
+
+    def component_inner(self, x: Tensor, u: Tensor, v: Tensor | None = None) -> Tensor:
+        """Return ``scale^2`` times that of the base."""
+        return self.scale**2 * self.base.component_inner(x, u, v)
+
+    def egrad2rgrad(self, x: Tensor, u: Tensor) -> Tensor:
+        """Return the tangent vector that represents the covector ``u``."""
+        return riesz(self.base, x, u) / self.scale**2
+
+    def proju(self, x: Tensor, u: Tensor) -> Tensor:
+        """Return the tangent part of ``u``."""
+        return self.base.proju(x, u)
+
+    def projx(self, x: Tensor) -> Tensor:
+        """Return the base's ``projx``."""
+        return self.base.projx(x)
+
+    def retr(self, x: Tensor, u: Tensor) -> Tensor:
+        """Retract with the base."""
+        return self.base.retr(x, u)
+
+    def expmap(self, x: Tensor, u: Tensor) -> Tensor:
+        """Follow the geodesic, which is the base's."""
+        return self.base.expmap(x, u)
+
+    def logmap(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the base's logarithm."""
+        return self.base.logmap(x, y)
+
+    def dist(self, x: Tensor, y: Tensor, *, keepdim: bool = False) -> Tensor:
+        """Return ``scale`` times the distance of the base."""
+        return self.scale * self.base.dist(x, y, keepdim=keepdim)
+
+    def dist2(self, x: Tensor, y: Tensor, *, keepdim: bool = False) -> Tensor:
+        """Return ``scale^2`` times the squared distance of the base."""
+        return self.scale**2 * self.base.dist2(x, y, keepdim=keepdim)
+
+    def transp(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
+        """Transport with the base; isometric if its transport is."""
+        return self.base.transp(x, y, v)
+
+    def retr_transp(self, x: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Retract and transport with the base."""
+        return self.base.retr_transp(x, u, v)
+
+    def expmap_transp(self, x: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Follow the geodesic and transport with the base."""
+        return self.base.expmap_transp(x, u, v)
+
+    def transp_follow_retr(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        """Transport along the retraction with the base."""
+        return self.base.transp_follow_retr(x, u, v)
+
+    def transp_follow_expmap(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        """Transport along the geodesic with the base."""
+        return self.base.transp_follow_expmap(x, u, v)
+
+    def random(self, *size: int, **kwargs: Any) -> geoopt.ManifoldTensor:
+        """Return a random point of the base."""
+        return self._own(self.base.random(*size, **kwargs))
+
+    def origin(self, *size: int, **kwargs: Any) -> geoopt.ManifoldTensor:
+        """Return the origin of the base."""
+        return self._own(self.base.origin(*size, **kwargs))
+
+    def unpack_tensor(self, tensor: Tensor) -> Any:
+        """Return what the base makes of a tensor."""
+        return self.base.unpack_tensor(tensor)
+
+    def pack_point(self, *tensors: Tensor) -> Tensor:
+        """Return what the base makes of the parts of a point."""
+        return self.base.pack_point(*tensors)
+
+    def extra_repr(self) -> str:
+        """Return the scale."""
+        return f"scale={self.scale:g}"
+
+    def _own(self, point: Tensor) -> geoopt.ManifoldTensor:
+        return geoopt.ManifoldTensor(point.data, manifold=self)
+
+    def _check_shape(
+        self, shape: tuple[int, ...], name: str
+    ) -> tuple[bool, str | None]:
+        return self.base._check_shape(shape, name)
+
+    def _check_point_on_manifold(
+        self, x: Tensor, *, atol: float = 1e-5, rtol: float = 1e-5
+    ) -> tuple[bool, str | None]:
+        return self.base._check_point_on_manifold(x, atol=atol, rtol=rtol)
+
+    def _check_vector_on_tangent(
+        self, x: Tensor, u: Tensor, *, atol: float = 1e-5, rtol: float = 1e-5
+    ) -> tuple[bool, str | None]:
+        return self.base._check_vector_on_tangent(x, u, atol=atol, rtol=rtol)
+
+
+@flat.register(Scaled)
+def _(manifold: Scaled, x: Tensor, u: Tensor) -> Tensor:
+    return manifold.scale**2 * flat(manifold.base, x, u)
+
+
+@root.register(Scaled)
+def _(manifold: Scaled, x: Tensor, z: Tensor) -> Tensor:
+    return root(manifold.base, x, z) / manifold.scale
+
+
+@root_adjoint.register(Scaled)
+def _(manifold: Scaled, x: Tensor, e: Tensor) -> Tensor:
+    return root_adjoint(manifold.base, x, e) / manifold.scale
+
+
+@dimension.register(Scaled)
+def _(manifold: Scaled, x: Tensor) -> int:
+    return int(dimension(manifold.base, x))

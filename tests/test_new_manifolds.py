@@ -1,0 +1,943 @@
+"""Grassmann, SO(n), oblique, positive and fixed-rank manifolds."""
+
+import copy
+import math
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import geoopt
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mutants import new_manifolds as mutants
+from torch import Tensor, nn
+
+import riemannian_modules as rm
+from riemannian_modules import LayerMetric, Mass, Part, TangentSpace, manifolds
+from riemannian_modules.errors import ManifoldContractError
+from riemannian_modules.factors import DenseFactor
+from riemannian_modules.manifolds.riesz import (
+    dimension,
+    flat,
+    riesz,
+    root,
+    root_adjoint,
+)
+from riemannian_modules.retractions import (
+    QR,
+    Cayley,
+    Default,
+    Exponential,
+    Orthographic,
+    Projection,
+    Retraction,
+)
+from riemannian_modules.testing import (
+    check_base_manifold,
+    check_metric,
+    check_retraction,
+    error_slope,
+    failures,
+    raise_failures,
+)
+
+SEEDS = st.integers(0, 2**31 - 1)
+FEW = settings(max_examples=max(4, settings.default.max_examples // 5))
+PRECISIONS = [torch.float64, torch.float32]
+
+Shape = tuple[int, ...]
+KINDS: dict[str, tuple[Callable[[], geoopt.Manifold], list[Shape]]] = {
+    "grassmann": (
+        manifolds.Grassmann,
+        [(5, 2), (2, 5), (4, 3), (3, 4), (4, 1), (1, 4), (2, 5, 2), (2, 3, 4)],
+    ),
+    "rotations": (manifolds.SpecialOrthogonal, [(2, 2), (3, 3), (4, 4), (2, 3, 3)]),
+    "columns": (manifolds.Oblique, [(4, 3), (3, 5), (2, 3), (4, 1), (2, 3, 2)]),
+    "rows": (lambda: manifolds.Oblique("rows"), [(4, 3), (3, 5), (1, 4), (2, 3, 2)]),
+    "positive": (manifolds.Positive, [(), (4,), (2, 3), (2, 3, 2)]),
+    "positive_points": (lambda: manifolds.Positive(ndim=1), [(4,), (2, 3)]),
+    "rank_1": (lambda: manifolds.FixedRank(1), [(4, 3), (3, 5), (2, 3, 2)]),
+    "rank_2": (lambda: manifolds.FixedRank(2), [(4, 3), (3, 5), (2, 4, 3), (2, 4)]),
+    "rank_3": (lambda: manifolds.FixedRank(3), [(3, 3), (3, 5)]),
+}
+CASES = [(kind, shape) for kind, (_, shapes) in KINDS.items() for shape in shapes]
+GEODESIC = [case for case in CASES if not case[0].startswith("rank")]
+
+
+def build(kind: str) -> geoopt.Manifold:
+    return KINDS[kind][0]()
+
+
+def plain(point: Tensor) -> Tensor:
+    return point.detach().as_subclass(Tensor)
+
+
+def draw(manifold: geoopt.Manifold, shape: Shape, **options: Any) -> Tensor:
+    return plain(manifold.random(*shape, **options))
+
+
+def tangent(manifold: geoopt.Manifold, x: Tensor) -> Tensor:
+    u = torch.randn_like(x)
+    return manifold.proju(x, x * u if isinstance(manifold, manifolds.Positive) else u)
+
+
+def size(manifold: geoopt.Manifold, x: Tensor, u: Tensor) -> Tensor:
+    """The norm of the whole tensor."""
+    return manifold.inner(x, u, keepdim=True).sum().clamp_min(0.0).sqrt()
+
+
+def gap(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / (1e-300 + b.norm()))
+
+
+def largest_angle(manifold: geoopt.Manifold, x: Tensor, u: Tensor) -> Tensor:
+    """How far u goes, where 1 is the least distance at which geodesics meet."""
+    if isinstance(manifold, manifolds.Grassmann):
+        return torch.linalg.matrix_norm(u, 2).max() / (math.pi / 2)
+    if isinstance(manifold, manifolds.SpecialOrthogonal):
+        return torch.linalg.matrix_norm(u, 2).max() / math.pi
+    if isinstance(manifold, manifolds.Oblique):
+        return u.norm(dim=manifold.dim).max() / math.pi
+    return (u / x).abs().max() / 5.0
+
+
+def dense(
+    manifold: geoopt.Manifold, x: Tensor, linear: Callable[..., Tensor]
+) -> Tensor:
+    eye = torch.eye(x.numel(), dtype=x.dtype).view(-1, *x.shape)
+    return linear(manifold, x, eye).reshape(x.numel(), -1).mT
+
+
+# ---- the contract ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "shape"), CASES)
+@FEW
+@given(seed=SEEDS)
+def test_every_check_passes(kind: str, shape: Shape, seed: int) -> None:
+    generator = torch.manual_seed(seed)
+    manifold = build(kind)
+    results = check_base_manifold(manifold, draw(manifold, shape), generator=generator)
+    raise_failures(results)
+    found = {result.name for result in results}
+    assert {"riesz", "projection_complete", "random_on_manifold"} <= found
+    assert ("expmap_geodesic" in found) == ((kind, shape) in GEODESIC)
+    assert ("distance" in found) == ((kind, shape) in GEODESIC)
+
+
+@pytest.mark.parametrize(("kind", "shape"), CASES)
+def test_every_check_passes_in_float32(kind: str, shape: Shape) -> None:
+    torch.set_default_dtype(torch.float32)
+    manifold = build(kind)
+    for _ in range(3):
+        point = draw(manifold, shape)
+        assert point.dtype == torch.float32
+        raise_failures(check_base_manifold(manifold, point))
+
+
+@pytest.mark.parametrize(("law", "make", "shape"), mutants.MANIFOLDS)
+def test_wrong_manifolds_are_found(
+    law: str, make: Callable[[], geoopt.Manifold], shape: Shape
+) -> None:
+    manifold = make()
+    point = manifold.projx(torch.rand(shape) + 0.5)
+    assert law in {r.name for r in failures(check_base_manifold(manifold, point))}
+
+
+@pytest.mark.parametrize(("kind", "shape"), CASES)
+def test_they_may_carry_a_layer_metric(kind: str, shape: Shape) -> None:
+    manifold = build(kind)
+    assert manifolds.ensure_contract(manifold) is manifold
+    view = manifolds.MetricManifold(manifold)
+    point = view.random(*shape)
+    assert point.manifold is view
+    assert view.check_point_on_manifold(point)
+
+
+@pytest.mark.parametrize(("kind", "shape"), CASES)
+@FEW
+@given(seed=SEEDS)
+def test_riesz_and_its_roots_in_a_tangent_basis(kind: str, shape: Shape, seed: int):
+    torch.manual_seed(seed)
+    manifold = build(kind)
+    x = draw(manifold, shape)
+    R, P = (dense(manifold, x, f) for f in (riesz, lambda m, x, u: m.proju(x, u)))
+    C, D = dense(manifold, x, root), dense(manifold, x, root_adjoint)
+    left, values, _ = torch.linalg.svd(P)
+    dim = int((values > 0.5).sum())
+    assert dim == dimension(manifold, x) == TangentSpace(manifold, x).dim
+    B = left[:, :dim].mT
+    basis = B.view(dim, *shape)
+    G = torch.stack(
+        [
+            torch.stack([manifold.inner(x, u, v, keepdim=True).sum() for v in basis])
+            for u in basis
+        ]
+    )
+    torch.testing.assert_close(R, B.mT @ torch.linalg.solve(G, B))
+    torch.testing.assert_close(C @ D, R)
+    torch.testing.assert_close(D, C.mT)
+    F = flat(manifold, x, basis).reshape(dim, -1)
+    torch.testing.assert_close(B @ F.mT, G)
+    torch.testing.assert_close((R @ F.mT).mT, B)
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "expected"),
+    [
+        ("grassmann", (5, 2), 6),
+        ("grassmann", (2, 5), 6),
+        ("grassmann", (3, 5, 2), 18),
+        ("rotations", (4, 4), 6),
+        ("rotations", (2, 3, 3), 6),
+        ("columns", (4, 3), 9),
+        ("rows", (4, 3), 8),
+        ("rows", (2, 4, 3), 16),
+        ("positive", (2, 3), 6),
+        ("rank_2", (4, 3), 10),
+        ("rank_2", (2, 4, 3), 20),
+        ("rank_3", (3, 3), 9),
+    ],
+)
+def test_dimensions(kind: str, shape: Shape, expected: int) -> None:
+    manifold = build(kind)
+    assert dimension(manifold, draw(manifold, shape)) == expected
+
+
+# ---- the layer metric ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
+@pytest.mark.parametrize(("kind", "shape"), [case for case in CASES if case[1]])
+@FEW
+@given(seed=SEEDS, offset=st.integers(-2, 2), log_mass=st.floats(-3, 3))
+def test_layer_metrics_are_the_dense_ones(
+    kind: str, shape: Shape, dtype, seed: int, offset: int, log_mass: float
+) -> None:
+    generator = torch.manual_seed(seed)
+    manifold = build(kind)
+    x = draw(manifold, shape, dtype=dtype)
+    rank = max(1, dimension(manifold, x) + offset)
+    space = TangentSpace(manifold, x, Mass(scalar=math.exp(log_mass)), "w")
+    factor = DenseFactor(torch.randn(rank, *shape, dtype=dtype) / rank)
+    metric = LayerMetric([Part("w", space, factor)])
+    raise_failures(check_metric(metric, generator=generator))
+
+
+class Energy(nn.Module):
+    """Forgets the basis in which its input is written."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        return z.square().sum(-1, keepdim=True)
+
+
+def net(manifold: geoopt.Manifold, shape: Shape) -> nn.Module:
+    first = rm.nn.Linear(shape[1], shape[0], bias=False, manifold=manifold)
+    if isinstance(manifold, manifolds.Grassmann):
+        return rm.nn.Sequential(first, Energy())
+    return rm.nn.Sequential(first, nn.Tanh(), nn.Linear(shape[0], 3))
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.8])
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [
+        ("grassmann", (2, 6)),
+        ("rotations", (4, 4)),
+        ("columns", (4, 5)),
+        ("rows", (4, 5)),
+        ("positive", (4, 5)),
+        ("rank_2", (4, 5)),
+    ],
+)
+def test_layers_learn_and_stay_on_their_manifold(
+    kind: str, shape: Shape, momentum: float
+) -> None:
+    manifold = build(kind)
+    model, teacher = net(manifold, shape), net(manifold, shape)
+    x = torch.randn(64, shape[1])
+    target = teacher(x).detach()
+    metric = rm.LayerwiseMetric(model, rm.output.Euclidean(), mass=0.05)
+    lr = 0.3 * (1.0 - momentum)
+    optimizer = rm.optim.RiemannianSGD(metric, lr=lr, momentum=momentum)
+    losses = []
+    for _ in range(40):
+        with metric.record():
+            outputs = model(x)
+        loss = 0.5 * (outputs - target).square().sum(-1).mean()
+        metric.backward(loss, outputs)
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.2 * losses[0]
+    weight = plain(model[0].weight)
+    assert manifold.check_point_on_manifold(weight, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("shape", [(8, 3), (3, 8)])
+@pytest.mark.parametrize("kind", ["RiemannianSGD", "RiemannianAdam"])
+def test_geoopt_finds_a_principal_subspace(kind: str, shape: Shape) -> None:
+    manifold = manifolds.Grassmann()
+    vectors = torch.linalg.qr(torch.randn(8, 8))[0]
+    A = (vectors * torch.linspace(-2.0, 2.0, 8)) @ vectors.mT
+    x = geoopt.ManifoldParameter(manifold.random(*shape), manifold=manifold)
+    options = {"momentum": 0.5} if kind == "RiemannianSGD" else {}
+    optimizer = getattr(geoopt.optim, kind)([x], lr=0.1, **options)
+    for step in range(400):
+        optimizer.zero_grad()
+        (-0.5 * (A * manifold.invariant(x)).sum()).backward()
+        optimizer.step()
+        if step == 300:
+            optimizer.param_groups[0]["lr"] = 0.01
+    top = vectors[:, -3:]
+    found = manifold.dist(plain(x), top if shape[0] > shape[1] else top.mT)
+    assert float(found) < 1e-3
+    assert manifold.check_point_on_manifold(x, atol=1e-12)
+
+
+# ---- retractions -----------------------------------------------------------------
+
+EVERYWHERE = (Default(), Exponential(), Projection(), Cayley(), QR())
+ORDERS: dict[tuple[str, Shape], tuple[float, ...]] = {
+    ("grassmann", (5, 2)): (2, math.inf, 2, 2, 2),
+    ("grassmann", (2, 5)): (2, math.inf, 2, 2, 2),
+    ("grassmann", (2, 3, 4)): (2, math.inf, 2, 2, 2),
+    ("rotations", (3, 3)): (2, math.inf, 2, 2, 1),
+    ("rotations", (2, 4, 4)): (2, math.inf, 2, 2, 1),
+    ("columns", (4, 3)): (2, math.inf, 2),
+    ("rows", (4, 3)): (2, math.inf, 2),
+    ("rows", (2, 4, 3)): (2, math.inf, 2),
+    ("positive", (2, 3)): (2, math.inf, 1),
+    ("positive_points", (2, 3)): (2, math.inf, 1),
+}
+PAIRS = [
+    (*case, retraction, order)
+    for case, orders in ORDERS.items()
+    for retraction, order in zip(EVERYWHERE, orders, strict=False)
+]
+
+
+@pytest.mark.parametrize(("kind", "shape", "retraction", "order"), PAIRS)
+@FEW
+@given(seed=SEEDS)
+def test_retractions_have_exactly_their_order(
+    kind: str, shape: Shape, retraction: Retraction, order: float, seed: int
+) -> None:
+    generator = torch.manual_seed(seed)
+    manifold = build(kind)
+    point = draw(manifold, shape)
+    results = check_retraction(manifold, retraction, point, generator=generator)
+    raise_failures(results)
+    assert retraction.order(manifold) == min(order, 2)
+    assert results[-1].name == "retraction_order"
+    if math.isinf(order):
+        assert math.isinf(results[-1].value)
+    else:
+        assert order + 0.75 < results[-1].value < order + 1.5
+
+
+@pytest.mark.parametrize(("kind", "shape", "retraction", "order"), PAIRS)
+def test_retractions_pass_in_float32(
+    kind: str, shape: Shape, retraction: Retraction, order: float
+) -> None:
+    torch.set_default_dtype(torch.float32)
+    manifold = build(kind)
+    for _ in range(3):
+        point = draw(manifold, shape)
+        raise_failures(check_retraction(manifold, retraction, point))
+
+
+FIXED = [case for case in CASES if case[0].startswith("rank")]
+
+
+def acceleration_slope(
+    manifold: geoopt.Manifold, retraction: Retraction, x: Tensor, u: Tensor
+) -> float:
+    """The order of the tangent part of R(x, t u) - x - t u; 3 at second order.
+
+    A curve of second order has a normal acceleration (Absil, Mahony & Sepulchre, 2008,
+    proposition 5.5.5); this needs no geodesic.
+    """
+    return error_slope(
+        lambda t: manifold.proju(x, retraction(manifold, x, t * u) - x - t * u).norm(),
+        x.dtype,
+        scale=float(x.norm()),
+    ).value
+
+
+@pytest.mark.parametrize(("kind", "shape"), FIXED)
+@pytest.mark.parametrize("retraction", [Default(), Projection(), Orthographic()])
+@FEW
+@given(seed=SEEDS)
+def test_retractions_of_fixed_rank_are_second_order(
+    kind: str, shape: Shape, retraction: Retraction, seed: int
+) -> None:
+    generator = torch.manual_seed(seed)
+    manifold = build(kind)
+    x = draw(manifold, shape)
+    raise_failures(check_retraction(manifold, retraction, x, generator=generator))
+    assert retraction.order(manifold) == 2
+    # At a least singular value of 1/2 the cubic term ends at steps of about 0.1.
+    u = 0.2 * tangent(manifold, x) / math.sqrt(x.numel())
+    slope = acceleration_slope(manifold, retraction, x, u)
+    exact = retraction == Orthographic() or manifold.rank == min(shape[-2:])
+    assert math.isinf(slope) if exact else 2.75 < slope < 3.5
+
+
+@pytest.mark.parametrize(("kind", "shape"), FIXED)
+@pytest.mark.parametrize("retraction", [Default(), Orthographic()])
+def test_retractions_of_fixed_rank_pass_in_float32(
+    kind: str, shape: Shape, retraction: Retraction
+) -> None:
+    torch.set_default_dtype(torch.float32)
+    manifold = build(kind)
+    for _ in range(3):
+        raise_failures(check_retraction(manifold, retraction, draw(manifold, shape)))
+
+
+@pytest.mark.parametrize(("law", "retraction", "make"), mutants.RETRACTIONS)
+def test_wrong_retractions_are_found(
+    law: str, retraction: Retraction, make: Callable[[], geoopt.Manifold]
+) -> None:
+    manifold = make()
+    shape = (4, 4) if make is manifolds.SpecialOrthogonal else (4, 3)
+    x = draw(manifold, shape)
+    if law == "acceleration":
+        u = 0.2 * tangent(manifold, x)
+        assert acceleration_slope(manifold, retraction, x, u) < 2.5
+    else:
+        results = check_retraction(manifold, retraction, x)
+        assert law in {result.name for result in failures(results)}
+
+
+def test_orthographic_moves_by_a_normal_vector() -> None:
+    manifold = manifolds.FixedRank(2)
+    x = draw(manifold, (3, 5, 4))
+    u = 0.1 * tangent(manifold, x)
+    y = Orthographic()(manifold, x, u)
+    assert manifold.check_point_on_manifold(y, atol=1e-12)
+    assert float(manifold.proju(x, y - x - u).abs().max()) < 1e-15
+    view = manifolds.MetricManifold(manifold)
+    assert torch.equal(Orthographic()(view, x, u), y)
+    assert Orthographic().order(view) == 2
+
+
+def test_retractions_refuse_other_manifolds() -> None:
+    x = torch.eye(3)
+    for rule in (Cayley(), QR()):
+        with pytest.raises(ManifoldContractError, match=r"Grassmann.*got Oblique"):
+            rule(manifolds.Oblique(), x, 0.0 * x)
+        with pytest.raises(ManifoldContractError, match=r"Grassmann.*got FixedRank"):
+            rule.order(manifolds.FixedRank(1))
+    with pytest.raises(ManifoldContractError, match=r"FixedRank.*got Oblique"):
+        Orthographic()(manifolds.Oblique(), x, 0.0 * x)
+    with pytest.raises(ManifoldContractError, match=r"FixedRank.*got Oblique"):
+        Orthographic().order(manifolds.Oblique())
+    with pytest.raises(ManifoldContractError, match="FixedRank has no expmap"):
+        Exponential()(manifolds.FixedRank(1), x, x)
+
+
+def test_fixed_rank_says_why_it_has_no_geodesics() -> None:
+    manifold = manifolds.FixedRank(2)
+    x = draw(manifold, (4, 3))
+    for verb in ("expmap", "logmap", "dist"):
+        with pytest.raises(NotImplementedError, match=f"{verb}.*rank 2.*closed form"):
+            getattr(manifold, verb)(x, x)
+
+
+@pytest.mark.parametrize("shape", [(5, 2), (2, 5), (2, 4, 3)])
+def test_grassmann_retractions_span_the_same(shape: Shape) -> None:
+    manifold = manifolds.Grassmann()
+    x = draw(manifold, shape)
+    u = tangent(manifold, x)
+    found = [rule(manifold, x, u) for rule in (Default(), QR(), Projection())]
+    for y in found[1:]:
+        torch.testing.assert_close(manifold.invariant(y), manifold.invariant(found[0]))
+    # Angles of x + u are arc tangents, those of the Cayley map twice those of u / 2.
+    angles = torch.linalg.svdvals(u)
+    for y, expected in (
+        (found[0], angles.atan()),
+        (Cayley()(manifold, x, u), 2.0 * (0.5 * angles).atan()),
+    ):
+        folded = torch.minimum(expected, math.pi - expected)
+        torch.testing.assert_close(manifold.dist(x, y), folded.norm(dim=-1))
+
+
+def test_cayley_on_rotations_is_the_full_solve() -> None:
+    manifold = manifolds.SpecialOrthogonal()
+    x = draw(manifold, (2, 4, 4))
+    u = tangent(manifold, x)
+    half, eye = 0.5 * x.mT @ u, torch.eye(4)
+    expected = x @ torch.linalg.solve(eye - half, eye + half)
+    torch.testing.assert_close(manifold.retr(x, u), expected)
+    torch.testing.assert_close(Cayley()(manifold, x, u), expected)
+
+
+def test_positive_never_leaves() -> None:
+    manifold = manifolds.Positive()
+    x = draw(manifold, (1000,), dtype=torch.float32)
+    u = 1e4 * torch.randn(1000, dtype=torch.float32)
+    assert bool((manifold.retr(x, u) >= 0.499 * x).all())
+    assert bool((manifold.retr(x, -x) == 0.5 * x).all())
+    floor = manifold.projx(torch.tensor([-1.0, 0.0, 1e-30, 2.0], dtype=torch.float32))
+    assert bool((floor > 0).all())
+    assert bool((manifold.egrad2rgrad(floor, torch.ones(4)) > 0).all())
+    assert float(floor[3]) == 2.0
+    assert bool(manifold.projx(torch.tensor(torch.nan)).isnan())
+
+
+# ---- geodesics, logarithms, distances, transports --------------------------------
+
+
+def geodesic_laws(manifold: geoopt.Manifold, shape: Shape, share: float, dtype: Any):
+    """Yield (law, error), with errors of the order of the rounding unit."""
+    x = draw(manifold, shape, dtype=dtype)
+    u, v, w = (tangent(manifold, x) for _ in range(3))
+    u = u * (share / largest_angle(manifold, x, u))
+    length = size(manifold, x, u)
+    y = manifold.expmap(x, u)
+    yield "logmap", float(size(manifold, x, manifold.logmap(x, y) - u) / length)
+    end = manifold.expmap(x, manifold.logmap(x, y))
+    yield "end", float(manifold.dist(y, end).norm())
+    d = manifold.dist(x, y, keepdim=True)
+    yield "length", abs(float(d.norm() / length) - 1.0)
+    yield "symmetric", gap(manifold.dist(y, x, keepdim=True), d)
+    yield "zero", float(manifold.dist(x, x).norm())
+    tiny = manifold.expmap(x, 1e-3 * u)
+    small = manifold.dist(x, tiny).norm() / (1e-3 * length)
+    yield "small_distance", 1e-3 * abs(float(small) - 1.0)
+    z = draw(manifold, shape, dtype=dtype)
+    detour = manifold.dist(x, z) + manifold.dist(z, y) - manifold.dist(x, y)
+    yield "triangle", max(0.0, -float(detour.min()))
+
+    start = x.clone().requires_grad_()
+    half = 0.5 * manifold.dist(start, y).square().sum()
+    (e,) = torch.autograd.grad(half, start)
+    gradient = manifold.egrad2rgrad(x, e)
+    yield "distance_gradient", float(size(manifold, x, gradient + u) / length)
+
+    def follow(start: Tensor, step: Tensor, vector: Tensor) -> Tensor:
+        exact = isinstance(manifold, manifolds.Grassmann)
+        if exact:
+            return manifold.transp_follow_expmap(start, step, vector)
+        return manifold.transp(start, manifold.expmap(start, step), vector)
+
+    moved, other = follow(x, u, v), follow(x, u, w)
+    scale = size(manifold, x, v) * size(manifold, x, w)
+    before = manifold.inner(x, v, w, keepdim=True).sum()
+    after = manifold.inner(y, moved, other, keepdim=True).sum()
+    yield "isometry", float((after - before).abs() / scale)
+    yield "transport_tangent", gap(manifold.proju(y, moved), moved)
+    yield "transport_zero", gap(manifold.transp(x, x, v), v)
+
+    exact = manifold.transp_follow_expmap
+    yield "velocity", gap(exact(x, u, u), -manifold.logmap(y, x))
+    middle, rest = manifold.expmap(x, 0.4 * u), exact(x, 0.4 * u, 0.6 * u)
+    yield "path", gap(exact(middle, rest, exact(x, 0.4 * u, v)), exact(x, u, v))
+    pair = manifold.expmap_transp(x, u, v)
+    yield "pair", gap(pair[0], y) + gap(pair[1], exact(x, u, v))
+    if isinstance(manifold, manifolds.Grassmann):
+        yield "basis", max(basis_laws(manifold, x, y, z, u, v).values())
+
+
+def basis_laws(
+    manifold: manifolds.Grassmann, x: Tensor, y: Tensor, z: Tensor, u: Tensor, v: Tensor
+) -> dict[str, float]:
+    """How much depends on the bases that stand for the subspaces."""
+    if x.shape[-2] < x.shape[-1]:
+        x, y, z, u, v = (a.mT for a in (x, y, z, u, v))
+    k = x.shape[-1]
+    Q, P = torch.linalg.qr(torch.randn(2, k, k, dtype=x.dtype))[0]
+    e = torch.randn_like(x)
+    carried = manifold.transp(x @ Q, y @ P, v @ Q)
+
+    def seen(a: Tensor, b: Tensor) -> float:
+        return gap(manifold.invariant(a), manifold.invariant(b))
+
+    return {
+        "proju": gap(manifold.proju(x @ Q, e @ Q), manifold.proju(x, e) @ Q),
+        "retr": seen(manifold.retr(x @ Q, u @ Q), manifold.retr(x, u)),
+        "expmap": seen(manifold.expmap(x @ Q, u @ Q), manifold.expmap(x, u)),
+        "logmap": gap(manifold.logmap(x @ Q, y @ P), manifold.logmap(x, y) @ Q),
+        "dist": gap(manifold.dist(x @ Q, z @ P), manifold.dist(x, z)),
+        "transp": gap(carried, manifold.transp(x, y, v) @ P),
+    }
+
+
+def tolerance(share: float, dtype: torch.dtype) -> float:
+    # Directions of short vectors, and logarithms near their end, lose digits.
+    return 2e3 * torch.finfo(dtype).eps / min(share, 1.0 - share)
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
+@pytest.mark.parametrize(("kind", "shape"), GEODESIC)
+@given(seed=SEEDS, share=st.floats(0.02, 0.9))
+def test_geodesics_logarithms_distances_transports(
+    kind: str, shape: Shape, dtype, seed: int, share: float
+) -> None:
+    torch.manual_seed(seed)
+    found = dict(geodesic_laws(build(kind), shape, share, dtype))
+    most = tolerance(share, dtype)
+    assert not {law: error for law, error in found.items() if not error <= most}
+
+
+@pytest.mark.parametrize(("law", "make", "shape"), mutants.GEODESICS)
+def test_wrong_geodesics_are_found(
+    law: str, make: Callable[[], geoopt.Manifold], shape: Shape
+) -> None:
+    share = 0.02 if law == "small_distance" else 0.6
+    found = dict(geodesic_laws(make(), shape, share, torch.float64))
+    assert not found[law] <= 2.0 * tolerance(share, torch.float64)
+
+
+@pytest.mark.parametrize("kind", ["grassmann", "rotations", "columns", "rows"])
+@FEW
+@given(seed=SEEDS)
+def test_exact_transport_is_parallel(kind: str, seed: int) -> None:
+    # With the metric of the surrounding space: the derivative is normal (vertical).
+    torch.manual_seed(seed)
+    manifold = build(kind)
+    x = draw(manifold, KINDS[kind][1][0])
+    u, v = tangent(manifold, x), tangent(manifold, x)
+    _, rate = torch.func.jvp(
+        lambda t: manifold.transp_follow_expmap(x, t * u, v),
+        (torch.tensor(1e-3),),
+        (torch.tensor(1.0),),
+    )
+    y = manifold.expmap(x, 1e-3 * u)
+    assert float(manifold.proju(y, rate).norm()) < 1e-9 * float(u.norm() * v.norm())
+
+
+def test_cauchy_schwarz_of_the_grassmann_projection() -> None:
+    # Projection shortens by the cosines of the angles at most, and does not turn.
+    manifold = manifolds.Grassmann()
+    x = draw(manifold, (20, 6, 2))
+    u = tangent(manifold, x)
+    u = u * (0.8 / torch.linalg.matrix_norm(u, 2))[:, None, None]
+    y, v = manifold.expmap(x, u), tangent(manifold, x)
+    ratio = manifold.norm(y, manifold.transp(x, y, v)) / manifold.norm(x, v)
+    assert bool((ratio <= 1.0 + 1e-12).all())
+    assert bool((ratio >= math.cos(0.8) - 1e-12).all())
+
+
+def test_distances_of_known_angles() -> None:
+    t = torch.tensor([0.3, 1.2])
+    x = torch.eye(4, 2)
+    y = torch.stack(
+        [
+            torch.stack([t[0].cos(), t[0] * 0, t[0].sin(), t[0] * 0]),
+            torch.stack([t[1] * 0, t[1].cos(), t[1] * 0, t[1].sin()]),
+        ],
+        dim=-1,
+    )
+    torch.testing.assert_close(manifolds.Grassmann().dist(x, y), t.norm())
+    torch.testing.assert_close(manifolds.Grassmann().dist(x.mT, -y.mT), t.norm())
+    torch.testing.assert_close(manifolds.Oblique().dist(x, y), t.norm())
+    rotation = torch.block_diag(
+        *(torch.stack([a.cos(), -a.sin(), a.sin(), a.cos()]).view(2, 2) for a in t)
+    )
+    rotations = manifolds.SpecialOrthogonal()
+    torch.testing.assert_close(
+        rotations.dist(torch.eye(4), rotation), math.sqrt(2.0) * t.norm()
+    )
+    half_turn = torch.diag(torch.tensor([-1.0, -1.0, 1.0]))
+    torch.testing.assert_close(
+        rotations.dist(torch.eye(3), half_turn), torch.tensor(2.0**0.5 * math.pi)
+    )
+    positive = manifolds.Positive(ndim=1)
+    ones = torch.ones(2)
+    torch.testing.assert_close(positive.dist(ones, t.exp()), t.norm())
+    torch.testing.assert_close(manifolds.Positive().dist(ones, (-t).exp()), t)
+
+
+@pytest.mark.parametrize("angle", [1e-12, 1e-8, 1e-4, 1.0, 3.0, math.pi - 1e-6])
+def test_rotations_about_an_axis(angle: float) -> None:
+    # Rodrigues' formula, written out.
+    manifold = manifolds.SpecialOrthogonal()
+    a = nn.functional.normalize(torch.randn(3), dim=0)
+    K = torch.linalg.cross(a.expand(3, 3), torch.eye(3)).mT
+    versine = 2.0 * math.sin(0.5 * angle) ** 2
+    rotation = torch.eye(3) + math.sin(angle) * K + versine * K @ K
+    torch.testing.assert_close(manifold.expmap(torch.eye(3), angle * K), rotation)
+    log = manifold.logmap(torch.eye(3), rotation)
+    error = float((log - angle * K).norm())
+    assert error < 1e-14 * (1.0 + 1.0 / (math.pi - angle))
+    far = manifold.dist(torch.eye(3), rotation)
+    assert abs(float(far) - 2.0**0.5 * angle) < 1e-14
+
+
+@pytest.mark.parametrize("kind", ["grassmann", "rotations", "columns", "rows"])
+def test_nothing_breaks_where_geodesics_meet(kind: str) -> None:
+    manifold = build(kind)
+    shape = (4, 4) if kind == "rotations" else (4, 2)
+    x = draw(manifold, shape)
+    if kind == "grassmann":
+        y = torch.linalg.svd(x)[0][:, 2:]
+        expected = math.pi / 2 * 2**0.5
+    else:
+        y = -x
+        expected = math.pi * (2.0 if kind == "rotations" or kind == "rows" else 2**0.5)
+    torch.testing.assert_close(manifold.dist(x, y), torch.tensor(expected))
+    for found in (manifold.logmap(x, y), manifold.transp(x, y, tangent(manifold, x))):
+        assert bool(found.isfinite().all())
+
+
+# ---- points ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "shape"), CASES)
+def test_random_origin_and_checks(kind: str, shape: Shape) -> None:
+    manifold = build(kind)
+    for point in (
+        manifold.random(*shape),
+        manifold.random(shape),
+        manifold.origin(*shape),
+        manifold.origin(shape),
+    ):
+        assert isinstance(point, geoopt.ManifoldTensor)
+        assert point.manifold is manifold
+        assert point.shape == shape
+        assert manifold.check_point_on_manifold(point, atol=1e-12, rtol=1e-12)
+        x = plain(point)
+        u = tangent(manifold, x)
+        assert manifold.check_vector_on_tangent(point, u, atol=1e-12, rtol=1e-12)
+        assert manifold.check_point_on_manifold(manifold.retr(x, 0.1 * u))
+    off = torch.randn(shape) - 2.0
+    if dimension(manifold, x) < x.numel() or "positive" in kind:
+        assert not manifold.check_point_on_manifold(off)
+    if dimension(manifold, x) < x.numel():
+        assert not manifold.check_vector_on_tangent(x, off)
+    geoopt.ManifoldParameter(manifold.random(*shape), manifold=manifold)
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "match"),
+    [
+        ("grassmann", (3, 3), "square"),
+        ("grassmann", (3,), "matrices"),
+        ("rotations", (3, 4), "square"),
+        ("rotations", (1, 1), "at least 2"),
+        ("columns", (1, 3), "columns"),
+        ("rows", (3, 1), "rows"),
+        ("rows", (3,), "rows"),
+        ("rank_2", (1, 5), "at least 2 rows"),
+        ("positive_points", (), "more than 1 dim"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(
+    kind: str, shape: Shape, match: str
+) -> None:
+    manifold = build(kind)
+    assert not manifold.check_point(torch.zeros(shape))
+    for make in (manifold.random, manifold.origin):
+        with pytest.raises(ValueError, match=match):
+            make(*shape)
+
+
+def test_arguments_are_checked() -> None:
+    with pytest.raises(ValueError, match=r"'diagonal'.*'rows'"):
+        manifolds.Oblique("diagonal")
+    with pytest.raises(ValueError, match="rank=0"):
+        manifolds.FixedRank(0)
+
+
+def test_reasons_say_what_is_wrong() -> None:
+    def reason(manifold: geoopt.Manifold, x: Tensor) -> str:
+        ok, why = manifold.check_point_on_manifold(x, explain=True)
+        assert not ok
+        return why
+
+    flipped = torch.diag(torch.tensor([1.0, 1.0, -1.0]))
+    assert "det X = -1" in reason(manifolds.SpecialOrthogonal(), flipped)
+    assert "X^T X" in reason(manifolds.SpecialOrthogonal(), 2.0 * flipped)
+    assert "columns" in reason(manifolds.Oblique(), torch.ones(2, 3))
+    assert "rows" in reason(manifolds.Oblique("rows"), torch.ones(2, 3))
+    assert "least entry is -1" in reason(
+        manifolds.Positive(), torch.tensor([1.0, -1.0])
+    )
+    assert "x > 0" in reason(manifolds.Positive(), torch.tensor([torch.nan]))
+    low = torch.stack([torch.eye(3), torch.ones(3, 3)])
+    assert "rank is 1, 3, expected 2" in reason(manifolds.FixedRank(2), low)
+    assert "X X^T" in reason(manifolds.Grassmann(), torch.ones(2, 3))
+
+
+def test_nearest_rotation_is_nearest() -> None:
+    manifold = manifolds.SpecialOrthogonal()
+    a = torch.randn(200, 3, 3)
+    y = manifold.projx(a)
+    assert manifold.check_point_on_manifold(y, atol=1e-13)
+    others = draw(manifold, (200, 3, 3))
+    for z in (others, manifold.retr(y, 0.1 * tangent(manifold, y))):
+        closer = torch.linalg.matrix_norm(a - z) < torch.linalg.matrix_norm(a - y)
+        assert not bool(closer.any())
+    right = torch.linalg.det(a) > 0
+    torch.testing.assert_close(y[right], manifolds.Stiefel().projx(a[right]))
+
+
+def test_nearest_matrix_of_fixed_rank_is_nearest() -> None:
+    manifold = manifolds.FixedRank(2)
+    a = torch.randn(100, 4, 5)
+    y = manifold.projx(a)
+    dropped = torch.linalg.svdvals(a)[:, 2:].norm(dim=-1)
+    torch.testing.assert_close(torch.linalg.matrix_norm(a - y), dropped)
+    assert manifold.check_point_on_manifold(y, atol=1e-12)
+
+
+@pytest.mark.parametrize("n", [2, 3, 4])
+def test_random_rotations_are_uniform(n: int) -> None:
+    count = 20000
+    sample = draw(manifolds.SpecialOrthogonal(), (count, n, n))
+    assert bool((torch.linalg.det(sample) > 0).all())
+    bound = 6.0 / count**0.5
+    assert float(sample.mean(0).abs().max()) < bound
+    if n > 2:  # in the plane the second moments of SO(2) and O(2) differ
+        second = torch.einsum("nab,ncd->abcd", sample, sample) / count
+        eye = torch.eye(n)
+        expected = torch.einsum("ac,bd->abcd", eye, eye) / n
+        assert float((second - expected).abs().max()) < bound
+    else:
+        angle = torch.atan2(sample[:, 1, 0], sample[:, 0, 0])
+        moments = torch.stack([(k * angle).cos().mean() for k in (1, 2, 3, 4)])
+        assert float(moments.abs().max()) < bound
+
+
+def test_random_points_have_the_stated_distributions() -> None:
+    count = 20000
+    bound = 6.0 / count**0.5
+    columns = draw(manifolds.Oblique(), (count, 3, 2))
+    second = torch.einsum("nab,ncb->bac", columns, columns) / count
+    assert float((second - torch.eye(3) / 3).abs().max()) < bound
+    assert float(columns.mean(0).abs().max()) < bound
+    bases = draw(manifolds.Grassmann(), (count, 3, 2))
+    mean = manifolds.Grassmann().invariant(bases).mean(0)
+    assert float((mean - 2.0 / 3.0 * torch.eye(3)).abs().max()) < bound
+    logs = draw(manifolds.Positive(), (count,)).log()
+    assert abs(float(logs.mean())) < bound
+    assert abs(float(logs.var()) - 1.0) < 2.0 * bound
+    values = torch.linalg.svdvals(draw(manifolds.FixedRank(2), (2000, 4, 3)))
+    assert 0.5 <= float(values[:, 1].min()) < 0.51
+    assert 1.49 < float(values[:, 0].max()) <= 1.5
+    assert float(values[:, 2].max()) < 1e-14
+
+
+# ---- batches, devices, precision -------------------------------------------------
+
+METHODS = ("proju", "egrad2rgrad", "retr", "inner", "expmap", "logmap", "dist")
+
+
+def calls(manifold: geoopt.Manifold, x: Tensor, u: Tensor):
+    """Yield (name, function of points and vectors, arguments)."""
+    has_geodesics = not isinstance(manifold, manifolds.FixedRank)
+    y = manifold.retr(x, u)
+    for name in METHODS if has_geodesics else METHODS[:4]:
+        second = y if name in {"logmap", "dist"} else u
+        yield name, getattr(manifold, name), (x, second)
+    yield "projx", manifold.projx, (x,)
+    yield "transp", manifold.transp, (x, y, u)
+    if has_geodesics:
+        yield "follow", manifold.transp_follow_expmap, (x, u, u)
+
+
+@pytest.mark.parametrize(("kind", "shape"), CASES)
+def test_batches_vmap_and_meta(kind: str, shape: Shape) -> None:
+    manifold = build(kind)
+    x = draw(manifold, (4, *shape))
+    u = 0.3 * tangent(manifold, x)
+    for name, call, arguments in calls(manifold, x, u):
+        batched = call(*arguments)
+        single = torch.stack([call(*each) for each in zip(*arguments, strict=True)])
+        torch.testing.assert_close(batched, single, msg=name)
+        torch.testing.assert_close(torch.func.vmap(call)(*arguments), batched, msg=name)
+        on_meta = call(*(a.to("meta") for a in arguments))
+        assert on_meta.shape == batched.shape, name
+        assert on_meta.dtype == batched.dtype, name
+    for name in ("proju", "egrad2rgrad", "retr"):
+        call = getattr(manifold, name)
+        many = call(x[0], torch.stack([u[0], 2.0 * u[0]]))
+        torch.testing.assert_close(many[1], call(x[0], 2.0 * u[0]), msg=name)
+    for function in (flat, root, root_adjoint):
+        many = function(manifold, x[0], torch.stack([u[0], u[1]]))
+        torch.testing.assert_close(many[1], function(manifold, x[0], u[1]))
+        assert function(manifold, x[0].to("meta"), u.to("meta")).shape == u.shape
+
+
+@pytest.mark.parametrize(("kind", "shape"), [c for c in GEODESIC if c[1]])
+@pytest.mark.parametrize("keepdim", [False, True])
+def test_shapes_of_numbers(kind: str, shape: Shape, keepdim: bool) -> None:
+    manifold = build(kind)
+    x = draw(manifold, shape)
+    u, y = tangent(manifold, x), draw(manifold, shape)
+    n = manifold.ndim
+    expected = shape[: len(shape) - n] + (1,) * (n * keepdim)
+    assert manifold.inner(x, u, keepdim=keepdim).shape == expected
+    assert manifold.inner(x, u, u, keepdim=keepdim).shape == expected
+    assert manifold.norm(x, u, keepdim=keepdim).shape == expected
+    assert manifold.dist(x, y, keepdim=keepdim).shape == expected
+    torch.testing.assert_close(manifold.inner(x, u), manifold.inner(x, u, u))
+
+
+@pytest.mark.parametrize("kind", ["grassmann", "columns"])
+def test_wide_is_the_transpose_of_tall(kind: str) -> None:
+    tall = build(kind)
+    wide = tall if kind == "grassmann" else build("rows")
+    x = draw(tall, (2, 5, 3))
+    u = 0.3 * tangent(tall, x)
+    pairs = zip(calls(tall, x, u), calls(wide, x.mT, u.mT), strict=True)
+    for (name, call, arguments), (_, other, turned) in pairs:
+        expected = call(*arguments)
+        found = other(*turned)
+        matrix = name not in {"inner", "dist"}
+        torch.testing.assert_close(found.mT if matrix else found, expected, msg=name)
+
+
+@pytest.mark.parametrize(("kind", "shape"), CASES)
+@pytest.mark.parametrize("method", ["retr", "expmap"])
+def test_many_large_float32_steps_stay_on_the_manifold(
+    kind: str, shape: Shape, method: str
+) -> None:
+    manifold = build(kind)
+    if method == "expmap" and (kind, shape) not in GEODESIC:
+        return
+    x = draw(manifold, shape, dtype=torch.float32)
+    step = 0.1 if kind.startswith(("positive", "rank")) else 1.0
+    for _ in range(200):
+        x = getattr(manifold, method)(x, step * tangent(manifold, x))
+    eps = 50.0 * torch.finfo(torch.float32).eps
+    ok, reason = manifold.check_point_on_manifold(x, explain=True, atol=eps, rtol=eps)
+    assert ok, reason
+
+
+@pytest.mark.parametrize(("kind", "shape"), CASES)
+@pytest.mark.parametrize("method", ["retr", "expmap"])
+def test_steps_in_degenerate_directions(kind: str, shape: Shape, method: str) -> None:
+    manifold = build(kind)
+    if method == "expmap" and (kind, shape) not in GEODESIC:
+        return
+    x = draw(manifold, shape)
+    one = torch.zeros(shape)
+    one.view(-1)[-1] = 1.0
+    u = manifold.proju(x, one)
+    for vector in (torch.zeros(shape), u, 1e-9 * u):
+        moved = getattr(manifold, method)(x, vector)
+        assert manifold.check_point_on_manifold(moved, atol=1e-13, rtol=1e-13)
+        if float(vector.norm()) < 1e-8:
+            seen = getattr(manifold, "invariant", lambda point: point)
+            assert float((seen(moved) - seen(x + vector)).norm()) < 1e-14 * 20
+
+
+@pytest.mark.parametrize(("kind", "shape"), CASES)
+def test_they_are_copied_and_printed(kind: str, shape: Shape) -> None:
+    manifold = build(kind)
+    x = draw(manifold, shape)
+    u = tangent(manifold, x)
+    for twin in (copy.deepcopy(manifold), pickle.loads(pickle.dumps(manifold))):
+        assert repr(twin) == repr(manifold)
+        assert torch.equal(twin.retr(x, u), manifold.retr(x, u))
+    assert list(manifold.state_dict()) == []
+
+
+def test_names() -> None:
+    assert repr(manifolds.FixedRank(2)) == "FixedRank(rank=2) manifold"
+    assert repr(manifolds.Oblique("rows")) == "Oblique(unit=rows) manifold"
+    assert repr(manifolds.SpecialOrthogonal()) == "SpecialOrthogonal manifold"
