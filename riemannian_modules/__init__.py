@@ -15,6 +15,7 @@ from riemannian_modules._version import __version__
 from riemannian_modules.layerwise import LayerwiseMetric
 from riemannian_modules.mass import Mass
 from riemannian_modules.metric import LayerMetric, Part
+from riemannian_modules.nn.geometrize import geometrize, project_
 from riemannian_modules.tangent import TangentSpace
 
 __all__ = [
@@ -26,10 +27,12 @@ __all__ = [
     "__version__",
     "errors",
     "factors",
+    "geometrize",
     "manifolds",
     "nn",
     "optim",
     "output",
+    "project_",
     "retractions",
     "rules",
     "woodbury",

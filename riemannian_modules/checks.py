@@ -21,7 +21,6 @@ __all__ = [
     "autograd_gradient",
     "batch_norms",
     "disagreements",
-    "operations",
     "output_costates",
     "parameters_reached",
     "recorded_tape",
@@ -93,20 +92,10 @@ def autograd_gradient(
     grads: tuple[Tensor | None, ...] = torch.autograd.grad(
         loss, [d.tensor for d in declared], retain_graph=True, allow_unused=True
     )
-    return {d.name: g for d, g in zip(declared, grads, strict=True)}
-
-
-def operations(starts: Iterable[Node | None]) -> list[str]:
-    """Return the names of a graph's operations, in the order of a walk through it."""
-    found, waiting = [], list(starts)
-    seen: set[Node | None] = {None}
-    while waiting:
-        node = waiting.pop()
-        if node not in seen:
-            seen.add(node)
-            found.append(type(node).__name__)
-            waiting += [following for following, _ in node.next_functions]  # type: ignore[union-attr]
-    return found
+    return {
+        d.name: g.to_dense() if g is not None and g.is_sparse else g
+        for d, g in zip(declared, grads, strict=True)
+    }
 
 
 def parameters_reached(
@@ -182,9 +171,12 @@ def output_costates(loss: Tensor, outputs: Sequence[Tensor]) -> list[Tensor]:
             f"the loss has shape {tuple(loss.shape)}; it must be a scalar: call "
             "loss.mean() (reduction='mean') or loss.sum() (reduction='sum')"
         )
-    found: tuple[Tensor | None, ...] = (None,)
+    active = [output for output in outputs if output.requires_grad]
+    grads: tuple[Tensor | None, ...] = (None,) * len(active)
     if loss.requires_grad:
-        found = torch.autograd.grad(loss, outputs, retain_graph=True, allow_unused=True)
+        grads = torch.autograd.grad(loss, active, retain_graph=True, allow_unused=True)
+    pairs = iter(grads)
+    found = [next(pairs) if output.requires_grad else None for output in outputs]
     if all(costate is None for costate in found):
         raise NotRecordedError(
             "the loss does not depend on these outputs; hand metric.backward the very "

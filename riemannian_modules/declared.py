@@ -17,9 +17,22 @@ from riemannian_modules.errors import (
     NotOnManifoldError,
     NotRecordedError,
 )
-from riemannian_modules.manifolds import MetricManifold, ensure_contract
+from riemannian_modules.manifolds import (
+    MetricManifold,
+    MetricProduct,
+    Product,
+    base_of,
+    ensure_contract,
+)
+from riemannian_modules.manifolds.declaring import (
+    LOST_REMEDY,
+    off_manifold,
+    require_declared_manifolds,
+)
+from riemannian_modules.manifolds.metric_manifold import follow, has_tensors
 from riemannian_modules.manifolds.riesz import require_own_formulas
 from riemannian_modules.mass import Mass, MassLike, as_mass
+from riemannian_modules.metric import LayerMetric, Part
 from riemannian_modules.tangent import TangentSpace
 
 __all__ = ["Blocks", "Declared", "DeclaredParameters"]
@@ -42,6 +55,9 @@ class Declared:
         model: the model that holds it.
         verified: version counter of the value last seen on the manifold.
         linearised: version counter of the value of the last backward pass.
+        seen: the value last seen; alive, so that its address is not used again.
+        moves: whether its manifold has tensors, which follow the parameter.
+        held: what the parameter's ``manifold`` attribute was last.
     """
 
     name: str
@@ -52,6 +68,9 @@ class Declared:
     model: nn.Module
     verified: int = -1
     linearised: int = -1
+    seen: Tensor | None = None
+    moves: bool = False
+    held: geoopt.Manifold | None = None
 
     @property
     def current(self) -> Tensor | None:
@@ -67,6 +86,8 @@ class Declared:
         """Return the tangent space at the current value."""
         point = self.tensor.detach().as_subclass(torch.Tensor)
         if not isinstance(self.manifold, geoopt.Euclidean):
+            if self.moves:
+                follow(self.manifold, point)
             point = point.clone()
         return TangentSpace(self.manifold, point, self.mass, self.name)
 
@@ -90,11 +111,12 @@ class DeclaredParameters:
         named = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if not named:
             raise MassError("the model has no trainable parameters to give a metric to")
+        _require_own_memory(named)
         masses = _masses(mass, {name: tuple(p.shape) for name, p in named.items()})
         self._by_name = {}
         for name, tensor in named.items():
             view = getattr(tensor, "manifold", _EUCLIDEAN)
-            base = view.base if isinstance(view, MetricManifold) else view
+            base = base_of(view)
             require_own_formulas(base, name)
             self._by_name[name] = Declared(
                 name,
@@ -103,12 +125,13 @@ class DeclaredParameters:
                 view if isinstance(view, MetricManifold) else None,
                 masses[name],
                 model,
+                moves=has_tensors(base),
             )
         self._model = model
         self._names = {id(d.tensor): name for name, d in self._by_name.items()}
         for declared in self:
             declared.space()
-        _require_declared_manifolds(model)
+        require_declared_manifolds(model)
         self.verify()
 
     def __iter__(self) -> Iterator[Declared]:
@@ -158,6 +181,30 @@ class DeclaredParameters:
         for declared in self:
             declared.mass = masses[declared.name]
 
+    def product(
+        self, blocks: Mapping[str, LayerMetric], version: int
+    ) -> Product | MetricProduct:
+        """Return the product manifold of all parameters.
+
+        Args:
+            blocks: the metrics of all blocks that the last pass reached.
+            version: number of that pass.
+
+        Returns:
+            With the metrics of the blocks (of the masses alone for parameters that it
+            did not reach), or before the first pass with the masses.
+        """
+        parts = {d.name: (d.manifold, tuple(d.tensor.shape)) for d in self}
+        if not blocks:
+            return Product(parts, masses={d.name: d.mass for d in self})
+        reached = {part.name for block in blocks.values() for part in block.parts}
+        rest = [
+            LayerMetric([Part(d.name, d.space())], name=d.name)
+            for d in self
+            if d.name not in reached
+        ]
+        return MetricProduct(parts, [*blocks.values(), *rest], version)
+
     def verify(self) -> None:
         """Check that every parameter is still itself, and on its manifold.
 
@@ -173,17 +220,26 @@ class DeclaredParameters:
         """
         for declared in self:
             now = declared.current
-            if now is not declared.tensor:
-                raise LostManifoldError(_lost(declared, now))
+            view = getattr(now, "manifold", _EUCLIDEAN)
+            if now is not declared.tensor or view is not declared.held:
+                base = view.base if isinstance(view, MetricManifold) else view
+                if now is not declared.tensor or base is not declared.manifold:
+                    raise LostManifoldError(_lost(declared, now))
+                declared.held, declared.view = view, None if base is view else view
             if not now.requires_grad:
                 raise LinearizationError(
                     f"parameter '{declared.name}' has requires_grad=False, but the "
                     "metric was built with it trainable; build the metric and the "
                     "optimizer anew after freezing or unfreezing parameters"
                 )
-            if declared.tensor._version != declared.verified:
-                _check_value(declared)
-                declared.verified = declared.tensor._version
+            seen = declared.seen
+            if seen is None or not _same_memory(now, seen):
+                # Conversions and .data do not count as changes in the version.
+                declared.seen, declared.linearised = now.detach(), -1
+                declared.verified = -1
+            if now._version != declared.verified:
+                _check_value(declared, now.dtype if seen is None else seen.dtype)
+                declared.verified = now._version
         for tensor in self._model.parameters():
             if tensor.requires_grad and id(tensor) not in self._names:
                 raise LinearizationError(
@@ -207,31 +263,41 @@ class DeclaredParameters:
                 )
 
 
-_REMEDY = (
-    "load_state_dict(assign=True) and conversions that overwrite parameters do that: "
-    "load without assign=True, or build the model, the metric and the optimizer anew"
-)
+def _require_own_memory(named: Mapping[str, Tensor]) -> None:
+    found: dict[tuple[torch.device, int], str] = {}
+    for name, tensor in named.items():
+        if tensor.is_meta or tensor.numel() == 0:
+            continue
+        other = found.setdefault((tensor.device, tensor.data_ptr()), name)
+        if other != name:
+            raise LinearizationError(
+                f"'{other}' and '{name}' are two parameters in the same memory: each "
+                "would move with the step of the other. load_state_dict(assign=True) "
+                "does that to a shared parameter; give both modules the same object "
+                "again (a.weight = b.weight), or the second one a clone"
+            )
 
 
-def _require_declared_manifolds(model: nn.Module) -> None:
-    for path, module in model.named_modules():
-        for attribute, manifold in getattr(module, "declared_manifolds", {}).items():
-            tensor = getattr(module, attribute)
-            if not isinstance(tensor, geoopt.ManifoldTensor):
-                name = f"{path}.{attribute}" if path else attribute
-                raise LostManifoldError(
-                    f"parameter '{name}' was declared on {manifold.name} and is a "
-                    f"plain {type(tensor).__name__} now; {_REMEDY}"
-                )
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    here = a.data_ptr() == b.data_ptr() and a.device == b.device
+    return here and a.dtype == b.dtype
 
 
 def _lost(declared: Declared, now: Tensor | None) -> str:
-    what = "is gone" if now is None else f"is another {type(now).__name__} now"
+    base = base_of(getattr(now, "manifold", None))
+    if now is None:
+        what = "is gone"
+    elif now is not declared.tensor:
+        what = f"is another {type(now).__name__} now"
+    elif isinstance(base, geoopt.Manifold):
+        what = f"is on another manifold now, {base.name}"
+    else:
+        what = f"is a plain {type(now).__name__} now"
     where = declared.manifold.name
-    return f"parameter '{declared.name}', declared on {where}, {what}; {_REMEDY}"
+    return f"parameter '{declared.name}', declared on {where}, {what}; {LOST_REMEDY}"
 
 
-def _check_value(declared: Declared) -> None:
+def _check_value(declared: Declared, precision: torch.dtype) -> None:
     value = declared.tensor.detach().as_subclass(torch.Tensor)
     if value.is_meta:
         return
@@ -240,18 +306,12 @@ def _check_value(declared: Declared) -> None:
             f"parameter '{declared.name}' holds NaN or infinity; load a good state "
             "before going on"
         )
-    if isinstance(declared.manifold, geoopt.Euclidean):
-        return
-    eps = torch.finfo(value.dtype).eps
-    tolerance = 1e-7 if value.dtype == torch.float64 else max(1e-4, 10.0 * eps)
-    ok, reason = declared.manifold.check_point_on_manifold(
-        value, explain=True, atol=tolerance, rtol=tolerance
-    )
-    if not ok:
+    reason = off_manifold(declared.manifold, value, precision)
+    if reason is not None:
         raise NotOnManifoldError(
             f"parameter '{declared.name}' of shape {tuple(value.shape)} is off its "
             f"manifold {declared.manifold.name}: {reason}. Put it back with "
-            "parameter.data.copy_(parameter.manifold.projx(parameter.data))"
+            "riemannian_modules.project_(model)"
         )
 
 

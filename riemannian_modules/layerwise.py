@@ -11,7 +11,8 @@ The recursion of Pehle & Slotine (2026) in five lines:
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,8 @@ from riemannian_modules.declared import Blocks, DeclaredParameters
 from riemannian_modules.errors import NotRecordedError, ShapeError
 from riemannian_modules.heads import OutputLike, OutputMetricLike, Reduction, pair
 from riemannian_modules.linearize import Linearization
-from riemannian_modules.mass import MassLike
+from riemannian_modules.manifolds import Product
+from riemannian_modules.mass import Mass, MassLike
 from riemannian_modules.metric import LayerMetric, Solution
 from riemannian_modules.recorder import Recorder
 from riemannian_modules.tape import Tape
@@ -127,6 +129,35 @@ class LayerwiseMetric:
             MassError: a mass is invalid; all stay as they were.
         """
         self.parameters.set_mass(mass)
+
+    @property
+    def manifold(self) -> Product:
+        """The product of all parameters' manifolds, with the metric of this moment.
+
+        A geoopt manifold whose points are whole models, flat; later pull-backs do not
+        change it. See :class:`riemannian_modules.manifolds.MetricProduct`.
+        """
+        return self.parameters.product(self.blocks, self.version)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the masses and the version; factors belong to one pass.
+
+        Only numbers, strings and tensors, so that ``torch.load`` can read it safely.
+        """
+        mass = {declared.name: asdict(declared.mass) for declared in self.parameters}
+        return {"version": self.version, "mass": mass}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over the masses and the version of another metric of such a model.
+
+        Args:
+            state: what :meth:`state_dict` returned.
+
+        Raises:
+            MassError: it is that of another model; nothing was changed.
+        """
+        self.set_mass({name: Mass(**mass) for name, mass in state["mass"].items()})
+        self.version = int(state["version"])
 
     @contextmanager
     def record(self) -> Iterator[None]:

@@ -6,7 +6,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Layout", "bit_probes", "candidates", "find_layout"]
+__all__ = [
+    "Layout",
+    "bit_probes",
+    "candidates",
+    "find_layout",
+    "is_linear",
+    "keeps_apart",
+    "mask_probe",
+]
 
 
 @dataclass(frozen=True)
@@ -64,23 +72,66 @@ def candidates(shape: Sequence[int], examples: int) -> Iterator[Layout]:
 def bit_probes(outputs: Tensor) -> Tensor:
     """Return cotangents that tell the examples apart.
 
-    Example i takes part in two cotangents for each binary digit of i: where the digit
-    is 1, or where it is 0. Of any two examples one is there and the other is not.
+    The first is for all examples. Then there are two for each binary digit of an
+    example's index: for the examples where it is 1, and for those where it is 0. Of any
+    two examples one is there and the other is not.
 
     Args:
         outputs: ``(n, *output)``.
 
     Returns:
-        ``(k, n, *output)`` with k of the order of ``2 log2 n``; none for n = 1.
+        ``(1 + 2 b, n, *output)`` with b binary digits of n - 1.
     """
     n = len(outputs)
-    bits = torch.arange((n - 1).bit_length(), device=outputs.device).unsqueeze(1)
-    digits = torch.arange(n, device=outputs.device).bitwise_right_shift(bits) & 1
-    masks = torch.cat([digits, 1 - digits]).to(outputs.dtype)
-    pattern = torch.linspace(
-        1.0, 2.0, outputs.numel(), dtype=outputs.dtype, device=outputs.device
-    ).view_as(outputs)
-    return masks.view(*masks.shape, *[1] * (outputs.ndim - 1)) * pattern
+    digits = _digits(n, outputs.device)
+    masks = torch.cat([torch.ones_like(digits[:1]), digits, 1 - digits])
+    if n == 1:
+        masks = torch.ones(1, 1, dtype=torch.long, device=outputs.device)
+    pattern = _pattern(outputs)
+    return masks.to(pattern).view(*masks.shape, *[1] * (outputs.ndim - 1)) * pattern
+
+
+def mask_probe(outputs: Tensor, present: Tensor) -> Tensor:
+    """Return one cotangent for some of the examples, ``(1, n, *output)``.
+
+    Args:
+        outputs: ``(n, *output)``.
+        present: which examples take part, boolean ``(n,)``.
+
+    Returns:
+        The cotangent.
+    """
+    mask = present.to(outputs).view(-1, *[1] * (outputs.ndim - 1))
+    return (mask * _pattern(outputs)).unsqueeze(0)
+
+
+def _digits(n: int, device: torch.device) -> Tensor:
+    bits = torch.arange((n - 1).bit_length(), device=device).unsqueeze(1)
+    return torch.arange(n, device=device).bitwise_right_shift(bits) & 1
+
+
+def _pattern(outputs: Tensor) -> Tensor:
+    # No sum or difference of few entries may vanish: multiples of the golden ratio.
+    count = torch.arange(1, outputs.numel() + 1, device=outputs.device)
+    share = torch.frac(count.to(torch.float32) * 0.61803398875)
+    return (1.0 + share).to(outputs.dtype).view_as(outputs)
+
+
+def keeps_apart(carried: Tensor, present: Tensor, layout: Layout) -> bool:
+    """Whether a probe of some examples is exactly zero on all others.
+
+    Args:
+        carried: the cotangent of :func:`mask_probe`, carried to a tensor of the model.
+        present: which examples took part, boolean ``(n,)``.
+        layout: where the examples are in the tensor.
+
+    Returns:
+        Whether it is; without a look on the ``meta`` device.
+    """
+    if carried.is_meta:
+        return True
+    front = layout.front(carried, len(present))
+    return not bool((front[~present] != 0).any())
 
 
 def find_layout(probes: Tensor, examples: int) -> tuple[Layout | None, bool]:
@@ -96,23 +147,39 @@ def find_layout(probes: Tensor, examples: int) -> tuple[Layout | None, bool]:
 
     Returns:
         The layout, or None if there is none: the examples interact, or the tensor is
-        shared by all. And whether the probes told: they do not where they vanish.
+        shared by all. And whether it is certain: not where the probes vanish, or fit
+        more than one layout.
     """
     shape = probes.shape[1:]
-    if len(probes) == 0 or probes.is_meta:
-        return next(candidates(shape, examples), None), True
-    bits = len(probes) // 2
-    index = torch.arange(examples, device=probes.device)
-    absent = torch.stack(
-        [index.bitwise_right_shift(bit) & 1 == 0 for bit in range(bits)]
-    )
-    absent = torch.cat([absent, ~absent])
+    possible = list(candidates(shape, examples))
+    if examples == 1:
+        # Any layout is right; a dimension of size one that is no feature is likeliest.
+        likely = [each for each in possible if each.dim < len(shape) - 1]
+        return next(iter(likely), Layout()), True
+    if probes.is_meta:
+        return next(iter(possible), None), True
+    digits = _digits(examples, probes.device)
+    absent = torch.cat([torch.zeros_like(digits[:1]), 1 - digits, digits]).bool()
     # A value that is not finite is another error, found with the gradient.
     touched = (probes != 0) & torch.isfinite(probes)
-    told = bool(touched.any())
-    for layout in candidates(shape, examples):
+    fitting = []
+    for layout in possible:
         front = layout.front(touched, examples, 1)
         by_example = front.reshape(*front.shape[:2], -1).any(-1)
         if not bool((by_example & absent).any()):
-            return layout, told
-    return None, told
+            fitting.append(layout)
+    certain = len(fitting) == 1 and bool(touched.any())
+    return (fitting[0] if fitting else None), certain
+
+
+def is_linear(probes: Tensor) -> bool:
+    """Whether the parts of :func:`bit_probes` add up to the whole, as carried."""
+    if probes.is_meta or len(probes) == 1:
+        return True
+    bits = (len(probes) - 1) // 2
+    whole, ones, zeros = probes[:1], probes[1 : 1 + bits], probes[1 + bits :]
+    error = (ones + zeros - whole).abs()
+    size = ones.abs() + zeros.abs() + whole.abs()
+    tolerance = torch.finfo(probes.dtype).eps ** 0.5
+    finite = torch.isfinite(error)
+    return not bool(((error > tolerance * (size + size.amax())) & finite).any())

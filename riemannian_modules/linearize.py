@@ -15,12 +15,16 @@ from typing import Any
 
 from torch import Tensor
 
-from riemannian_modules.errors import LinearizationError, NotRecordedError
+from riemannian_modules.errors import (
+    LinearizationError,
+    NotRecordedError,
+    ShapeError,
+)
 from riemannian_modules.factors import MetricFactor, joined
 from riemannian_modules.heads import Rows
 from riemannian_modules.layout import Layout
 from riemannian_modules.reverse import reverse_pass
-from riemannian_modules.rules import Call
+from riemannian_modules.rules import GENERIC, Call
 from riemannian_modules.tape import Use
 from riemannian_modules.watch import Job, Watch
 
@@ -32,6 +36,7 @@ __all__ = [
     "assemble",
     "carry",
     "linearize",
+    "narrowed",
 ]
 
 Carried = tuple[Tensor | None, ...]
@@ -95,6 +100,7 @@ def carry(
     stacks: Sequence[Tensor],
     *,
     batched: bool | None,
+    keep: bool = False,
 ) -> tuple[list[Carried], bool]:
     """Carry cotangents down to the outputs of every use.
 
@@ -103,6 +109,7 @@ def carry(
         outputs: the model's outputs.
         stacks: cotangents at each output, ``(k, n, *output)``.
         batched: see :func:`riemannian_modules.reverse.reverse_pass`.
+        keep: whether to keep the graph.
 
     Returns:
         For each use and each of its differentiable outputs ``(k, *shape)`` or None,
@@ -118,7 +125,14 @@ def carry(
             "no loss was given; use metric.backward(loss, outputs)"
         )
     edges = [edge for use in uses for edge in use.edges]
-    flat, batched = reverse_pass(outputs, edges, stacks, batched=batched)
+    active = [i for i, output in enumerate(outputs) if output.requires_grad]
+    flat, batched = reverse_pass(
+        [outputs[i] for i in active],
+        edges,
+        [stacks[i] for i in active],
+        batched=batched,
+        keep=keep,
+    )
     if all(each is None for each in flat):
         raise NotRecordedError(
             "these outputs do not come from the recorded pass; call the model inside "
@@ -126,6 +140,11 @@ def carry(
         )
     pieces = iter(flat)
     return [tuple(next(pieces) for _ in use.edges) for use in uses], batched
+
+
+def narrowed(carried: Carried, stop: int) -> Carried:
+    """Return the first cotangents only."""
+    return tuple(None if each is None else each[:stop] for each in carried)
 
 
 def assemble(
@@ -171,13 +190,24 @@ def assemble(
                 use.values,
                 memo,
             )
+            if not (use.plain or job.entry is GENERIC):
+                reason = f"{use.label} ran another forward than that of its class"
+                raise UnexplainedError(job.names, reason)
             try:
                 factors = job.entry.rule(call)
-            except LinearizationError as error:
+            except (LinearizationError, RuntimeError, IndexError, ShapeError) as error:
                 raise UnexplainedError(job.names, str(error)) from error
+            missing = [
+                name
+                for path, name in zip(job.wanted, job.names, strict=True)
+                if path not in factors
+            ]
+            if missing:
+                raise UnexplainedError(
+                    missing, f"the rule of {use.label} gives no factor for {missing}"
+                )
             for path, name in zip(job.wanted, job.names, strict=True):
-                if path in factors:
-                    found.setdefault(name, []).append(factors[path])
+                found.setdefault(name, []).append(factors[path])
     return {name: joined(factors) for name, factors in found.items()}
 
 

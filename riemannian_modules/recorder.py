@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from riemannian_modules.checks import (
     autograd_gradient,
     batch_norms,
-    operations,
     output_costates,
     recorded_tape,
     refuse_coupling,
@@ -20,14 +19,18 @@ from riemannian_modules.declared import DeclaredParameters
 from riemannian_modules.errors import LinearizationError
 from riemannian_modules.explore import explore
 from riemannian_modules.heads import Head, Reduction, output_rows
+from riemannian_modules.layout import keeps_apart, mask_probe
 from riemannian_modules.linearize import (
+    Carried,
     Graph,
     Linearization,
     UnexplainedError,
     assemble,
     carry,
     linearize,
+    narrowed,
 )
+from riemannian_modules.survey import survey
 from riemannian_modules.tape import Tape, Use
 from riemannian_modules.watch import Watch
 
@@ -46,9 +49,17 @@ class Recorder:
         self._parameters = parameters
         self._batch_norms = batch_norms(model)
         self.watch = Watch(model, parameters)
-        self.graphs: dict[tuple[str, ...], Graph] = {}
+        self.graphs: dict[tuple[object, ...], Graph] = {}
+        self._generation = 0
+        self._coins = torch.Generator().manual_seed(0)
         self._exploring = True
         self._tape: Tape | None = None
+        for declared in parameters:
+            if declared.tensor.is_complex():
+                raise LinearizationError(
+                    f"parameter '{declared.name}' is complex; the metric is real: use "
+                    "two real parameters, for the real and the imaginary part"
+                )
 
     @contextmanager
     def record(self) -> Iterator[None]:
@@ -58,6 +69,7 @@ class Recorder:
             LinearizationError: BatchNorm in training mode.
         """
         refuse_coupling(self._batch_norms)
+        self.watch.refresh()
         tape = Tape()
         handles = tape.watch(self.watch.modules(exploring=self._exploring))
         try:
@@ -101,19 +113,45 @@ class Recorder:
             require_finite(loss, "the loss", tape)
             costates = output_costates(loss, ends)
             refuse_direct_terms(loss, ends, self._parameters)
+        if self.watch.generation != self._generation:
+            self.graphs, self._generation = {}, self.watch.generation
         uses = self.watch.explaining(tape)
-        graph = self.graphs.get(_signature(uses, ends, loss))
+        key, moving = self._survey(uses, ends, loss)
+        graph = self.graphs.get(key)
         if graph is None:
             return self._explore(tape, heads, costates, loss, reduction)
+        n = len(ends[0])
         with torch.no_grad():
             rows = output_rows(heads, costates, reduction)
-            carried, _ = carry(uses, ends, rows.stacks, batched=graph.batched)
+            stacks = rows.stacks
+            present = self._some_examples(n, ends[0].device) if moving else None
+            if present is not None:
+                stacks = [
+                    torch.cat([stack, mask_probe(end.detach(), present)])
+                    for stack, end in zip(stacks, ends, strict=True)
+                ]
+            # Where examples may move, the graph may have to be looked at anew.
+            keep = present is not None
+            carried, _ = carry(uses, ends, stacks, batched=graph.batched, keep=keep)
+            if present is not None:
+                if not _apart(carried, graph, present):
+                    del self.graphs[key]
+                    return self._explore(tape, heads, costates, loss, reduction)
+                carried = [narrowed(each, rows.count) for each in carried]
             try:
-                whole = assemble(self.watch, uses, carried, graph, len(ends[0]))
+                whole = assemble(self.watch, uses, carried, graph, n)
             except UnexplainedError as error:
                 raise LinearizationError(error.reason) from error
-            self._exploring = False
-            return linearize(whole, rows, len(ends[0]))
+            self._exploring = moving
+            return linearize(whole, rows, n)
+
+    def _some_examples(self, n: int, device: torch.device) -> Tensor | None:
+        """Return some examples, others in every pass; None for a single one."""
+        if n == 1 or device.type == "meta":
+            return None
+        present = torch.rand(n, generator=self._coins) < 0.5
+        present[0], present[-1] = True, False
+        return present[torch.randperm(n, generator=self._coins)].to(device)
 
     def _explore(
         self,
@@ -134,22 +172,35 @@ class Recorder:
             found, graph, certain = explore(
                 self.watch, tape, ends, rows, expected, self._parameters
             )
-        # Without a loss nothing was compared: look again next time.
-        if certain and loss is not None:
+        if certain:
+            if self.watch.generation != self._generation:
+                self.graphs, self._generation = {}, self.watch.generation
             uses = self.watch.explaining(tape)
-            self.graphs[_signature(uses, ends, loss)] = graph
+            self.graphs[self._survey(uses, ends, loss)[0]] = graph
         return found
 
+    def _survey(
+        self, uses: Sequence[Use], outputs: Sequence[Tensor], loss: Tensor | None
+    ) -> tuple[tuple[object, ...], bool]:
+        """Return what tells one graph from another, and whether examples may move.
 
-def _signature(
-    uses: Sequence[Use], outputs: Sequence[Tensor], loss: Tensor | None
-) -> tuple[str, ...]:
-    """Return what tells one graph from another: its layers and its operations.
+        A single example tells nothing about where the examples are, so it counts as
+        another graph.
+        """
+        n = len(outputs[0])
+        nodes = [output.grad_fn for output in outputs]
+        operations, moving = survey(
+            nodes, None if loss is None else loss.grad_fn, self._parameters, n
+        )
+        patterns = tuple(use.pattern(n) for use in uses)
+        return (n == 1, patterns, operations), moving
 
-    A single example tells nothing about where the examples are, so it counts as another
-    graph.
-    """
-    ends = [*outputs, *([] if loss is None else [loss])]
-    single = "one" if len(outputs[0]) == 1 else "many"
-    names = (use.name for use in uses)
-    return (single, *names, "|", *operations(end.grad_fn for end in ends))
+
+def _apart(carried: Sequence[Carried], graph: Graph, present: Tensor) -> bool:
+    """Whether the last cotangent shows every example where it was before."""
+    return all(
+        keeps_apart(each[-1], present, layout)
+        for cotangents, layouts in zip(carried, graph.layouts, strict=True)
+        for each, layout in zip(cotangents, layouts, strict=True)
+        if each is not None
+    )

@@ -16,6 +16,7 @@ def reverse_pass(
     cotangents: Sequence[Tensor],
     *,
     batched: bool | None,
+    keep: bool = False,
 ) -> tuple[list[Tensor | None], bool]:
     """Carry cotangents at the outputs back to places in the graph.
 
@@ -25,9 +26,9 @@ def reverse_pass(
         outputs: model outputs, ``(n, *output)`` each.
         edges: places in the autograd graph, for instance layer outputs.
         cotangents: ``(k, n, *output)`` for each output.
-        batched: True: all cotangents at once, and the graph is freed. False: one
-            by one, and the graph is freed. None: find out whether the graph can be
-            batched (compiled ones cannot), and keep the graph.
+        batched: True: all cotangents at once. False: one by one. None: find out
+            whether the graph can be batched (compiled ones cannot), and keep it.
+        keep: whether to keep the graph; else it is freed.
 
     Returns:
         For each edge a tensor ``(k, *shape)`` or None if the outputs do not depend
@@ -38,7 +39,8 @@ def reverse_pass(
     """
     if batched is not False:
         try:
-            grads = _batched(outputs, edges, cotangents, keep=batched is None)
+            keep = keep or batched is None
+            grads = _batched(outputs, edges, cotangents, keep=keep)
         except RuntimeError:
             if batched:
                 raise
@@ -51,7 +53,7 @@ def reverse_pass(
             edges,
             [cotangent[index] for cotangent in cotangents],
             allow_unused=True,
-            retain_graph=batched is None or index + 1 < count,
+            retain_graph=keep or batched is None or index + 1 < count,
         )
         for index in range(count)
     ]

@@ -55,10 +55,12 @@ class Use:
         kwargs: keyword arguments, tensors detached.
         edges: where its differentiable outputs enter the autograd graph.
         places: which of its outputs' tensors these are.
+        shapes: their shapes.
         versions: version counters of the arguments' tensors when it was called.
         dtype: data type of its first output, lower than the parameters' under
             autocast.
         origins: the nodes of the autograd graph that made the arguments.
+        plain: whether it ran the ``forward`` of its class.
         values: its differentiable outputs, where they are to be compared later.
     """
 
@@ -68,9 +70,11 @@ class Use:
     kwargs: dict[str, Any]
     edges: tuple[GradientEdge, ...]
     places: tuple[int, ...]
+    shapes: tuple[torch.Size, ...]
     versions: tuple[int, ...]
     dtype: torch.dtype
     origins: tuple[Node, ...]
+    plain: bool
     values: tuple[Tensor, ...]
 
     @property
@@ -82,6 +86,21 @@ class Use:
     def inputs(self) -> list[Tensor]:
         """The tensors among its arguments."""
         return list(tensors_in((self.args, self.kwargs)))
+
+    def pattern(self, examples: int) -> tuple[object, ...]:
+        """Return what is equal in passes in which the examples lie alike."""
+        sizes = tuple(
+            (size == examples, size % examples == 0)
+            for shape in self.shapes
+            for size in shape
+        )
+        return (
+            self.name,
+            self.plain,
+            tuple(t.ndim for t in self.inputs),
+            self.places,
+            sizes,
+        )
 
 
 @dataclass
@@ -103,11 +122,13 @@ class Tape:
             Handles that end the recording.
         """
         return [
-            module.register_forward_hook(self._hook(name, keep), with_kwargs=True)
+            module.register_forward_hook(
+                self._hook(name, module, keep), with_kwargs=True
+            )
             for name, module, keep in modules
         ]
 
-    def _hook(self, name: str, keep: bool):  # type: ignore[no-untyped-def]
+    def _hook(self, name: str, watched: nn.Module, keep: bool):  # type: ignore[no-untyped-def]
         def remember(
             module: nn.Module,
             args: tuple[Any, ...],
@@ -116,7 +137,8 @@ class Tape:
         ) -> None:
             every = [output] if isinstance(output, Tensor) else [*tensors_in(output)]
             outputs = [t for t in every if t.requires_grad]
-            if not outputs:
+            # A copy of the module, made meanwhile, has a copy of this hook.
+            if module is not watched or not outputs or _without_graph(outputs[0]):
                 return
             inputs = list(tensors_in((args, kwargs) if kwargs else args))
             self.uses.append(
@@ -127,9 +149,11 @@ class Tape:
                     map_tensors(kwargs, Tensor.detach) if kwargs else kwargs,
                     tuple(map(get_gradient_edge, outputs)),
                     tuple(i for i, t in enumerate(every) if t.requires_grad),
+                    tuple(t.shape for t in outputs),
                     tuple(t._version for t in inputs),
                     outputs[0].dtype,
                     tuple(t.grad_fn for t in inputs if t.grad_fn is not None),
+                    "forward" not in vars(module),
                     tuple(t.detach().clone() for t in outputs) if keep else (),
                 )
             )
@@ -186,3 +210,10 @@ class Tape:
 
 def _finite(value: Tensor) -> bool:
     return not value.is_floating_point() or looks_finite(value)
+
+
+def _without_graph(value: Tensor) -> bool:
+    # Under no_grad a view of a parameter asks for a gradient and has no graph; a tensor
+    # of a function transform is gone when the function returns.
+    wrapped: bool = torch._C._functorch.is_functorch_wrapped_tensor(value)
+    return wrapped or not torch.is_grad_enabled()

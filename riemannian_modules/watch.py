@@ -40,6 +40,10 @@ class Watch:
     Args:
         model: the model.
         parameters: its trainable parameters.
+
+    Attributes:
+        jobs: by path of a module, what its calls explain.
+        generation: counts the changes of ``jobs`` between passes.
     """
 
     def __init__(self, model: nn.Module, parameters: DeclaredParameters) -> None:
@@ -49,6 +53,7 @@ class Watch:
         self._kept: dict[str, str] = {}
         self._reasons: dict[str, str] = {}
         self._recorded: dict[bool, list[tuple[str, nn.Module, bool]]] = {}
+        self.generation = 0
         self.jobs: dict[str, list[Job]] = {}
         self._assign()
 
@@ -56,8 +61,10 @@ class Watch:
         self.jobs = {}
         self._recorded = {}
         claimed: set[nn.Module] = set()
+        self._modules = list(self._model.modules())
+        self._plain = [_is_plain(module) for module in self._modules]
         for path, module in self._model.named_modules():
-            entry = entry_of(module)
+            entry = entry_of(module) if _is_plain(module) else None
             deep = entry is not None and entry.deep
             if module not in claimed:
                 own = module.named_parameters(recurse=deep)
@@ -140,9 +147,23 @@ class Watch:
                         "riemannian_modules.testing.check_rule"
                     )
 
+    def covers(self, use: Use, name: str) -> bool:
+        """Whether a parameter was handed up to a module around this call."""
+        path = self._raised.get(name)
+        return path is not None and path in [use.name, *_above(use.name)]
+
     def keep(self) -> None:
         """Make what was handed up since the last call permanent."""
+        if self._kept != self._raised:
+            self.generation += 1
         self._kept, self._reasons = dict(self._raised), {}
+
+    def refresh(self) -> None:
+        """Notice hooks, and other ``forward`` methods, that came or went."""
+        plain = [_is_plain(module) for module in self._modules]
+        if plain != self._plain:
+            self.generation += 1
+            self._assign()
 
     def forget(self) -> None:
         """Go back to what was kept last."""
@@ -187,6 +208,17 @@ class Watch:
             "forward, keep the examples of the batch apart, and put weight decay in "
             f"the optimizer.{last}"
         )
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a module computes what its class says, and nothing else."""
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in vars(module)
+    )
 
 
 def _above(path: str) -> Iterable[str]:

@@ -2,16 +2,26 @@
 
 from riemannian_modules.factors.base import MetricFactor
 from riemannian_modules.factors.block import block_gram, block_image, block_rmatvec
+from riemannian_modules.factors.convolution import Convolution, ConvolutionFactor
 from riemannian_modules.factors.dense import DenseFactor
-from riemannian_modules.factors.linear import BiasFactor, LinearFactor, joined
+from riemannian_modules.factors.embedding import EmbeddingFactor
+from riemannian_modules.factors.linear import BiasFactor, LinearFactor
+from riemannian_modules.factors.slabs import SlabFactor, coupled_dims
+from riemannian_modules.factors.sums import SumFactor, joined
 
 __all__ = [
     "BiasFactor",
+    "Convolution",
+    "ConvolutionFactor",
     "DenseFactor",
+    "EmbeddingFactor",
     "LinearFactor",
     "MetricFactor",
+    "SlabFactor",
+    "SumFactor",
     "block_gram",
     "block_image",
     "block_rmatvec",
+    "coupled_dims",
     "joined",
 ]

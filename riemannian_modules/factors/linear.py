@@ -6,10 +6,9 @@ Row ``(j, i)`` of K, for output row j of example i, is the sum over positions t
 L at the layer's output and ``x`` the layer's input.
 """
 
-import operator
+from abc import abstractmethod
 from collections.abc import Sequence
-from functools import reduce
-from typing import cast
+from typing import Self
 
 import geoopt
 import torch
@@ -18,10 +17,12 @@ from torch import Tensor
 from riemannian_modules.errors import ShapeError
 from riemannian_modules.factors.base import MetricFactor
 from riemannian_modules.factors.dense import DenseFactor
-from riemannian_modules.factors.linear_gram import linear_gram
+from riemannian_modules.factors.linear_gram import forms_rows, has_terms, linear_gram
+from riemannian_modules.factors.slabs import Slab, SlabFactor, slab_gram
+from riemannian_modules.factors.sums import added
 from riemannian_modules.tangent import TangentSpace
 
-__all__ = ["BiasFactor", "LinearFactor", "joined"]
+__all__ = ["BiasFactor", "CotangentFactor", "LinearFactor"]
 
 
 def _check(inputs: Tensor | None, cotangents: Tensor) -> None:
@@ -40,7 +41,9 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a.data_ptr() == b.data_ptr() and a.shape == b.shape
 
 
-class _CotangentFactor(MetricFactor):
+class CotangentFactor(MetricFactor):
+    """A factor that is linear in cotangents ``(r, n, *places)`` at a layer's output."""
+
     cotangents: Tensor
 
     @property
@@ -54,11 +57,11 @@ class _CotangentFactor(MetricFactor):
         return self.cotangents.device
 
     def combine(self, a: Tensor) -> Tensor:
-        """Return ``sum_j a_ji l_jit``, ``(n, positions, out)``, for ``a`` (rank,)."""
-        r, n = self.cotangents.shape[:2]
+        """Return ``sum_j a_ji l_ji``, ``(n, *places)``, for ``a`` (rank,)."""
+        r, n, *places = self.cotangents.shape
+        weights = a.to(self.dtype).view(r, n, *[1] * len(places))
         if r == 1:
-            return self.cotangents[0] * a.to(self.dtype).view(n, 1, 1)
-        weights = a.to(self.dtype).view(r, n, 1, 1)
+            return self.cotangents[0] * weights[0]
         return (self.cotangents * weights).sum(0)
 
     def total(self) -> Tensor:
@@ -67,6 +70,11 @@ class _CotangentFactor(MetricFactor):
             self.cotangents[0] if len(self.cotangents) == 1 else self.cotangents.sum(0)
         )
 
+    @classmethod
+    @abstractmethod
+    def merge(cls, factors: Sequence[Self]) -> MetricFactor:
+        """Return the sum of factors of this kind."""
+
     def _groups(self, start: int, stop: int) -> Tensor:
         n = self.cotangents.shape[1]
         if start % n or stop % n:
@@ -74,7 +82,7 @@ class _CotangentFactor(MetricFactor):
         return self.cotangents[start // n : stop // n]
 
 
-class LinearFactor(_CotangentFactor):
+class LinearFactor(CotangentFactor, SlabFactor):
     """K of the weight ``(out, in)`` of a linear layer, structured.
 
     Args:
@@ -115,8 +123,8 @@ class LinearFactor(_CotangentFactor):
         return self.pull(self.total())
 
     def magnitude(self) -> Tensor:
-        """Return ``|l| |x|``, which bounds the sum of the rows' norms."""
-        return self.cotangents.norm() * self.inputs.norm()
+        """Return ``sqrt(r) |l| |x|``, which bounds the sum of the rows' norms."""
+        return self.cotangents.norm() * self.inputs.norm() * len(self.cotangents) ** 0.5
 
     def pull(self, cotangent: Tensor) -> Tensor:
         """Return the weight's gradient for a cotangent ``(n, positions, out)``."""
@@ -172,6 +180,14 @@ class LinearFactor(_CotangentFactor):
         left = self.cotangents.flatten(0, 1)[start:stop]
         return left.mT @ self.inputs[which % n]
 
+    def slab(self, index: Slab) -> Tensor:
+        """Return the rows of K for some outputs, ``(rank, k, in)``."""
+        l = self.cotangents[..., index]
+        out = l.new_empty(*l.shape[:2], l.shape[-1], self.shape[1])
+        for own, rows in zip(l, out, strict=True):
+            torch.bmm(own.mT, self.inputs, out=rows)
+        return out.flatten(0, 1)
+
     def narrow(self, start: int, stop: int) -> "LinearFactor":
         """Return the factor of whole groups of n rows."""
         return LinearFactor(self.inputs, self._groups(start, stop))
@@ -179,7 +195,11 @@ class LinearFactor(_CotangentFactor):
     def gram(
         self, space: TangentSpace, dtype: torch.dtype, *, bias: float = 0.0
     ) -> Tensor:
-        """Return ``K sharp K^T`` as Hadamard products of small Gram matrices.
+        """Return ``K sharp K^T``, from pairs of positions or from slabs of rows.
+
+        The pairs are Hadamard products of small Gram matrices, see
+        :func:`riemannian_modules.factors.linear_gram.linear_gram`. Which way is taken
+        is decided by their cost (:func:`forms_rows`).
 
         Args:
             space: tangent space of the weight.
@@ -189,10 +209,17 @@ class LinearFactor(_CotangentFactor):
 
         Returns:
             ``(rank, rank)``, lower triangle valid. Cost O(rank^2 out) for one
-            position, and for P positions P^2 times that.
+            position; for P of them the smaller of P^2 times that and
+            O(rank out in (P + rank)).
         """
-        if space.mass.diagonal is not None:
-            return super().gram(space, dtype)
+        paired = space.mass.diagonal is None and has_terms(space.manifold)
+        r, n, positions, out = self.cotangents.shape
+        if not paired or forms_rows(r, n, positions, out, self.shape[1]):
+            gram = slab_gram(self, space, dtype)
+            if bias:
+                sums = self.cotangents.to(dtype).sum(2).flatten(0, 1)
+                gram.addmm_(sums, sums.mT, alpha=bias)
+            return gram
         return linear_gram(
             space.manifold,
             space.point.to(dtype),
@@ -206,18 +233,25 @@ class LinearFactor(_CotangentFactor):
     def __add__(self, other: MetricFactor) -> MetricFactor:
         """Return the factor of a weight that two layers share."""
         if not isinstance(other, LinearFactor):
-            return DenseFactor(self.rows(0, self.rank) + other.rows(0, self.rank))
-        return LinearFactor(
-            torch.cat([self.inputs, other.inputs], 1),
-            torch.cat([self.cotangents, other.cotangents], 2),
-        )
+            return added(self, other)
+        return LinearFactor.merge([self, other])
+
+    @classmethod
+    def merge(cls, factors: Sequence["LinearFactor"]) -> "LinearFactor":
+        """Return the sum of factors: uses of a weight are further positions."""
+        inputs = torch.cat([factor.inputs for factor in factors], 1)
+        return LinearFactor(inputs, torch.cat([f.cotangents for f in factors], 2))
+
+    def to(self, dtype: torch.dtype) -> "LinearFactor":
+        """Return the same factor in another data type."""
+        return LinearFactor(self.inputs.to(dtype), self.cotangents.to(dtype))
 
     def double(self) -> "LinearFactor":
         """Return the same factor in float64."""
-        return LinearFactor(self.inputs.double(), self.cotangents.double())
+        return self.to(torch.float64)
 
 
-class BiasFactor(_CotangentFactor):
+class BiasFactor(CotangentFactor):
     """K of a bias ``(out,)``: the cotangents themselves, summed over positions.
 
     Args:
@@ -266,29 +300,13 @@ class BiasFactor(_CotangentFactor):
         """Return the factor of a bias that two layers share."""
         if not isinstance(other, BiasFactor):
             return DenseFactor(self.rows(0, self.rank) + other.rows(0, self.rank))
-        return BiasFactor(torch.cat([self.cotangents, other.cotangents], 2))
+        return BiasFactor.merge([self, other])
+
+    @classmethod
+    def merge(cls, factors: Sequence["BiasFactor"]) -> "BiasFactor":
+        """Return the sum of factors: uses of a bias are further positions."""
+        return BiasFactor(torch.cat([f.cotangents for f in factors], 2))
 
     def double(self) -> "BiasFactor":
         """Return the same factor in float64."""
         return BiasFactor(self.cotangents.double())
-
-
-def joined(factors: Sequence[MetricFactor]) -> MetricFactor:
-    """Return the factor of a parameter that is used in several places.
-
-    Args:
-        factors: the factor of each use, at least one, all of the same rank.
-
-    Returns:
-        Their sum. Uses of linear layers are further positions.
-    """
-    if len(factors) == 1:
-        return factors[0]
-    if all(type(factor) is LinearFactor for factor in factors):
-        linear = cast("list[LinearFactor]", factors)
-        inputs = torch.cat([factor.inputs for factor in linear], 1)
-        return LinearFactor(inputs, torch.cat([f.cotangents for f in linear], 2))
-    if all(type(factor) is BiasFactor for factor in factors):
-        biases = cast("list[BiasFactor]", factors)
-        return BiasFactor(torch.cat([f.cotangents for f in biases], 2))
-    return reduce(operator.add, factors)

@@ -8,15 +8,19 @@ rows that belong to the same example share its x:
 ==================  ===========================================================
 Euclidean           (L L^T) o (X X^T)
 Poincare rows       the same, with l divided by the conformal factor of each row
+scaled              that of the base, divided by scale^2
 Stiefel, wide       (L L^T) o (X X^T - P P^T / 2) - (U o U^T) / 2
 Stiefel, tall       (L L^T - Q Q^T / 2) o (X X^T) - (U o U^T) / 2
 canonical Stiefel   (L L^T) o (X X^T) - U o U^T
-sphere rows         (L L^T) o (X X^T) - (L o P)(L o P)^T
+Grassmann, wide     (L L^T) o (X X^T - P P^T)
+Grassmann, tall     (L L^T - Q Q^T) o (X X^T)
+unit rows           (L L^T) o (X X^T) - (L o P)(L o P)^T
+unit columns        (L L^T) o (X X^T) - (Q o X)(Q o X)^T
 SPD                 ((L W L^T) o (X W X^T) + U o U^T) / 2
 ==================  ===========================================================
 
 Each is ``<k_i, sharp k_j>`` multiplied out. With several positions the sum runs
-over pairs of them.
+over pairs of them, unless forming the rows is cheaper.
 """
 
 from collections.abc import Callable
@@ -28,20 +32,48 @@ import geoopt
 import torch
 from torch import Tensor
 
-from riemannian_modules.manifolds.riesz import riesz
+from riemannian_modules.manifolds.grassmann import Grassmann
+from riemannian_modules.manifolds.oblique import Oblique
+from riemannian_modules.manifolds.scaled import Scaled
 from riemannian_modules.manifolds.stiefel import CanonicalStiefel
 from riemannian_modules.mass import Mass
 
-__all__ = ["absorbs_bias", "linear_gram"]
+__all__ = ["absorbs_bias", "forms_rows", "has_terms", "linear_gram"]
 
 _BLOCK_ROWS = 384
+_HADAMARD = 16
+
+
+def forms_rows(r: int, n: int, positions: int, out: int, width: int) -> bool:
+    """Whether forming the rows is cheaper than all pairs of positions.
+
+    Counted are multiplications: for each pair of positions a product of the cotangents,
+    one of the inputs, and the entrywise product (which waits for the memory, and so
+    counts as 16); on the other side forming the rows and multiplying them. The curved
+    manifolds multiply both alike.
+
+    Args:
+        r: cotangents for each example.
+        n: number of examples.
+        positions: number of positions.
+        out: width of a cotangent.
+        width: width of an input.
+
+    Returns:
+        Whether rows are to be formed; never for one position.
+    """
+    rank = r * n
+    pairs = positions**2 * (rank**2 * (out + _HADAMARD) + n**2 * width)
+    return positions > 1 and rank * out * width * (positions + rank) < pairs
 
 
 def absorbs_bias(manifold: geoopt.Manifold, mass: Mass) -> bool:
     """Whether the bias' Gram matrix is a constant added to ``X X^T``."""
-    kinds = (geoopt.Euclidean, geoopt.EuclideanStiefel, CanonicalStiefel, geoopt.Sphere)
-    whole = getattr(manifold, "projector", None) is None
-    return mass.is_scalar and whole and isinstance(manifold, kinds)
+    if isinstance(manifold, Scaled):
+        return absorbs_bias(manifold.base, mass)
+    flat = (geoopt.Euclidean, geoopt.EuclideanStiefel, CanonicalStiefel)
+    kinds = (*flat, geoopt.Sphere, Oblique)
+    return mass.is_scalar and has_terms(manifold) and isinstance(manifold, kinds)
 
 
 def _add_hadamard(
@@ -130,6 +162,9 @@ def linear_gram(
     Returns:
         ``(r n, r n)`` in the data type of the arguments, with the mass absorbed.
     """
+    if isinstance(manifold, Scaled):
+        mass = replace(mass, scalar=mass.scalar * manifold.scale**2)
+        return linear_gram(manifold.base, W, x, l, mass, bias, known)
     r, n, positions, _ = l.shape
     scale = 1.0
     if mass.row is not None and mass.column is not None:
@@ -151,14 +186,19 @@ Terms = Callable[[Tensor, int, int, bool], None]
 
 @singledispatch
 def _terms(manifold: geoopt.Manifold, rows: _Rows) -> Terms:
-    dense = torch.einsum("rnto,ntd->rnod", rows.l, rows.x).flatten(0, 1)
-    images = riesz(manifold, rows.W, dense).flatten(1)
+    raise NotImplementedError(f"no Gram matrix over pairs of positions on {manifold}")
 
-    def add(out: Tensor, s: int, t: int, first: bool) -> None:
-        if first:
-            torch.mm(dense.flatten(1), images.mT, out=out)
 
-    return add
+def has_terms(manifold: geoopt.Manifold) -> bool:
+    """Whether :func:`linear_gram` knows this manifold."""
+    if isinstance(manifold, Scaled):
+        return has_terms(manifold.base)
+    # A sphere within a subspace has other tangent vectors.
+    whole = getattr(manifold, "projector", None) is None
+    return whole and _terms.dispatch(type(manifold)) is not _NO_TERMS
+
+
+_NO_TERMS = _terms.dispatch(object)
 
 
 @_terms.register(geoopt.Euclidean)
@@ -177,17 +217,42 @@ def _(manifold: geoopt.PoincareBall, rows: _Rows) -> Terms:
     return _terms(geoopt.Euclidean(), flattened)
 
 
-@_terms.register(geoopt.Sphere)
-def _(manifold: geoopt.Sphere, rows: _Rows) -> Terms:
-    if manifold.projector is not None:
-        return _terms.dispatch(object)(manifold, rows)
+def _unit_vectors(rows: _Rows, radial: Tensor) -> Terms:
     euclidean = _terms(geoopt.Euclidean(), rows)
-    radial = (rows.l * (rows.x @ rows.W.mT)).sum(2).flatten(0, 1)
+    radial = radial.sum(2).flatten(0, 1)
 
     def add(out: Tensor, s: int, t: int, first: bool) -> None:
         euclidean(out, s, t, first)
         if first:
             out.addmm_(radial, radial.mT, alpha=-1.0)
+
+    return add
+
+
+@_terms.register(geoopt.Sphere)
+def _(manifold: geoopt.Sphere, rows: _Rows) -> Terms:
+    return _unit_vectors(rows, rows.l * (rows.x @ rows.W.mT))
+
+
+@_terms.register(Oblique)
+def _(manifold: Oblique, rows: _Rows) -> Terms:
+    if manifold.unit == "columns":
+        return _unit_vectors(rows, (rows.l @ rows.W) * rows.x)
+    return _terms(geoopt.Sphere(), rows)
+
+
+@_terms.register(Grassmann)
+def _(manifold: Grassmann, rows: _Rows) -> Terms:
+    wide = rows.W.shape[-2] < rows.W.shape[-1]
+    lines = rows.W if wide else rows.W.mT
+    x, ls = rows.x.unbind(1), rows.by_position(rows.l)
+    # One factor of each product loses its normal part: as exact as projecting rows.
+    y = rows.x - (rows.x @ lines.mT) @ lines if wide else rows.x
+    m = rows.l if wide else rows.l - (rows.l @ lines.mT) @ lines
+    ys, ms = y.unbind(1), rows.by_position(m)
+
+    def add(out: Tensor, s: int, t: int, first: bool) -> None:
+        _add_hadamard(out, ls[s], ms[t], x[s] @ ys[t].mT, first=first)
 
     return add
 

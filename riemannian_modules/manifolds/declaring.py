@@ -1,25 +1,33 @@
 """What makes a tensor a parameter on a manifold, and what a module remembers of it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import geoopt
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from riemannian_modules.errors import LostManifoldError
 from riemannian_modules.manifolds.contract import base_of
 from riemannian_modules.manifolds.metric_manifold import MetricManifold, follow
 from riemannian_modules.manifolds.scaled import Scaled
 
 __all__ = [
-    "declared_on",
+    "LOST_REMEDY",
     "off_manifold",
     "place_on_",
     "projected",
     "remember",
+    "require_declared_manifolds",
     "restore",
     "shape_problem",
 ]
+
+LOST_REMEDY = (
+    "load_state_dict(assign=True), conversions that overwrite parameters, "
+    "parametrizations and pruning do that. Call riemannian_modules.project_(model) if "
+    "a manifold was lost, then build the metric and the optimizer anew"
+)
 
 
 def place_on_(parameter: Tensor, manifold: geoopt.Manifold) -> None:
@@ -81,21 +89,29 @@ def _holder(module: nn.Module, attribute: str) -> tuple[str, Tensor | None]:
     return name, module._parameters.get(name)
 
 
-def declared_on(
-    module: nn.Module,
-) -> Iterator[tuple[str, Tensor | None, geoopt.Manifold]]:
-    """Yield the declared parameters of a module, wherever it holds them now.
+def require_declared_manifolds(model: nn.Module) -> None:
+    """Refuse a model in which a declared parameter lives elsewhere now.
 
-    A parametrization or pruning keeps the parameter under another name.
+    A parametrization or pruning that keeps it under another name is fine.
 
     Args:
-        module: a module; its children are left out.
+        model: a model.
 
-    Yields:
-        Path below the module, tensor (None: gone) and base manifold.
+    Raises:
+        LostManifoldError: names the parameter.
     """
-    for attribute, manifold in getattr(module, "declared_manifolds", {}).items():
-        yield *_holder(module, attribute), manifold
+    for path, module in model.named_modules():
+        for attribute, manifold in getattr(module, "declared_manifolds", {}).items():
+            below, tensor = _holder(module, attribute)
+            base = base_of(getattr(tensor, "manifold", None))
+            if type(base) is not type(manifold):
+                name = f"{path}.{below}" if path else below
+                kind = "gone" if tensor is None else f"a plain {type(tensor).__name__}"
+                now = f"on {base.name}" if isinstance(base, geoopt.Manifold) else kind
+                raise LostManifoldError(
+                    f"parameter '{name}' was declared on {manifold.name} and is {now} "
+                    f"now; {LOST_REMEDY}"
+                )
 
 
 def shape_problem(manifold: geoopt.Manifold, shape: Sequence[int]) -> str | None:

@@ -3,14 +3,16 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import Any, Union
+from typing import Any
 
 import geoopt
 import torch
+from geoopt.utils import size2shape
 from torch import Tensor, nn
 
 from riemannian_modules.errors import ManifoldContractError, MassError, ShapeError
 from riemannian_modules.manifolds.contract import base_of, ensure_contract
+from riemannian_modules.manifolds.nested import Nested, flattened, nested
 from riemannian_modules.manifolds.quotient import Quotient
 from riemannian_modules.manifolds.riesz import (
     dimension,
@@ -22,9 +24,7 @@ from riemannian_modules.manifolds.riesz import (
 )
 from riemannian_modules.mass import Mass
 
-__all__ = ["Nested", "Product"]
-
-Nested = Mapping[str, Union[Tensor, "Nested"]]
+__all__ = ["Product"]
 
 
 class Product(geoopt.ProductManifold):  # type: ignore[misc]
@@ -42,7 +42,7 @@ class Product(geoopt.ProductManifold):  # type: ignore[misc]
         masses: ``{name: mass}``; 1 for names that are missing.
 
     Raises:
-        ShapeError: no point of a manifold has the shape of its part.
+        ShapeError: no parts, or no point of a manifold has the shape of its part.
         ManifoldContractError: a part cannot carry a layer metric.
         MassError: a mass that its manifold cannot carry.
 
@@ -63,8 +63,11 @@ class Product(geoopt.ProductManifold):  # type: ignore[misc]
     ) -> None:
         # Not super(): it compares the devices and data types of the parts.
         geoopt.Manifold.__init__(self)
+        if not parts:
+            raise ShapeError("a product of nothing; it needs at least one part")
+        given = {} if masses is None else masses
         for name, (manifold, shape) in parts.items():
-            _require_part(name, manifold, tuple(shape))
+            _require_part(name, manifold, tuple(shape), given.get(name, Mass()))
         self.names = tuple(parts)
         self.shapes = [tuple(shape) for _, shape in parts.values()]
         self.manifolds: Any = nn.ModuleList(base for base, _ in parts.values())
@@ -74,17 +77,7 @@ class Product(geoopt.ProductManifold):  # type: ignore[misc]
         self.slices = [slice(*pair) for pair in pairwise(ends)]
         self.n_elements = ends[-1]
         self.n_manifolds = len(self.names)
-        given = {} if masses is None else masses
         self.masses = [given.get(name, Mass()) for name in self.names]
-        for name, manifold, mass in zip(
-            self.names, self.manifolds, self.masses, strict=True
-        ):
-            if not (mass.is_scalar or isinstance(manifold, geoopt.Euclidean)):
-                raise MassError(
-                    f"'{name}' lives on {manifold.name}, where only a number can be "
-                    "its mass; use one"
-                )
-
         if any(isinstance(manifold, Quotient) for manifold in self.manifolds):
             self.invariant = self._invariant
 
@@ -124,19 +117,18 @@ class Product(geoopt.ProductManifold):  # type: ignore[misc]
         Raises:
             ShapeError: names are missing or unknown, or a shape does not fit.
         """
-        named = dict(_flattened(values))
+        named = dict(flattened(values))
         found: list[Tensor] = []
         used: set[str] = set()
         for name, shape, manifold in zip(
             self.names, self.shapes, self.manifolds, strict=True
         ):
-            inside = {key for key in named if key.startswith(f"{name}.")}
+            start, inside = len(name) + 1, {name}
             if name in named:
-                value, used = named[name], used | {name}
-            elif isinstance(manifold, Product) and inside:
-                start = len(name) + 1
+                value = named[name]
+            elif isinstance(manifold, Product):
+                inside = {key for key in named if key.startswith(f"{name}.")}
                 value = manifold.pack({key[start:]: named[key] for key in inside})
-                used |= inside
             else:
                 raise ShapeError(f"'{name}' is missing; pass one of {self.names} each")
             batch = value.ndim - len(shape)
@@ -144,6 +136,7 @@ class Product(geoopt.ProductManifold):  # type: ignore[misc]
                 raise ShapeError(
                     f"'{name}' has shape {tuple(value.shape)}; it must end with {shape}"
                 )
+            used |= inside
             value = value.as_subclass(Tensor)
             found.append(value.reshape(*value.shape[:batch], math.prod(shape)))
         if set(named) - used:
@@ -183,16 +176,17 @@ class Product(geoopt.ProductManifold):  # type: ignore[misc]
             Dictionaries of dictionaries of tensors; parts that are products are
             dictionaries as well.
         """
-        nested: dict[str, Any] = {}
-        named = self.unpack(point)
-        for (name, value), manifold in zip(named.items(), self.manifolds, strict=True):
-            *path, last = name.split(".")
-            inner = nested
-            for step in path:
-                inner = inner.setdefault(step, {})
-            own = isinstance(manifold, Product)
-            inner[last] = manifold.unpack_nested(value) if own else value
-        return nested
+        pairs = zip(self.unpack(point).items(), self.manifolds, strict=True)
+        return nested(
+            {
+                name: m.unpack_nested(value) if isinstance(m, Product) else value
+                for (name, value), m in pairs
+            }
+        )
+
+    def pack_point(self, *tensors: Tensor) -> Tensor:
+        """Return the tensors of all parts, in their order, as one flat tensor."""
+        return self.pack(dict(zip(self.names, tensors, strict=True)))
 
     # --- the metric
 
@@ -212,8 +206,8 @@ class Product(geoopt.ProductManifold):  # type: ignore[misc]
     def egrad2rgrad(self, x: Tensor, u: Tensor) -> Tensor:
         """Return the tangent vectors that represent the covectors ``u``."""
 
-        def sharp(i: int, m: geoopt.Manifold, p: Tensor, e: Tensor) -> Tensor:
-            return self.masses[i].divide(riesz(m, p, e))
+        def sharp(m: geoopt.Manifold, mass: Mass, p: Tensor, e: Tensor) -> Tensor:
+            return mass.divide(riesz(m, p, e))
 
         return self._by_part(sharp, x, u)
 
@@ -221,29 +215,31 @@ class Product(geoopt.ProductManifold):  # type: ignore[misc]
         """Return the parts' inner products times their masses, ``(*batch, size)``."""
         batch = torch.broadcast_shapes(x.shape[:-1], u.shape[:-1], v.shape[:-1])
         terms = []
-        for i, (manifold, mass) in enumerate(
-            zip(self.manifolds, self.masses, strict=True)
-        ):
-            p, a, b = (self.take_submanifold_value(t, i) for t in (x, u, v))
+        for manifold, mass, shape, (p, a, b) in self._parts(x, u, v):
             if mass.is_scalar and verb == "inner":
                 term = mass.scalar * manifold.inner(p, a, b, keepdim=True)
             elif mass.is_scalar:
                 own = manifold.component_inner(p, a, b)
-                term = mass.scalar * own.expand((*batch, *self.shapes[i]))
+                term = mass.scalar * own.expand((*batch, *shape))
             else:  # only Euclidean parts have it
-                term = (mass.multiply(a) * b).expand((*batch, *self.shapes[i]))
+                term = (mass.multiply(a) * b).expand((*batch, *shape))
             terms.append(term.reshape(*batch, -1))
         return terms
 
     def _by_part(self, verb: Callable[..., Tensor], *flat_tensors: Tensor) -> Tensor:
-        """Return ``verb(i, manifold, *tensors of part i)`` of every part, packed."""
+        """Return ``verb(manifold, mass, *tensors)`` of every part as one tensor."""
         batch = torch.broadcast_shapes(*(t.shape[:-1] for t in flat_tensors))
         found = []
-        for i, manifold in enumerate(self.manifolds):
-            tensors = [self.take_submanifold_value(t, i) for t in flat_tensors]
-            value = verb(i, manifold, *tensors)
-            found.append(value.expand((*batch, *self.shapes[i])).reshape((*batch, -1)))
+        for manifold, mass, shape, tensors in self._parts(*flat_tensors):
+            value = verb(manifold, mass, *tensors).expand((*batch, *shape))
+            found.append(value.reshape((*batch, math.prod(shape))))
         return torch.cat(found, -1)
+
+    def _parts(self, *flat_tensors: Tensor) -> Iterator[tuple[Any, Mass, Any, Any]]:
+        """Yield manifold, mass, shape and tensors of every part."""
+        triples = zip(self.manifolds, self.masses, self.shapes, strict=True)
+        for i, triple in enumerate(triples):
+            yield *triple, [self.take_submanifold_value(t, i) for t in flat_tensors]
 
     def _invariant(self, x: Tensor) -> Tensor:
         parts = zip(self.manifolds, self.unpack(x).values(), strict=True)
@@ -254,28 +250,43 @@ class Product(geoopt.ProductManifold):  # type: ignore[misc]
 
     def projx(self, x: Tensor) -> Tensor:
         """Return the parts' ``projx``."""
-        return self._by_part(lambda i, manifold, p: manifold.projx(p), x)
+        return self._by_part(lambda m, _, p: m.projx(p), x)
 
     def dist2(self, x: Tensor, y: Tensor, *, keepdim: bool = False) -> Tensor:
         """Return the squared distance."""
         return self.dist(x, y, keepdim=keepdim).square()
 
     def dist(self, x: Tensor, y: Tensor, *, keepdim: bool = False) -> Tensor:
-        """Return the root of the sum of the parts' squared distances times masses.
-
-        A NotImplementedError where a part has none.
-        """
+        """Return the root of the massed sum of squares, where every part has one."""
         batch = torch.broadcast_shapes(x.shape[:-1], y.shape[:-1])
         found = []
-        for i, (manifold, mass) in enumerate(
-            zip(self.manifolds, self.masses, strict=True)
-        ):
-            p, q = (self.take_submanifold_value(t, i) for t in (x, y))
-            own = manifold.dist(p, q, keepdim=True)
-            weight = mass.elementwise(own)
-            root_mass = weight.sqrt() if isinstance(weight, Tensor) else weight**0.5
-            found.append((root_mass * own).reshape(*batch, -1))
+        for manifold, mass, _, (p, q) in self._parts(x, y):
+            own = manifold.dist(p, q, keepdim=True) if mass.is_scalar else p - q
+            weight = torch.as_tensor(mass.elementwise(own)).to(own)
+            found.append((weight.sqrt() * own).reshape(*batch, -1))
         return torch.linalg.vector_norm(torch.cat(found, -1), dim=-1, keepdim=keepdim)
+
+    def random(self, *size: int, **kwargs: Any) -> geoopt.ManifoldTensor:
+        """Draw random points of all parts, ``(*batch, size)``."""
+        return self._drawn("random", size, kwargs)
+
+    def origin(self, *size: int, **kwargs: Any) -> geoopt.ManifoldTensor:
+        """Return the origins of all parts, ``(*batch, size)``."""
+        return self._drawn("origin", size, kwargs)
+
+    def _drawn(
+        self, verb: str, size: tuple[int, ...], kwargs: dict[str, Any]
+    ) -> geoopt.ManifoldTensor:
+        shape = tuple(size2shape(*size))
+        self._assert_check_shape(shape, "x")
+        found = []
+        for manifold, own in zip(self.manifolds, self.shapes, strict=True):
+            # Curved geoopt classes draw in the data type of their curvature only.
+            typed = {} if manifold.dtype is None else {"dtype": manifold.dtype}
+            point = getattr(manifold, verb)((*shape[:-1], *own), **(kwargs | typed))
+            dtype = kwargs.get("dtype") or point.dtype
+            found.append(point.detach().as_subclass(Tensor).to(dtype))
+        return geoopt.ManifoldTensor(self.pack_point(*found), manifold=self)
 
     def __repr__(self) -> str:
         lines = [
@@ -288,7 +299,9 @@ class Product(geoopt.ProductManifold):  # type: ignore[misc]
         return "\n".join([f"{self.name}{extra} manifold:", *lines])
 
 
-def _require_part(name: str, manifold: geoopt.Manifold, shape: tuple[int, ...]) -> None:
+def _require_part(
+    name: str, manifold: geoopt.Manifold, shape: tuple[int, ...], mass: Mass
+) -> None:
     ensure_contract(manifold, name)
     require_own_formulas(manifold, name)
     if base_of(manifold) is not manifold:
@@ -301,43 +314,37 @@ def _require_part(name: str, manifold: geoopt.Manifold, shape: tuple[int, ...]) 
             f"'{name}' of shape {shape} does not fit {manifold.name}: {reason}; choose "
             "another manifold"
         )
-
-
-def _flattened(values: Nested, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flattened(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+    if not (mass.is_scalar or isinstance(manifold, geoopt.Euclidean)):
+        raise MassError(
+            f"'{name}' lives on {manifold.name}, where only a number can be its mass; "
+            "use one"
+        )
 
 
 @flat.register(Product)
 def _(manifold: Product, x: Tensor, u: Tensor) -> Tensor:
-    def lowered(i: int, m: geoopt.Manifold, p: Tensor, v: Tensor) -> Tensor:
-        return manifold.masses[i].multiply(flat(m, p, v))
+    def lowered(m: geoopt.Manifold, mass: Mass, p: Tensor, v: Tensor) -> Tensor:
+        return mass.multiply(flat(m, p, v))
 
     return manifold._by_part(lowered, x, u)
 
 
 @root.register(Product)
 def _(manifold: Product, x: Tensor, z: Tensor) -> Tensor:
-    def rooted(i: int, m: geoopt.Manifold, p: Tensor, v: Tensor) -> Tensor:
-        return root(m, p, manifold.masses[i].divide_root(v))
+    def rooted(m: geoopt.Manifold, mass: Mass, p: Tensor, v: Tensor) -> Tensor:
+        return root(m, p, mass.divide_root(v))
 
     return manifold._by_part(rooted, x, z)
 
 
 @root_adjoint.register(Product)
 def _(manifold: Product, x: Tensor, e: Tensor) -> Tensor:
-    def rooted(i: int, m: geoopt.Manifold, p: Tensor, v: Tensor) -> Tensor:
-        return manifold.masses[i].divide_root(root_adjoint(m, p, v))
+    def rooted(m: geoopt.Manifold, mass: Mass, p: Tensor, v: Tensor) -> Tensor:
+        return mass.divide_root(root_adjoint(m, p, v))
 
     return manifold._by_part(rooted, x, e)
 
 
 @dimension.register(Product)
 def _(manifold: Product, x: Tensor) -> int:
-    return sum(
-        int(dimension(m, manifold.take_submanifold_value(x, i)))
-        for i, m in enumerate(manifold.manifolds)
-    )
+    return sum(int(dimension(m, p)) for m, _, _, (p,) in manifold._parts(x))

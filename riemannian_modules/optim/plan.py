@@ -66,6 +66,7 @@ class Plan:
         scale, extra, buffer = 1.0, None, None
         momentum = group["momentum"]
         if momentum > 0.0:
+            old = None if old is None else old.to(gradient)
             space = declared.space()
             tangential = space.restrict(gradient)
             if old is None:

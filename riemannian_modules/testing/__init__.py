@@ -11,6 +11,7 @@ from riemannian_modules.testing.output_checks import check_output_metric
 from riemannian_modules.testing.raising import raise_failures
 from riemannian_modules.testing.result import CheckResult, failures
 from riemannian_modules.testing.retraction_checks import check_retraction
+from riemannian_modules.testing.rule_checks import check_rule
 from riemannian_modules.testing.slopes import Slope, best_window_slope, error_slope
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "check_module",
     "check_output_metric",
     "check_retraction",
+    "check_rule",
     "error_slope",
     "failures",
     "raise_failures",

@@ -1,0 +1,327 @@
+r"""The factor of a convolution's weight, kept as inputs and cotangents.
+
+A convolution is a linear layer whose inputs are the patches that its kernel sees. Row
+``(j, i)`` of K is the sum over positions t of ``l_jit`` times the patch of example i at
+t. Products with K are convolutions; patches exist only while rows or Gram matrices are
+formed, for some of the examples at a time. A transposed convolution is the adjoint of a
+convolution, so its patches are taken from the cotangents, and the inputs are what they
+are multiplied with.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import geoopt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from riemannian_modules.errors import ShapeError
+from riemannian_modules.factors.base import MetricFactor
+from riemannian_modules.factors.linear import CotangentFactor, LinearFactor
+from riemannian_modules.factors.linear_gram import forms_rows
+from riemannian_modules.factors.slabs import (
+    Slab,
+    SlabFactor,
+    pieces,
+    row_blocks,
+    slab_gram,
+)
+from riemannian_modules.factors.sums import SumFactor, added
+from riemannian_modules.tangent import TangentSpace
+
+__all__ = ["Convolution", "ConvolutionFactor"]
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """What a convolution does besides multiplying with its weight.
+
+    Attributes:
+        kernel: size of the kernel.
+        stride: stride.
+        padding: zeros on both sides.
+        dilation: dilation.
+        groups: number of groups.
+        transposed: whether it is a transposed convolution.
+        output_padding: of a transposed convolution.
+    """
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int = 1
+    transposed: bool = False
+    output_padding: tuple[int, ...] = ()
+
+    @property
+    def _arguments(self) -> tuple[object, ...]:
+        return (
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.transposed,
+            self.output_padding or (0,) * len(self.kernel),
+            self.groups,
+        )
+
+    def apply(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Return the convolution of ``x``, ``(batch, channels, *size)``."""
+        result: Tensor = torch.convolution(x, weight, None, *self._arguments)  # type: ignore[arg-type]
+        return result
+
+    def pull(self, cotangent: Tensor, x: Tensor, shape: Sequence[int]) -> Tensor:
+        """Return the weight's gradient, of ``shape``."""
+        # Only the shape of the weight is looked at.
+        weight = x.new_empty(tuple(shape))
+        gradients = torch.ops.aten.convolution_backward(
+            cotangent, x, weight, None, *self._arguments, (False, True, False)
+        )
+        result: Tensor = gradients[1]
+        return result
+
+    def patches(self, x: Tensor, positions: Sequence[int]) -> Tensor:
+        """Return what the kernel sees, in one copy.
+
+        Args:
+            x: ``(n, uses, channels, *size)``.
+            positions: numbers of positions along each dimension.
+
+        Returns:
+            ``(n, channels * kernel, uses * positions)``.
+        """
+        if any(self.padding):
+            x = F.pad(x, [p for p in reversed(self.padding) for _ in range(2)])
+        n, uses, channels, *_ = x.shape
+        batch, use, channel, *steps = x.stride()
+        kernel = [d * s for d, s in zip(self.dilation, steps, strict=True)]
+        step = [d * s for d, s in zip(self.stride, steps, strict=True)]
+        windows = x.as_strided(
+            (n, channels, *self.kernel, uses, *positions),
+            (batch, channel, *kernel, use, *step),
+        )
+        return windows.reshape(n, channels * math.prod(self.kernel), -1)
+
+
+class ConvolutionFactor(CotangentFactor, SlabFactor):
+    """K of the weight of a convolution, structured.
+
+    Args:
+        convolution: what the layer does.
+        inputs: its inputs, ``(n, uses, channels, *size)``.
+        cotangents: rows of L at its output, ``(r, n, uses, channels, *size)``.
+        shape: shape of the weight.
+
+    The rank is ``r n``, with the example as the fast index. Memory is that of the two
+    tensors, products cost what the layer and its backward pass cost.
+
+    Raises:
+        ShapeError: the tensors do not fit.
+
+    >>> convolution = Convolution((3,), (1,), (1,), (1,))
+    >>> x, l = torch.ones(2, 1, 1, 4), torch.ones(1, 2, 1, 1, 4)
+    >>> ConvolutionFactor(convolution, x, l, (1, 1, 3)).rows(0, 1)
+    tensor([[[[3., 4., 3.]]]])
+    """
+
+    def __init__(
+        self,
+        convolution: Convolution,
+        inputs: Tensor,
+        cotangents: Tensor,
+        shape: Sequence[int],
+    ) -> None:
+        dims = 3 + len(convolution.kernel)
+        if (
+            inputs.ndim != dims
+            or cotangents.ndim != dims + 1
+            or inputs.shape[:2] != cotangents.shape[1:3]
+        ):
+            raise ShapeError(
+                f"inputs {tuple(inputs.shape)} and cotangents "
+                f"{tuple(cotangents.shape)} do not fit; expected (n, uses, channels, "
+                "*size) and (rows, n, uses, channels, *size)"
+            )
+        self.convolution = convolution
+        self.inputs = inputs
+        self.cotangents = cotangents
+        self.rank = cotangents.shape[0] * cotangents.shape[1]
+        self.shape = tuple(shape)
+        self.unit = 1 if convolution.groups == 1 else shape[0] // convolution.groups
+
+    def matvec(self, u: Tensor) -> Tensor:
+        """Return ``K u``: each row's cotangent against the layer with weight ``u``."""
+        n, r = self.inputs.shape[0], len(self.cotangents)
+        z = self.convolution.apply(self.inputs.flatten(0, 1), u.to(self.dtype))
+        z = z.reshape(n, -1)
+        images = [(own.reshape(n, -1) * z).sum(-1) for own in self.cotangents]
+        return images[0] if r == 1 else torch.cat(images)
+
+    def combine(self, a: Tensor) -> Tensor:
+        """Return ``sum_j a_ji l_ji``, ``(n, uses, channels, *size)``."""
+        r, n, *rest = self.cotangents.shape
+        weights = a.to(self.dtype).view(r, n, *[1] * len(rest))
+        total = self.cotangents[0] * weights[0]
+        for own, weight in zip(self.cotangents[1:], weights[1:], strict=True):
+            total.addcmul_(own, weight)
+        return total
+
+    def rmatvec(self, a: Tensor) -> Tensor:
+        """Return ``K^T a``: one backward pass with the combined cotangent."""
+        return self._pull(self.combine(a))
+
+    def row_sum(self) -> Tensor:
+        """Return ``K^T 1``."""
+        return self._pull(self.total())
+
+    def _pull(self, cotangent: Tensor) -> Tensor:
+        return self.convolution.pull(
+            cotangent.flatten(0, 1), self.inputs.flatten(0, 1), self.shape
+        )
+
+    def magnitude(self) -> Tensor:
+        """Return a bound of the sum of the rows' norms: no entry is in more patches.
+
+        The bound is ``sqrt(r * kernel) |l| |x|``.
+        """
+        most = len(self.cotangents) * math.prod(self.convolution.kernel)
+        return self.cotangents.norm() * self.inputs.norm() * most**0.5
+
+    def narrow(self, start: int, stop: int) -> "ConvolutionFactor":
+        """Return the factor of whole groups of n rows."""
+        return self._with(self.inputs, self._groups(start, stop))
+
+    def to(self, dtype: torch.dtype) -> "ConvolutionFactor":
+        """Return the same factor in another data type."""
+        return self._with(self.inputs.to(dtype), self.cotangents.to(dtype))
+
+    def _with(self, inputs: Tensor, cotangents: Tensor) -> "ConvolutionFactor":
+        return ConvolutionFactor(self.convolution, inputs, cotangents, self.shape)
+
+    # --- rows
+
+    def slab(self, index: Slab) -> Tensor:
+        """Return the rows of K at some rows of the weight, ``(rank, k, *rest)``."""
+        if isinstance(index, Tensor):
+            return self.slab(slice(0, self.shape[0]))[:, index]
+        start, stop, _ = index.indices(self.shape[0])
+        return self._formed(0, self.rank, start, stop)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Return rows ``start:stop`` of K."""
+        return self._formed(start, stop, 0, self.shape[0])
+
+    def _formed(self, start: int, stop: int, first: int, last: int) -> Tensor:
+        # Whole groups are formed at once.
+        low, high = first // self.unit, -(-last // self.unit)
+        size = (high - low) * self.unit
+        out = self.inputs.new_empty(stop - start, size, *self.shape[1:])
+        for cotangents, examples, where in row_blocks(start, stop, len(self.inputs)):
+            count = cotangents.stop - cotangents.start
+            block = out[where].unflatten(0, (count, -1)).flatten(3)
+            l, x = self.cotangents[cotangents, examples], self.inputs[examples]
+            if self.convolution.transposed:
+                for own, rows in zip(l, block, strict=True):
+                    self._fill(rows.unsqueeze(0), x.unsqueeze(0), own, low, high)
+            else:
+                self._fill(block, l, x, low, high)
+        return out.narrow(1, first - low * self.unit, last - first)
+
+    def _fill(
+        self, out: Tensor, left: Tensor, right: Tensor, low: int, high: int
+    ) -> None:
+        """Write ``left patches(right)^T`` to ``out``, for parts ``low:high`` of it.
+
+        The parts are the groups of the convolution, or the outputs if there is one.
+
+        Args:
+            out: ``(count, n, parts * unit, columns)``.
+            left: ``(count, n, uses, channels, *positions)``.
+            right: ``(n, uses, channels, *size)``.
+            low: first part.
+            high: end of the parts.
+        """
+        groups, unit = self.convolution.groups, self.unit
+        positions = left.shape[4:]
+        each = right.shape[2] * math.prod((*self.convolution.kernel, *positions))
+        for some in pieces(len(right), each * right.shape[1]):
+            x = self.convolution.patches(right[some], positions)
+            if groups > 1:
+                x = x.unflatten(1, (groups, -1))[:, low:high].flatten(0, 1)
+            for own, rows in zip(left[:, some], out[:, some], strict=True):
+                l = own.transpose(1, 2).flatten(2)
+                if groups == 1:
+                    torch.bmm(l[:, low:high], x.mT, out=rows)
+                else:
+                    l = l.unflatten(1, (groups, -1))[:, low:high].flatten(0, 1)
+                    apart = rows.unflatten(1, (-1, unit)).flatten(0, 1)
+                    torch.bmm(l, x.mT, out=apart)
+
+    # --- Gram matrices
+
+    def gram(self, space: TangentSpace, dtype: torch.dtype) -> Tensor:
+        """Return ``K sharp K^T`` from slabs of rows, or as that of a linear layer.
+
+        The latter multiplies patches for each pair of positions, which pays off only
+        where there are few of them (:func:`forms_rows`).
+
+        Args:
+            space: tangent space of the weight.
+            dtype: data type in which the matrix is formed.
+
+        Returns:
+            ``(rank, rank)``, lower triangle valid.
+        """
+        flat = isinstance(space.manifold, geoopt.Euclidean) and space.mass.is_scalar
+        if flat and self.convolution.groups == 1:
+            transposed = self.convolution.transposed
+            r, n, uses, *_ = self.cotangents.shape
+            side = self.inputs if transposed else self.cotangents[0]
+            positions = uses * math.prod(side.shape[3:])
+            kind = (1, r * n) if transposed else (r, n)
+            out, width = self.shape[0], math.prod(self.shape[1:])
+            if not forms_rows(*kind, positions, out, width):
+                point = space.point.flatten(1)
+                flattened = TangentSpace(space.manifold, point, space.mass, space.name)
+                return self.to(dtype).unfolded().gram(flattened, dtype)
+        return slab_gram(self, space, dtype)
+
+    def unfolded(self) -> LinearFactor:
+        """Return the factor of the linear layer on patches that this layer is.
+
+        Only without groups; the weight is flattened to a matrix.
+        """
+        r = len(self.cotangents)
+        if self.convolution.transposed:
+            right = self.cotangents.flatten(0, 1)
+            left = self.inputs.repeat(r, *[1] * (self.inputs.ndim - 1)).unsqueeze(0)
+        else:
+            left, right = self.cotangents, self.inputs
+        x = self.convolution.patches(right, left.shape[4:])
+        return LinearFactor(x.mT, left.transpose(2, 3).flatten(3).mT)
+
+    # --- sums
+
+    def __add__(self, other: MetricFactor) -> MetricFactor:
+        """Return the factor of a weight that two layers share."""
+        return added(self, other)
+
+    @classmethod
+    def merge(cls, factors: Sequence["ConvolutionFactor"]) -> MetricFactor:
+        """Return the sum of factors: alike in everything, they are further uses."""
+        alike: dict[object, list[ConvolutionFactor]] = {}
+        for factor in factors:
+            sizes = factor.inputs.shape[3:], factor.cotangents.shape[4:]
+            alike.setdefault((factor.convolution, *sizes), []).append(factor)
+        merged = [
+            same[0]._with(
+                torch.cat([f.inputs for f in same], 1),
+                torch.cat([f.cotangents for f in same], 2),
+            )
+            if len(same) > 1
+            else same[0]
+            for same in alike.values()
+        ]
+        return merged[0] if len(merged) == 1 else SumFactor(merged)

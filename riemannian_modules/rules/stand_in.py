@@ -1,0 +1,72 @@
+"""Running a module with other tensors in the place of its own, and no trace left."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import cast
+
+from torch import Tensor, nn
+
+__all__ = ["StandIn"]
+
+
+Held = dict[str, Tensor | None]
+
+
+def _held(module: nn.Module) -> tuple[Held, Held]:
+    return cast("Held", module._parameters), module._buffers
+
+
+class StandIn:
+    """Other parameters for a module, under all names that they have below it.
+
+    What else it holds is copied, so that a module that changes its buffers changes
+    copies; plain attributes, such as counters and caches, are put back.
+    ``torch.func.functional_call`` does neither, ends before the way back, and mixes
+    up modules with two names.
+
+    Args:
+        module: the module.
+        wanted: parameters that are replaced, by path below the module.
+    """
+
+    def __init__(self, module: nn.Module, wanted: Sequence[str]) -> None:
+        names = {id(module.get_parameter(name)): name for name in wanted}
+        self._modules = list(module.modules())
+        self._places: list[tuple[Held, str, str]] = []
+        self._copies: list[tuple[Held, str, Tensor]] = []
+        for owner in self._modules:
+            for held in _held(owner):
+                for attribute, tensor in held.items():
+                    if tensor is None:
+                        continue
+                    if id(tensor) in names:
+                        self._places.append((held, attribute, names[id(tensor)]))
+                    else:
+                        copy = tensor.detach().as_subclass(Tensor).clone()
+                        self._copies.append((held, attribute, copy))
+
+    @contextmanager
+    def scope(self) -> Iterator[None]:
+        """Put everything back at the end of this scope."""
+        attributes = [(each, dict(vars(each))) for each in self._modules]
+        tensors = [(held, dict(held)) for each in self._modules for held in _held(each)]
+        try:
+            yield
+        finally:
+            for each, before in attributes:
+                vars(each).clear()
+                vars(each).update(before)
+            for held, own in tensors:
+                held.clear()
+                held.update(own)
+
+    def install(self, theta: Mapping[str, Tensor]) -> None:
+        """Let the module use these parameters, and copies of all else it holds.
+
+        Args:
+            theta: values by the paths that were given.
+        """
+        for held, attribute, name in self._places:
+            held[attribute] = theta[name]
+        for held, attribute, copy in self._copies:
+            held[attribute] = copy.clone()

@@ -1,0 +1,188 @@
+"""A walk through autograd's graph: what it is, and whether it may move examples."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch.autograd.graph import Node
+
+from riemannian_modules.declared import DeclaredParameters
+
+__all__ = ["survey"]
+
+# Operations whose values, not whose places in the graph, decide which example goes
+# where.
+_MOVING = (
+    "Index",
+    "Gather",
+    "Scatter",
+    "Roll",
+    "Flip",
+    "Masked",
+    "Take",
+    "Sort",
+    "Topk",
+    "Kthvalue",
+    "Median",
+    "Mode",
+    "Cum",
+    "Logcumsumexp",
+    "Repeat",
+    "AsStrided",
+    "Unfold",
+    "Bmm",
+    "Baddbmm",
+    "Copy",
+    "NativeBatchNorm",
+    "CudnnBatchNorm",
+    "Dot",
+    "Ger",
+    "Cdist",
+)
+# Operations along a dimension, which move examples if these are there.
+_ALONG = (
+    "Mean",
+    "Sum",
+    "Amax",
+    "Amin",
+    "Aminmax",
+    "Max",
+    "Min",
+    "Logsumexp",
+    "Softmax",
+    "LogSoftmax",
+    "Norm",
+    "LinalgVectorNorm",
+    "Std",
+    "Var",
+    "Prod",
+    "Slice",
+    "Select",
+    "Split",
+    "Unbind",
+    "Narrow",
+)
+_EXCEPT = ("MaxPool", "MaskedFill", "Minimum", "Maximum", "Sumproduct")
+# What they remember of their arguments besides tensors.
+_REMEMBERED = (
+    "_saved_dim",
+    "_saved_dims",
+    "_saved_dim0",
+    "_saved_dim1",
+    "_saved_training",
+    "_saved_start",
+    "_saved_step",
+)
+
+
+def survey(
+    outputs: Iterable[Node | None],
+    loss: Node | None,
+    parameters: DeclaredParameters,
+    examples: int,
+) -> tuple[tuple[object, ...], bool]:
+    """Describe a graph.
+
+    Args:
+        outputs: nodes of the model's outputs.
+        loss: node of the loss, or None.
+        parameters: the model's parameters.
+        examples: number of examples of the batch.
+
+    Returns:
+        What tells the graph from others: operations, what they remember, how they are
+        linked, and which parameters are where. And whether something in it could move
+        values from one example to another although the graph stays the same.
+    """
+    found: list[object] = []
+    seen: dict[Node, int] = {}
+    moving = _walk(list(outputs), found, seen, parameters, examples)
+    found.append("|")
+    _walk([loss], found, seen, parameters, examples)
+    return tuple(found), moving
+
+
+def _walk(
+    waiting: list[Node | None],
+    found: list[object],
+    seen: dict[Node, int],
+    parameters: DeclaredParameters,
+    examples: int,
+) -> bool:
+    moving = False
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            found.append(None if node is None else seen[node])
+            continue
+        seen[node] = len(seen)
+        kind = type(node).__name__
+        leaf = getattr(node, "variable", None)
+        if leaf is not None:
+            found.append(parameters.name_of(leaf) or "foreign")
+            continue
+        found.append(kind)
+        if kind.startswith(_ALONG) or kind.startswith(("Transpose", "Permute")):
+            found += [getattr(node, name, None) for name in _REMEMBERED]
+        moving = moving or _moves(node, kind, examples)
+        waiting += [following for following, _ in node.next_functions]
+    return moving
+
+
+def _moves(node: Node, kind: str, examples: int) -> bool:
+    if issubclass(type(node), torch.autograd.function.BackwardCFunction):
+        return True
+    if kind.startswith(_EXCEPT):
+        return False
+    if kind.startswith(("Mm", "Mv", "Addmm", "Addmv")):
+        # A product from the left mixes rows; one with a weight does not.
+        right = node.next_functions[-1][0]
+        return right is not None and not _is_weight(right)
+    if kind.startswith("Embedding"):
+        # The rows of a weight are not examples; those of anything else may be.
+        return not all(_is_weight(n) for n, _ in node.next_functions if n is not None)
+    if kind.startswith(_MOVING):
+        return True
+    return kind.startswith(_ALONG) and _along_examples(node, examples)
+
+
+def _is_weight(node: Node) -> bool:
+    for _ in range(3):
+        if hasattr(node, "variable"):
+            return True
+        following = [each for each, _ in node.next_functions if each is not None]
+        if len(following) != 1:
+            return False
+        node = following[0]
+    return hasattr(node, "variable")
+
+
+def _along_examples(node: Node, examples: int) -> bool:
+    sizes = _sizes(node)
+    dims = getattr(node, "_saved_dim", None)
+    if sizes is None or dims is None:
+        return True
+    signed = [_signed(d) for d in (dims if isinstance(dims, Sequence) else [dims])]
+    if not signed:
+        return True
+    return any(sizes[d] >= examples and sizes[d] % examples == 0 for d in signed)
+
+
+def _sizes(node: Node) -> Sequence[int] | None:
+    for name in ("_saved_self_sym_sizes", "_saved_self_sizes"):
+        sizes: Sequence[int] | None = getattr(node, name, None)
+        if sizes is not None:
+            return sizes
+    for name in ("_saved_self", "_saved_result"):
+        try:
+            value = getattr(node, name, None)
+        except RuntimeError:
+            # Freed, or changed in place: not known.
+            return None
+        if isinstance(value, torch.Tensor):
+            return tuple(value.shape)
+    return None
+
+
+def _signed(dim: int) -> int:
+    # Negative dimensions are kept as unsigned numbers of 64 bits.
+    return dim - 2**64 if dim >= 2**63 else dim
