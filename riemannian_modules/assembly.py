@@ -1,6 +1,6 @@
 """From a linearised pass to the metrics of its blocks and of single parameters."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ def block_metrics(
     parameters: DeclaredParameters,
     version: int,
     precision: torch.dtype | None,
+    wide: Collection[str] = (),
 ) -> dict[str, LayerMetric]:
     """Return the metric of every group of parameters that the pass reached.
 
@@ -29,6 +30,7 @@ def block_metrics(
         parameters: the model's parameters, at the point of the pass.
         version: number of the pull-back.
         precision: see :class:`riemannian_modules.LayerMetric`.
+        wide: names of metrics for which float32 is not worth a try.
 
     Returns:
         ``{metric name: metric}``; groups without a reached parameter are left out.
@@ -42,7 +44,11 @@ def block_metrics(
         ]
         if parts:
             metrics[group] = LayerMetric(
-                parts, name=group, version=version, precision=precision
+                parts,
+                name=group,
+                version=version,
+                precision=precision,
+                narrow=group not in wide,
             )
     return metrics
 

@@ -263,7 +263,8 @@ def disagreements(
         else:
             error = float((own - reference).norm())
         floor = 0.0 if own is None else 16.0 * float(costates[name].magnitude())
-        if error > tolerance * (size + 1e-2 * scale) + rounding * floor:
+        small = max(1e-2 * tolerance, 1e3 * rounding)
+        if error > tolerance * size + small * scale + rounding * floor:
             wrong[name] = (
                 f"the recorded uses give a gradient that differs from autograd's by "
                 f"{error:.2e} (norm {size:.2e})"

@@ -66,10 +66,21 @@ class Inverse:
         block: the block.
         precision: data type of S; None: the block's, unless the model is in lower
             precision and float32 is accurate enough (looked up on the CPU only).
+        narrow: whether float32 is worth a try.
+
+    Attributes:
+        too_narrow: whether float32 was tried in vain.
     """
 
-    def __init__(self, block: Block, precision: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        block: Block,
+        precision: torch.dtype | None = None,
+        *,
+        narrow: bool = True,
+    ) -> None:
         self.block = block
+        self.too_narrow = not narrow
         self.form = woodbury.branch(block.rank, block.dim) if block.rank else "base"
         self._precision = precision
         self._trace = math.inf
@@ -88,12 +99,18 @@ class Inverse:
         wide = self._precision or self.block.precision
         single = torch.float32
         narrow = self._precision is None and self.block.dtype != torch.float64
-        if narrow and wide == torch.float64 and self.block.device.type == "cpu":
+        if (
+            narrow
+            and not self.too_narrow
+            and wide == torch.float64
+            and self.block.device.type == "cpu"
+        ):
             S = self._shifted_gram(single)
             # The push-through form loses the square root of |K sharp K^T| in
             # precision; the trace bounds it and reading it is free on the CPU.
             if torch.finfo(single).eps * self._trace**0.5 <= _SINGLE_LOSS:
                 return S
+            self.too_narrow = True
         return self._shifted_gram(wide)
 
     def _shifted_gram(self, dtype: torch.dtype) -> Tensor:

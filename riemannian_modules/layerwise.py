@@ -323,7 +323,12 @@ class LayerwiseMetric:
 
     def _renew(self, found: Linearization) -> None:
         common = (found, self.parameters, self.version + 1, self.precision)
-        blocks = block_metrics(self._groups, *common)
+        # Where float32 was not enough in the last pass it is tried again only in
+        # every sixteenth.
+        wide = {name for name, block in self.blocks.items() if block.too_narrow}
+        if self.version % 16 == 0:
+            wide = set()
+        blocks = block_metrics(self._groups, *common, wide)
         seen = {d.name: [d.name] for d in self.parameters if d.view is not None}
         views = block_metrics(seen, *common)
         bind_views(views, self.parameters)

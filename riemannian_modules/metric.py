@@ -33,6 +33,7 @@ class LayerMetric:
         version: counts the pull-backs of the metric that this one belongs to.
         precision: data type of the small matrix; None: float64 up to rank 2048, or
             float32 where that costs a float32 model no accuracy; never below that.
+        narrow: whether float32 is worth a try where ``precision`` is None.
 
     Raises:
         ShapeError: no parts, or factors that do not fit together or their tensors.
@@ -53,8 +54,10 @@ class LayerMetric:
         name: str = "block",
         version: int = 0,
         precision: torch.dtype | None = None,
+        narrow: bool = True,
     ) -> None:
         self.precision = precision
+        self._narrow = narrow
         self.version = version
         self._block = Block(parts, name, precision or _precision(parts))
 
@@ -76,6 +79,12 @@ class LayerMetric:
         return self._block.parts
 
     @property
+    def too_narrow(self) -> bool:
+        """Whether the small matrix was needed and float32 was not enough for it."""
+        known = self.__dict__.get("inverse")
+        return known is not None and known.too_narrow
+
+    @property
     def rank(self) -> int:
         """Number of rows of K."""
         return self._block.rank
@@ -88,7 +97,7 @@ class LayerMetric:
     @cached_property
     def inverse(self) -> Inverse:
         """The factorised inverse, made when first needed."""
-        return Inverse(self._block, self.precision)
+        return Inverse(self._block, self.precision, narrow=self._narrow)
 
     # --- the metric and its inverse
 

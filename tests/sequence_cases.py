@@ -127,7 +127,7 @@ class Case:
         scale = max(float(rows.norm()) for rows in dense.values())
         return max(
             float((found[name].to_dense() - rows).norm())
-            / max(float(rows.norm()), 1e-3 * scale)
+            / max(float(rows.norm()), 1e-3 * scale, 1e-12)
             for name, rows in dense.items()
         )
 

@@ -94,7 +94,7 @@ def block_rmatvec(factors: Mapping[str, MetricFactor], a: Tensor) -> dict[str, T
     covectors: dict[str, Tensor] = {}
     combined: list[tuple[MetricFactor, Tensor]] = []
     for name, factor in factors.items():
-        if isinstance(factor, LinearFactor):
+        if isinstance(factor, LinearFactor) and factor.whole is None:
             combined.append((factor, factor.combine(a)))
             covectors[name] = factor.pull(combined[-1][1])
         elif isinstance(factor, BiasFactor):

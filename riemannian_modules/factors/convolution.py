@@ -153,6 +153,8 @@ class ConvolutionFactor(CotangentFactor, SlabFactor):
 
     def matvec(self, u: Tensor) -> Tensor:
         """Return ``K u``: each row's cotangent against the layer with weight ``u``."""
+        if self.whole is not None:
+            return self.times_whole(u)
         n, r = self.inputs.shape[0], len(self.cotangents)
         z = self.convolution.apply(self.inputs.flatten(0, 1), u.to(self.dtype))
         z = z.reshape(n, -1)
@@ -170,6 +172,8 @@ class ConvolutionFactor(CotangentFactor, SlabFactor):
 
     def rmatvec(self, a: Tensor) -> Tensor:
         """Return ``K^T a``: one backward pass with the combined cotangent."""
+        if self.whole is not None:
+            return self.whole_times(a)
         return self._pull(self.combine(a))
 
     def row_sum(self) -> Tensor:

@@ -111,11 +111,15 @@ class LinearFactor(CotangentFactor, SlabFactor):
 
     def matvec(self, u: Tensor) -> Tensor:
         """Return ``K u``: each row's cotangent against ``u x``."""
+        if self.whole is not None:
+            return self.times_whole(u)
         z = self.inputs @ u.to(self.dtype).mT
         return (self.cotangents * z).sum((-1, -2)).reshape(-1)
 
     def rmatvec(self, a: Tensor) -> Tensor:
         """Return ``K^T a``: one backward product with the combined cotangent."""
+        if self.whole is not None:
+            return self.whole_times(a)
         return self.pull(self.combine(a))
 
     def row_sum(self) -> Tensor:

@@ -170,9 +170,23 @@ class SlabFactor(MetricFactor):
 
     Attributes:
         unit: slabs of whole multiples of this many rows cost the least.
+        whole: all rows, ``(rank, *shape)``, kept from the Gram matrix where they were
+            formed at once; products with them are cheaper then.
     """
 
     unit: int = 1
+    whole: Tensor | None = None
+
+    def times_whole(self, u: Tensor) -> Tensor:
+        """Return ``K u`` from the rows that were kept."""
+        assert self.whole is not None
+        return self.whole.reshape(self.rank, -1) @ u.to(self.whole.dtype).reshape(-1)
+
+    def whole_times(self, a: Tensor) -> Tensor:
+        """Return ``K^T a`` from the rows that were kept."""
+        assert self.whole is not None
+        flat = a.to(self.whole.dtype) @ self.whole.reshape(self.rank, -1)
+        return flat.view(self.shape)
 
     @abstractmethod
     def slab(self, index: Slab) -> Tensor:
@@ -226,7 +240,7 @@ def slab_gram(factor: SlabFactor, space: TangentSpace, dtype: torch.dtype) -> Te
     Returns:
         ``(rank, rank)``, lower triangle valid.
     """
-    factor, space = factor.to(dtype), space.to(dtype)
+    origin, factor, space = factor, factor.to(dtype), space.to(dtype)
     if not acts_by_row(space):
         return _gram_of_whole_rows(factor, space)
     rank, out = factor.rank, space.point.shape[0]
@@ -237,6 +251,8 @@ def slab_gram(factor: SlabFactor, space: TangentSpace, dtype: torch.dtype) -> Te
         rows = factor.slab(index)
         images = rows if flat else restricted(space, index).sharp(rows)
         first = index.start == 0
+        if first and index.stop == out and dtype == origin.dtype:
+            origin.whole = rows
         add_lower(total, rows.flatten(1), images.flatten(1), first=first)
     return total.div_(space.mass.scalar) if flat and space.mass.scalar != 1.0 else total
 
