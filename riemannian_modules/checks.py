@@ -263,7 +263,7 @@ def disagreements(
         else:
             error = float((own - reference).norm())
         floor = 0.0 if own is None else 16.0 * float(costates[name].magnitude())
-        small = max(1e-2 * tolerance, 1e3 * rounding)
+        small = max(1e-2 * tolerance, min(1e4 * rounding, 1e-5))
         if error > tolerance * size + small * scale + rounding * floor:
             wrong[name] = (
                 f"the recorded uses give a gradient that differs from autograd's by "
