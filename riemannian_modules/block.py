@@ -173,6 +173,12 @@ class Block:
             G.addmm_(rows.mT, rows)
         return G
 
+    def all_coordinate_rows(self) -> Tensor | None:
+        """Return ``K C`` in float64 if it is small, else None."""
+        if self.rank * self.size > _CHUNK_ENTRIES:
+            return None
+        return torch.cat(list(self.coordinate_rows()))
+
     def coordinate_rows(self) -> Iterator[Tensor]:
         """Yield ``K C`` in float64, in chunks of rows that bound the memory."""
         step = max(1, _CHUNK_ENTRIES // self.size)

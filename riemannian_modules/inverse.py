@@ -84,12 +84,15 @@ class Inverse:
         self.form = woodbury.branch(block.rank, block.dim) if block.rank else "base"
         self._precision = precision
         self._trace = math.inf
+        self._rows: Tensor | None = None
 
     @cached_property
     def factor(self) -> woodbury.CholeskyFactor:
         """Cholesky factor of S (dual) or G (primal), made when first needed."""
         if self.form == "primal":
-            matrix = self.block.coordinate_gram()
+            rows = self.block.all_coordinate_rows()
+            self._rows = rows
+            matrix = self.block.coordinate_gram() if rows is None else rows.mT @ rows
             matrix.diagonal().add_(1.0)
         else:
             matrix = self._capacitance()
@@ -232,6 +235,8 @@ class Inverse:
     ) -> Solution:
         # A small block: all of it in float64, since G^-1 amplifies what rounding
         # leaves in K^T y by the inverse of the mass.
+        if self._rows is not None:
+            return self._from_rows(self._rows, y, e, solve, branch)
         wide = self.block.double()
         total = {p.name: torch.zeros_like(p.space.point) for p in wide.parts}
         if y is not None:
@@ -243,6 +248,27 @@ class Inverse:
         x = {p.name: p.space.root(z[p.name]) for p in wide.parts}
         narrow = {p.name: x[p.name].to(p.space.point) for p in self.block.parts}
         return Solution(narrow, wide.matvec(x), self.block, branch)
+
+    def _from_rows(
+        self,
+        rows: Tensor,
+        y: Tensor | None,
+        e: Vectors | None,
+        solve: Callable[[Tensor], Tensor],
+        branch: str,
+    ) -> Solution:
+        spaces = {p.name: p.space.to(torch.float64) for p in self.block.parts}
+        total = rows.new_zeros(rows.shape[1]) if y is None else rows.mT @ y.double()
+        if e is not None:
+            adjoint = {n: s.root_adjoint(e[n].double()) for n, s in spaces.items()}
+            total = total + self.block.stack(adjoint)
+        z = solve(total)
+        roots = self.block.unstack(z)
+        x = {
+            p.name: spaces[p.name].root(roots[p.name]).to(p.space.point)
+            for p in self.block.parts
+        }
+        return Solution(x, rows @ z, self.block, branch)
 
     def _retry(self, y: Tensor | None, e: Vectors | None) -> Solution:
         block = self.block
