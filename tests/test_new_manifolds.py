@@ -80,7 +80,10 @@ def draw(manifold: geoopt.Manifold, shape: Shape, **options: Any) -> Tensor:
 
 def tangent(manifold: geoopt.Manifold, x: Tensor) -> Tensor:
     u = torch.randn_like(x)
-    return manifold.proju(x, x * u if isinstance(manifold, manifolds.Positive) else u)
+    u = x * u if isinstance(manifold, manifolds.Positive) else u
+    # A nearly normal draw leaves little but rounding: stretch it and project again.
+    part = manifold.proju(x, u)
+    return manifold.proju(x, part * (u.norm() / part.norm()))
 
 
 def size(manifold: geoopt.Manifold, x: Tensor, u: Tensor) -> Tensor:

@@ -306,7 +306,7 @@ def test_the_burn_in_takes_short_steps(example, tree, monkeypatch) -> None:
 
 def test_runs_share_start_and_batches(example, tree) -> None:
     options = example.arguments([])
-    names = ["geoopt RiemannianSGD", "geoopt RiemannianAdam"]
+    names = ["layer metric", "geoopt RiemannianSGD", "geoopt RiemannianAdam"]
     one, two = (example.Run(n, {"lr": 1.0}, tree, 5, options) for n in names)
     assert torch.equal(one.model.points.weight, two.model.points.weight)
     one.advance()
@@ -323,7 +323,7 @@ def test_the_example_prints_and_draws(
     write(tmp_path)
     clock(monkeypatch, example)
     picture = tmp_path / "disk.png"
-    names = ["geoopt RiemannianSGD", "geoopt RiemannianAdam"]
+    names = ["layer metric", "geoopt RiemannianSGD", "geoopt RiemannianAdam"]
     argv = ["--folder", str(tmp_path), "--methods", *names, "--seconds", "0.2"]
     argv += ["--seeds", "2", "--plot", str(picture), *(["--tune"] if tune else [])]
     assert example.main(argv) == 0
