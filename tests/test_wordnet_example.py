@@ -306,7 +306,7 @@ def test_the_burn_in_takes_short_steps(example, tree, monkeypatch) -> None:
 
 def test_runs_share_start_and_batches(example, tree) -> None:
     options = example.arguments([])
-    names = ["layer metric", "geoopt RiemannianSGD", "geoopt RiemannianAdam"]
+    names = ["geoopt RiemannianSGD", "geoopt RiemannianAdam"]
     one, two = (example.Run(n, {"lr": 1.0}, tree, 5, options) for n in names)
     assert torch.equal(one.model.points.weight, two.model.points.weight)
     one.advance()
