@@ -13,7 +13,8 @@ from benchmarks.models import BATCH, INPUTS, THREADS, interleaved, network_step
 
 METHODS = ("adam", "sampled", "exact layer")
 
-# Ratios to Adam that a step must stay below.
+# Ratios to Adam that a step must stay below. They are not reached: docs/benchmarks.md
+# says by how much and why.
 BOUNDS = {
     "convnet": {"sampled": 1.7, "exact layer": 12.0},
     "transformer": {"sampled": 2.5},
