@@ -19,6 +19,7 @@ from riemannian_modules.factors import MetricFactor
 from riemannian_modules.layerwise import LayerwiseMetric
 from riemannian_modules.mass import MassLike
 from riemannian_modules.output import OutputMetric
+from riemannian_modules.tangent import TangentSpace
 from riemannian_modules.testing.metric_probe import relative_gap
 from riemannian_modules.testing.reference import dense_factor, dense_natural_gradient
 from riemannian_modules.testing.result import CheckResult
@@ -76,8 +77,10 @@ class _Case:
     def solved(self) -> float:
         blocks = self.linearised[0].blocks.values()
         spectra = [block.gram_spectrum() for block in blocks]
-        return self.exact + 50.0 * self.eps * max(
-            1.0 + (float(values[0]) if len(values) else 0.0) for values in spectra
+        spaces = [part.space for block in blocks for part in block.parts]
+        return self.exact + 50.0 * self.eps * (
+            max(1.0 + (float(values[0]) if len(values) else 0.0) for values in spectra)
+            + max(map(_base_condition, spaces))
         )
 
     def pulled_back(
@@ -92,6 +95,16 @@ class _Case:
     def draw(self, like: Tensor) -> Tensor:
         found = torch.randn(like.shape, dtype=torch.float64, generator=self.generator)
         return found.to(like)
+
+
+def _base_condition(space: TangentSpace) -> float:
+    """Return the condition number of the base metric, whose rounding it amplifies."""
+    p = space.point.numel()
+    eye = torch.eye(p, dtype=space.point.dtype).view(p, *space.point.shape)
+    images = space.riesz(eye.to(space.point)).reshape(p, p).double()
+    values = torch.linalg.eigvalsh(0.5 * (images + images.mT))
+    tangential = values[values > 1e-6 * values[-1]]
+    return float(tangential[-1] / tangential[0])
 
 
 def _factors(metric: LayerwiseMetric) -> dict[str, MetricFactor]:
