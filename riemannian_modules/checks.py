@@ -21,11 +21,13 @@ __all__ = [
     "autograd_gradient",
     "batch_norms",
     "disagreements",
+    "embeddings",
     "output_costates",
     "parameters_reached",
     "recorded_tape",
     "refuse_coupling",
     "refuse_direct_terms",
+    "refuse_scaled_gradients",
     "require_finite",
 ]
 
@@ -51,6 +53,29 @@ def refuse_coupling(layers: list[tuple[str, nn.Module]]) -> None:
                 f"{_label(path, module)} couples the examples of a batch in training "
                 "mode, so no factor per example exists; call "
                 f"model.get_submodule({path!r}).eval() or use LayerNorm"
+            )
+
+
+def embeddings(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the embedding layers of a model with their qualified names."""
+    kinds = (nn.Embedding, nn.EmbeddingBag)
+    return [(path, m) for path, m in model.named_modules() if isinstance(m, kinds)]
+
+
+def refuse_scaled_gradients(layers: list[tuple[str, nn.Module]]) -> None:
+    """Refuse embeddings whose gradient is not the derivative of the loss.
+
+    Args:
+        layers: the model's embeddings.
+
+    Raises:
+        LinearizationError: one divides its gradient by counts in the batch.
+    """
+    for path, module in layers:
+        if getattr(module, "scale_grad_by_freq", False):
+            raise LinearizationError(
+                f"{_label(path, module)} divides its gradient by counts in the batch, "
+                "so it is no gradient of the loss; use scale_grad_by_freq=False"
             )
 
 

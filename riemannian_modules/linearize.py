@@ -25,7 +25,7 @@ from riemannian_modules.heads import Rows
 from riemannian_modules.layout import Layout
 from riemannian_modules.reverse import reverse_pass
 from riemannian_modules.rules import GENERIC, Call
-from riemannian_modules.tape import Use
+from riemannian_modules.tape import Use, settings_of
 from riemannian_modules.watch import Job, Watch
 
 __all__ = [
@@ -192,6 +192,12 @@ def assemble(
             )
             if not (use.plain or job.entry is GENERIC):
                 reason = f"{use.label} ran another forward than that of its class"
+                raise UnexplainedError(job.names, reason)
+            if use.settings != settings_of(use.module):
+                reason = (
+                    f"{use.label} has other attributes now than when it was called; "
+                    "call metric.backward before they change"
+                )
                 raise UnexplainedError(job.names, reason)
             try:
                 factors = job.entry.rule(call)

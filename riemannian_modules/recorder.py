@@ -9,10 +9,12 @@ from torch import Tensor, nn
 from riemannian_modules.checks import (
     autograd_gradient,
     batch_norms,
+    embeddings,
     output_costates,
     recorded_tape,
     refuse_coupling,
     refuse_direct_terms,
+    refuse_scaled_gradients,
     require_finite,
 )
 from riemannian_modules.declared import DeclaredParameters
@@ -48,6 +50,7 @@ class Recorder:
     def __init__(self, model: nn.Module, parameters: DeclaredParameters) -> None:
         self._parameters = parameters
         self._batch_norms = batch_norms(model)
+        self._embeddings = embeddings(model)
         self.watch = Watch(model, parameters)
         self.graphs: dict[tuple[object, ...], Graph] = {}
         self._generation = 0
@@ -66,9 +69,11 @@ class Recorder:
         """Record the forward pass inside this scope.
 
         Raises:
-            LinearizationError: BatchNorm in training mode.
+            LinearizationError: BatchNorm in training mode, or an embedding that
+                scales its gradient.
         """
         refuse_coupling(self._batch_norms)
+        refuse_scaled_gradients(self._embeddings)
         self.watch.refresh()
         tape = Tape()
         handles = tape.watch(self.watch.modules(exploring=self._exploring))

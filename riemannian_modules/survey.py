@@ -69,6 +69,7 @@ _REMEMBERED = (
     "_saved_dim0",
     "_saved_dim1",
     "_saved_training",
+    "_saved_scale_grad_by_freq",
     "_saved_start",
     "_saved_step",
 )
@@ -121,7 +122,7 @@ def _walk(
             found.append(parameters.name_of(leaf) or "foreign")
             continue
         found.append(kind)
-        if kind.startswith(_ALONG) or kind.startswith(("Transpose", "Permute")):
+        if kind.startswith((*_ALONG, "Transpose", "Permute", "Embedding")):
             found += [getattr(node, name, None) for name in _REMEMBERED]
         moving = moving or _moves(node, kind, examples)
         waiting += [following for following, _ in node.next_functions]

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from riemannian_modules.errors import LinearizationError, NonFiniteError
 from riemannian_modules.finite import looks_finite
 
-__all__ = ["Tape", "Use", "map_tensors", "tensors_in"]
+__all__ = ["Tape", "Use", "map_tensors", "settings_of", "tensors_in"]
 
 
 def tensors_in(value: object) -> Iterator[Tensor]:
@@ -41,6 +41,15 @@ def map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
     return value
 
 
+_PLAIN = (bool, int, float, str, tuple, type(None))
+
+
+def settings_of(module: nn.Module) -> tuple[tuple[str, object], ...]:
+    """Return the plain attributes of a module, such as a stride or a padding."""
+    own = vars(module).items()
+    return tuple((name, value) for name, value in own if isinstance(value, _PLAIN))
+
+
 @dataclass(frozen=True, eq=False)
 class Use:
     """One call of a module.
@@ -61,6 +70,7 @@ class Use:
             autocast.
         origins: the nodes of the autograd graph that made the arguments.
         plain: whether it ran the ``forward`` of its class.
+        settings: its plain attributes, such as a stride, when it was called.
         values: its differentiable outputs, where they are to be compared later.
     """
 
@@ -75,6 +85,7 @@ class Use:
     dtype: torch.dtype
     origins: tuple[Node, ...]
     plain: bool
+    settings: tuple[tuple[str, object], ...]
     values: tuple[Tensor, ...]
 
     @property
@@ -154,6 +165,7 @@ class Tape:
                     outputs[0].dtype,
                     tuple(t.grad_fn for t in inputs if t.grad_fn is not None),
                     "forward" not in vars(module),
+                    settings_of(module),
                     tuple(t.detach().clone() for t in outputs) if keep else (),
                 )
             )

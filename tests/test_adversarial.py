@@ -739,21 +739,6 @@ class Sparse(MaxNorm):
         return Model.forward(self, self.table(x))
 
 
-@case(
-    "gradients scaled by frequency",
-    batch=lambda bad: torch.tensor([0, 1, 0, 1] if bad else [0, 1, 2, 3]),
-    hows=("backward",),
-)
-class Frequency(Model):
-    """Autograd's gradient is not the derivative where tokens repeat."""
-
-    def build(self) -> None:
-        self.table = nn.Embedding(6, 5, scale_grad_by_freq=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(self.table(x))
-
-
 # --- examples that interact or change places
 
 
@@ -1422,11 +1407,9 @@ def visit(
     return "right"
 
 
-EMBEDDING = "how the embedding's gradient is scaled is not in the graph"
 STRAY = "what a plain list holds cannot be replaced in a replay: refused, right or not"
 LATER = "a tensor hook that comes later leaves no trace in the graph"
 EFFECTS = "a forward that changes its own parameters changes them in the next passes"
-ATTRIBUTES = "a rule reads a layer's attributes at backward, not at the call"
 FOREIGN = "an error of torch comes through"
 
 # What the library does wrong: name of the case, reason, and the runs: order (good or
@@ -1437,11 +1420,6 @@ KNOWN = {
     "a parameter without a rule changed after its use": (EFFECTS, "BB BO BP"),
     "a reentrant checkpoint": (FOREIGN, "BB BO BP GB"),
     "a checkpoint with dropout": (FOREIGN, "GB"),
-    "attributes that change between two calls, at the input": (
-        ATTRIBUTES,
-        "BB BO BP GB",
-    ),
-    "gradients scaled by frequency": (EMBEDDING, "BB GB"),
 }
 
 
@@ -1549,6 +1527,51 @@ def test_a_parameter_frozen_between_passes() -> None:
     assert values(model) == start
     model.first.weight.requires_grad_(True)
     assert visit(metric, optimizer, case, False, "backward") == "right"
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_gradients_scaled_by_frequency(kind: type[nn.Module]) -> None:
+    """Autograd's gradient is not the derivative where tokens repeat."""
+    model = nn.Sequential(kind(6, 5, scale_grad_by_freq=True), nn.Linear(5, 3))
+    metric, optimizer = instruments(model)
+    before, start = untouched(metric, optimizer), values(model)
+    tokens = torch.tensor([[0, 1], [0, 1]] if kind is nn.EmbeddingBag else [0, 1, 2])
+    with (
+        pytest.raises(errors.LinearizationError, match=r"'0'.*freq=False"),
+        metric.record(),
+    ):
+        model(tokens)
+    assert untouched(metric, optimizer) == before
+    assert values(model) == start
+    model[0].scale_grad_by_freq = False
+    with metric.record():
+        outputs = model(tokens)
+    metric.backward(loss_of(outputs), outputs)
+
+
+def test_frequency_in_a_function_is_seen_in_the_graph() -> None:
+    class Table(nn.Module):
+        scaled = False
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(6, 5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.embedding(
+                x, self.weight, scale_grad_by_freq=self.scaled
+            )
+
+    model = Table()
+    metric, _ = instruments(model)
+    with metric.record():
+        outputs = model(torch.tensor([0, 1, 0]))
+    metric.backward(loss_of(outputs), outputs)
+    model.scaled = True
+    with metric.record():
+        outputs = model(torch.tensor([0, 1, 0]))
+    with pytest.raises(errors.LinearizationError, match="'weight'"):
+        metric.backward(loss_of(outputs), outputs)
 
 
 def test_a_head_without_a_gradient() -> None:

@@ -113,12 +113,13 @@ def solution_laws(probe: MetricProbe) -> Iterator[CheckResult]:
     left = float((y - probe.image(probe.push(y))).norm())
     root = math.sqrt(probe.amp - 1.0)
     # A residual is split into K x and what is left: both are accurate relative to it.
+    # x = sharp K^T left is as accurate as K^T left, and loses the normal part of that.
     cases = {
         "covector": (metric.solve(covector=e), probe.sharp(e), 0.0, 0.0, probe.solved),
         "residual": (
             metric.solve(residual=z),
             probe.push(y),
-            root * left,
+            math.sqrt(probe.spread) * left,
             float(y.norm()),
             probe.pushed,
         ),
