@@ -8,12 +8,7 @@ import torch
 from torch import Tensor
 
 from riemannian_modules.errors import ShapeError
-from riemannian_modules.factors import (
-    MetricFactor,
-    block_gram,
-    block_image,
-    block_rmatvec,
-)
+from riemannian_modules.factors import BlockFactor, MetricFactor
 from riemannian_modules.tangent import TangentSpace
 
 __all__ = ["Block", "Part", "Vectors"]
@@ -47,7 +42,8 @@ class Block:
     def __init__(
         self, parts: Sequence[Part], name: str, precision: torch.dtype
     ) -> None:
-        ranks = {part.factor.rank for part in parts if part.factor is not None}
+        pairs = [(p.factor, p.space) for p in parts if p.factor is not None]
+        ranks = {factor.rank for factor, _ in pairs}
         if not parts or len(ranks) > 1:
             raise ShapeError(
                 f"block '{name}': needs at least one parameter and factors of one "
@@ -64,15 +60,13 @@ class Block:
         self.name = name
         self.precision = precision
         self.rank = ranks.pop() if ranks else 0
+        self._factor = BlockFactor(pairs)
+        self._names = [part.name for part in parts if part.factor is not None]
 
     @cached_property
     def dim(self) -> int:
         """Dimension of the product manifold."""
         return sum(part.space.dim for part in self.parts)
-
-    @property
-    def _pairs(self) -> list[tuple[MetricFactor, TangentSpace]]:
-        return [(p.factor, p.space) for p in self.parts if p.factor is not None]
 
     @property
     def size(self) -> int:
@@ -121,9 +115,9 @@ class Block:
         """
         if source is None:
             return self.matvec(self.sharp(e))
-        own = [p for p in self.parts if p.factor is not None]
-        return block_image(
-            self._pairs, [e[p.name] for p in own], [source[p.name] for p in own]
+        names = self._names
+        return self._factor.image(
+            [e[name] for name in names], [source[name] for name in names]
         )
 
     def _sum(self, images: Iterator[Tensor]) -> Tensor:
@@ -136,8 +130,7 @@ class Block:
 
     def rmatvec(self, a: Tensor) -> dict[str, Tensor]:
         """Return the covectors ``K^T a``."""
-        factors = {p.name: p.factor for p in self.parts if p.factor is not None}
-        covectors = block_rmatvec(factors, a)
+        covectors = dict(zip(self._names, self._factor.rmatvec(a), strict=True))
         for part in self.parts:
             if part.factor is None:
                 covectors[part.name] = torch.zeros_like(part.space.point)
@@ -147,9 +140,36 @@ class Block:
         """Return the Riesz map of the massed base metric."""
         return {part.name: part.space.sharp(e[part.name]) for part in self.parts}
 
-    def sharp_(self, e: Vectors) -> dict[str, Tensor]:
-        """Return :meth:`sharp` of covectors that may be overwritten."""
-        return {part.name: part.space.sharp_(e[part.name]) for part in self.parts}
+    def direction(
+        self,
+        a: Tensor,
+        e: Vectors | None = None,
+        source: Mapping[str, MetricFactor] | None = None,
+    ) -> dict[str, Tensor]:
+        """Return ``sharp (e - K^T a)``, or ``sharp K^T a`` without covectors e.
+
+        Args:
+            a: ``(rank,)``.
+            e: covectors.
+            source: factors whose row sums are these covectors, if known.
+
+        Returns:
+            Tangent vectors, fresh tensors.
+        """
+        names = self._names
+        own = None if e is None else [e[name] for name in names]
+        sums = None if source is None else [source[name] for name in names]
+        vectors = self._factor.direction(a, own, sums)
+        found = dict(zip(names, vectors, strict=True))
+        for part in self.parts:
+            if part.factor is None:
+                point = part.space.point
+                found[part.name] = (
+                    torch.zeros_like(point)
+                    if e is None
+                    else part.space.sharp(e[part.name])
+                )
+        return found
 
     def pair(self, e: Vectors, u: Vectors) -> Tensor:
         """Return ``e(u)``, a scalar."""
@@ -164,7 +184,7 @@ class Block:
 
     def gram(self, dtype: torch.dtype) -> Tensor:
         """Return ``K sharp K^T``, ``(rank, rank)``, lower triangle valid."""
-        return block_gram(self._pairs, dtype)
+        return self._factor.gram(dtype)
 
     def coordinate_gram(self) -> Tensor:
         """Return ``(K C)^T (K C)``, ``(size, size)``, in float64."""

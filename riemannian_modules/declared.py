@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Literal
 
 import geoopt
@@ -31,7 +30,7 @@ from riemannian_modules.manifolds.declaring import (
 )
 from riemannian_modules.manifolds.metric_manifold import follow, has_tensors
 from riemannian_modules.manifolds.riesz import require_own_formulas
-from riemannian_modules.mass import Mass, MassLike, as_mass
+from riemannian_modules.mass import Mass, MassLike, as_masses
 from riemannian_modules.metric import LayerMetric, Part
 from riemannian_modules.tangent import TangentSpace
 
@@ -75,11 +74,13 @@ class Declared:
     @property
     def current(self) -> Tensor | None:
         """The tensor that the model holds under this name now."""
-        path, _, attribute = self.name.rpartition(".")
-        try:
-            owner = self.model.get_submodule(path)
-        except AttributeError:
-            return None
+        owner = self.model
+        *path, attribute = self.name.split(".")
+        for child in path:
+            below = owner._modules.get(child)
+            if below is None:
+                return None
+            owner = below
         return owner._parameters.get(attribute)
 
     def space(self) -> TangentSpace:
@@ -112,7 +113,7 @@ class DeclaredParameters:
         if not named:
             raise MassError("the model has no trainable parameters to give a metric to")
         _require_own_memory(named)
-        masses = _masses(mass, {name: tuple(p.shape) for name, p in named.items()})
+        masses = as_masses(mass, {name: tuple(p.shape) for name, p in named.items()})
         self._by_name = {}
         for name, tensor in named.items():
             view = getattr(tensor, "manifold", _EUCLIDEAN)
@@ -174,7 +175,7 @@ class DeclaredParameters:
             MassError: a mass is invalid; all stay as they were.
         """
         shapes = {name: tuple(d.tensor.shape) for name, d in self._by_name.items()}
-        masses = _masses(mass, shapes)
+        masses = as_masses(mass, shapes)
         for declared in self:
             name = declared.name
             TangentSpace(declared.manifold, declared.tensor, masses[name], name)
@@ -240,8 +241,8 @@ class DeclaredParameters:
             if now._version != declared.verified:
                 _check_value(declared, now.dtype if seen is None else seen.dtype)
                 declared.verified = now._version
-        for tensor in self._model.parameters():
-            if tensor.requires_grad and id(tensor) not in self._names:
+        for tensor in _tensors_of(self._model):
+            if id(tensor) not in self._names and tensor.requires_grad:
                 raise LinearizationError(
                     f"a trainable parameter of shape {tuple(tensor.shape)} is new to "
                     "the metric; build the metric and the optimizer anew after adding, "
@@ -276,6 +277,18 @@ def _require_own_memory(named: Mapping[str, Tensor]) -> None:
                 "does that to a shared parameter; give both modules the same object "
                 "again (a.weight = b.weight), or the second one a clone"
             )
+
+
+def _tensors_of(model: nn.Module) -> Iterator[Tensor]:
+    # As model.parameters(), without its names, which take most of its time.
+    seen, waiting = {model}, [model]
+    while waiting:
+        module = waiting.pop()
+        yield from (t for t in module._parameters.values() if t is not None)
+        for child in module._modules.values():
+            if child is not None and child not in seen:
+                seen.add(child)
+                waiting.append(child)
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:
@@ -313,28 +326,3 @@ def _check_value(declared: Declared, precision: torch.dtype) -> None:
             f"manifold {declared.manifold.name}: {reason}. Put it back with "
             "riemannian_modules.project_(model)"
         )
-
-
-def _masses(
-    mass: MassLike | Mapping[str, MassLike], shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, Mass]:
-    if not isinstance(mass, Mapping):
-        return {name: as_mass(mass, shape, name) for name, shape in shapes.items()}
-    unused = [key for key in mass if not any(fnmatchcase(n, key) for n in shapes)]
-    keys = {
-        name: name
-        if name in mass
-        else next((key for key in mass if fnmatchcase(name, key)), None)
-        for name in shapes
-    }
-    missing = [name for name, key in keys.items() if key is None]
-    if unused or missing:
-        raise MassError(
-            f"masses by name: no parameter matches {unused}, no mass for {missing}; "
-            f"use names of {sorted(shapes)} or patterns such as '*.bias' as keys"
-        )
-    return {
-        name: as_mass(mass[key], shapes[name], name)
-        for name, key in keys.items()
-        if key is not None
-    }

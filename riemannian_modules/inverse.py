@@ -20,6 +20,7 @@ from riemannian_modules import woodbury
 from riemannian_modules.block import Block, Vectors
 from riemannian_modules.errors import NotPositiveDefiniteError
 from riemannian_modules.factors import MetricFactor
+from riemannian_modules.finite import looks_finite
 
 __all__ = ["Inverse", "Solution"]
 
@@ -46,6 +47,10 @@ class Solution:
     velocity: Tensor
     base: Block
     branch: str
+
+    def looks_finite(self) -> bool:
+        """Return False if a number on the CPU is not finite."""
+        return all(map(looks_finite, (*self.vectors.values(), self.velocity)))
 
     def total(self) -> Tensor:
         """Return the sum of all entries, which is finite only if they are."""
@@ -96,7 +101,7 @@ class Inverse:
             matrix.diagonal().add_(1.0)
         else:
             matrix = self._capacitance()
-        return woodbury.cholesky(matrix)
+        return woodbury.cholesky(matrix, overwrite=True)
 
     def _capacitance(self) -> Tensor:
         wide = self._precision or self.block.precision
@@ -198,7 +203,7 @@ class Inverse:
 
     def _pushing(self, y: Tensor) -> Solution:
         a = self._solve(y)
-        x = self.block.sharp_(self.block.rmatvec(a))
+        x = self.block.direction(a)
         return Solution(x, y - a, self.block, "push-through")
 
     def _solve(self, rhs: Tensor) -> Tensor:
@@ -219,12 +224,8 @@ class Inverse:
         return Solution(x, c, self.block, "woodbury")
 
     def _woodbury(self, e: Vectors, source: Source) -> tuple[dict[str, Tensor], Tensor]:
-        block = self.block
-        c = self._solve(block.image(e, source))
-        lowered = block.rmatvec(c)
-        for name, low in lowered.items():
-            torch.sub(e[name], low, out=low)
-        return block.sharp_(lowered), c
+        c = self._solve(self.block.image(e, source))
+        return self.block.direction(c, e, source), c
 
     def _coordinates(
         self,

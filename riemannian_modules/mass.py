@@ -1,15 +1,16 @@
 """The mass: how much every coordinate weighs before any output is looked at."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor
 
 from riemannian_modules.errors import MassError
 
-__all__ = ["Mass", "MassLike", "as_mass"]
+__all__ = ["Mass", "MassLike", "as_mass", "as_masses"]
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,43 @@ def as_mass(value: MassLike, shape: Sequence[int], name: str) -> Mass:
             "factor of low rank the metric is singular without it (try 1e-3)"
         )
     return Mass(scalar=number)
+
+
+def as_masses(
+    mass: MassLike | Mapping[str, MassLike], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Mass]:
+    """Validate the masses of several parameters.
+
+    Args:
+        mass: one for all, or by name or pattern (see :class:`LayerwiseMetric`).
+        shapes: shape of each parameter by name.
+
+    Returns:
+        Masses by name.
+
+    Raises:
+        MassError: a mass is invalid, or a mapping misses or misspells a name.
+    """
+    if not isinstance(mass, Mapping):
+        return {name: as_mass(mass, shape, name) for name, shape in shapes.items()}
+    unused = [key for key in mass if not any(fnmatchcase(n, key) for n in shapes)]
+    keys = {
+        name: name
+        if name in mass
+        else next((key for key in mass if fnmatchcase(name, key)), None)
+        for name in shapes
+    }
+    missing = [name for name, key in keys.items() if key is None]
+    if unused or missing:
+        raise MassError(
+            f"masses by name: no parameter matches {unused}, no mass for {missing}; "
+            f"use names of {sorted(shapes)} or patterns such as '*.bias' as keys"
+        )
+    return {
+        name: as_mass(mass[key], shapes[name], name)
+        for name, key in keys.items()
+        if key is not None
+    }
 
 
 def _checked(mass: Mass, shape: tuple[int, ...], name: str) -> Mass:

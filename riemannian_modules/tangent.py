@@ -69,11 +69,18 @@ class TangentSpace:
         """Return the tangent vector that represents the covector ``e``."""
         return self.mass.divide(self.riesz(e))
 
+    @property
+    def divisor(self) -> float | None:
+        """The mass where :meth:`sharp` is a division by it, else None."""
+        flat = self.mass.is_scalar and isinstance(self.manifold, geoopt.Euclidean)
+        return self.mass.scalar if flat else None
+
     def sharp_(self, e: Tensor) -> Tensor:
         """Return :meth:`sharp` of a covector that may be overwritten."""
-        if self.mass.is_scalar and isinstance(self.manifold, geoopt.Euclidean):
-            return e if self.mass.scalar == 1.0 else e.div_(self.mass.scalar)
-        return self.sharp(e)
+        mass = self.divisor
+        if mass is None:
+            return self.sharp(e)
+        return e if mass == 1.0 else e.div_(mass)
 
     def riesz(self, e: Tensor) -> Tensor:
         """Return :meth:`sharp` for mass 1."""
@@ -111,6 +118,8 @@ class TangentSpace:
     @cached_property
     def dim(self) -> int:
         """Dimension of the manifold."""
+        if type(self.manifold) is geoopt.Euclidean:
+            return self.point.numel()
         return int(dimension(self.manifold, self.point))
 
     def basis(self) -> Tensor:

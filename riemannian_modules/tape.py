@@ -1,8 +1,8 @@
 """What a recorded forward pass remembers: every use of every watched module."""
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -42,15 +42,20 @@ def map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
 
 
 _PLAIN = (bool, int, float, str, tuple, type(None))
+_CONTAINERS = (dict, OrderedDict, set)
 
 
-def settings_of(module: nn.Module) -> tuple[tuple[str, object], ...]:
+def settings_of(module: nn.Module) -> list[tuple[str, object]]:
     """Return the plain attributes of a module, such as a stride or a padding."""
-    own = vars(module).items()
-    return tuple((name, value) for name, value in own if isinstance(value, _PLAIN))
+    return [
+        item
+        for item in vars(module).items()
+        # Most are the containers that every module has: told apart the fast way.
+        if type(item[1]) not in _CONTAINERS and isinstance(item[1], _PLAIN)
+    ]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Use:
     """One call of a module.
 
@@ -62,6 +67,7 @@ class Use:
         module: the module.
         args: positional arguments, tensors detached.
         kwargs: keyword arguments, tensors detached.
+        inputs: the tensors among these.
         edges: where its differentiable outputs enter the autograd graph.
         places: which of its outputs' tensors these are.
         shapes: their shapes.
@@ -78,25 +84,21 @@ class Use:
     module: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    inputs: list[Tensor]
     edges: tuple[GradientEdge, ...]
     places: tuple[int, ...]
     shapes: tuple[torch.Size, ...]
-    versions: tuple[int, ...]
+    versions: list[int]
     dtype: torch.dtype
     origins: tuple[Node, ...]
     plain: bool
-    settings: tuple[tuple[str, object], ...]
+    settings: list[tuple[str, object]]
     values: tuple[Tensor, ...]
 
     @property
     def label(self) -> str:
         """The module in words for an error."""
         return f"layer '{self.name}'" if self.name else "the model"
-
-    @cached_property
-    def inputs(self) -> list[Tensor]:
-        """The tensors among its arguments."""
-        return list(tensors_in((self.args, self.kwargs)))
 
     def pattern(self, examples: int) -> tuple[object, ...]:
         """Return what is equal in passes in which the examples lie alike."""
@@ -151,22 +153,26 @@ class Tape:
             # A copy of the module, made meanwhile, has a copy of this hook.
             if module is not watched or not outputs or _without_graph(outputs[0]):
                 return
-            inputs = list(tensors_in((args, kwargs) if kwargs else args))
+            given = [*tensors_in(args), *tensors_in(kwargs)]
+            inputs = [t.detach() for t in given]
+            pieces = iter(inputs)
+            origins = [t.grad_fn for t in given]
             self.uses.append(
                 Use(
                     name,
                     module,
-                    map_tensors(args, Tensor.detach),
-                    map_tensors(kwargs, Tensor.detach) if kwargs else kwargs,
-                    tuple(map(get_gradient_edge, outputs)),
-                    tuple(i for i, t in enumerate(every) if t.requires_grad),
-                    tuple(t.shape for t in outputs),
-                    tuple(t._version for t in inputs),
+                    map_tensors(args, lambda _: next(pieces)),
+                    map_tensors(kwargs, lambda _: next(pieces)),
+                    inputs,
+                    tuple([get_gradient_edge(t) for t in outputs]),
+                    tuple([i for i, t in enumerate(every) if t.requires_grad]),
+                    tuple([t.shape for t in outputs]),
+                    [t._version for t in inputs],
                     outputs[0].dtype,
-                    tuple(t.grad_fn for t in inputs if t.grad_fn is not None),
+                    tuple([node for node in origins if node is not None]),
                     "forward" not in vars(module),
                     settings_of(module),
-                    tuple(t.detach().clone() for t in outputs) if keep else (),
+                    tuple([t.detach().clone() for t in outputs]) if keep else (),
                 )
             )
 
@@ -184,7 +190,7 @@ class Tape:
             LinearizationError: one was changed in place; names the layer.
         """
         for use in self.uses:
-            if tuple(t._version for t in use.inputs) != use.versions:
+            if [t._version for t in use.inputs] != use.versions:
                 raise LinearizationError(
                     f"the input of {use.label} was changed in place after the layer "
                     "had used it, so its factor is lost; use the out-of-place operation"

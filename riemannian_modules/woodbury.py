@@ -34,54 +34,56 @@ __all__ = [
     "woodbury",
 ]
 
-_SMALL = 512
-
 
 @dataclass(frozen=True)
 class CholeskyFactor:
     """A lower Cholesky factor with what is known about how it went.
 
     Attributes:
-        triangle: ``(m, m)`` triangular factor.
+        lower: ``(m, m)`` triangular factor.
         info: integer tensor, 0 if the matrix was positive definite, else the
             order of the leading minor that was not. Never read on the host here.
-        upper: whether the factor is the upper triangle, the transpose of the lower.
     """
 
-    triangle: Tensor
+    lower: Tensor
     info: Tensor
-    upper: bool = False
-
-    @property
-    def lower(self) -> Tensor:
-        """The lower triangular factor."""
-        return self.triangle.mT if self.upper else self.triangle
 
     def solve(self, rhs: Tensor) -> Tensor:
         """Solve for one right-hand side of shape ``(m,)``. Cost O(m^2)."""
-        columns = rhs.unsqueeze(-1)
-        return torch.cholesky_solve(columns, self.triangle, self.upper).squeeze(-1)
+        # Not cholesky_solve, which copies the factor.
+        half = torch.linalg.solve_triangular(self.lower, rhs.unsqueeze(-1), upper=False)
+        whole = torch.linalg.solve_triangular(self.lower.mT, half, upper=True)
+        return whole.squeeze(-1)
 
     def logdet(self) -> Tensor:
         """Return the log-determinant of the factorised matrix. Cost O(m)."""
-        return 2.0 * self.triangle.diagonal().log().sum()
+        return 2.0 * self.lower.diagonal().log().sum()
 
 
-def cholesky(matrix: Tensor) -> CholeskyFactor:
+def cholesky(matrix: Tensor, *, overwrite: bool = False) -> CholeskyFactor:
     """Factorise a symmetric matrix of which only the lower triangle is read.
 
     There is no jitter: whether it worked is in ``info``. Cost O(m^3 / 3).
+
+    Args:
+        matrix: ``(m, m)``.
+        overwrite: whether the factor may take the memory of the matrix.
+
+    Returns:
+        The factor.
 
     >>> cholesky(torch.tensor([[4.0, 7.0], [2.0, 2.0]])).lower
     tensor([[2., 0.],
             [1., 1.]])
     """
-    if matrix.shape[-1] > _SMALL:
-        return CholeskyFactor(*torch.linalg.cholesky_ex(matrix))
-    # The same factorisation, read by columns: a third faster for small matrices on
-    # the CPU, a sixth slower for large ones.
-    upper, info = torch.linalg.cholesky_ex(matrix.mT, upper=True)
-    return CholeskyFactor(upper, info, upper=True)
+    # LAPACK reads columns, to which rows are those of the transpose: without a copy.
+    columns = matrix.mT
+    if not overwrite:
+        upper, info = torch.linalg.cholesky_ex(columns, upper=True)
+        return CholeskyFactor(upper.mT, info)
+    info = torch.empty((), dtype=torch.int32, device=matrix.device)
+    torch.linalg.cholesky_ex(columns, upper=True, out=(columns, info))
+    return CholeskyFactor(columns.mT, info)
 
 
 def branch(rank: int, dim: int) -> str:

@@ -177,7 +177,7 @@ def test_the_bias_travels_with_its_weight(
     flat = TangentSpace(geoopt.Euclidean(), torch.randn(bias.shape), Mass(scalar=0.5))
     pairs = [(weight, space), (bias, flat)]
     wanted = dense_gram(space, weight.rows(0, 6)) + dense_gram(flat, bias.rows(0, 6))
-    found = lower(fs.block_gram(pairs, torch.float64))
+    found = lower(fs.BlockFactor(pairs).gram(torch.float64))
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
 

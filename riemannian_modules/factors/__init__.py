@@ -1,7 +1,7 @@
 """Factors K of the layer metric: the interface and its structured kinds."""
 
 from riemannian_modules.factors.base import MetricFactor
-from riemannian_modules.factors.block import block_gram, block_image, block_rmatvec
+from riemannian_modules.factors.block import BlockFactor
 from riemannian_modules.factors.convolution import Convolution, ConvolutionFactor
 from riemannian_modules.factors.dense import DenseFactor
 from riemannian_modules.factors.embedding import EmbeddingFactor
@@ -11,6 +11,7 @@ from riemannian_modules.factors.sums import SumFactor, joined
 
 __all__ = [
     "BiasFactor",
+    "BlockFactor",
     "Convolution",
     "ConvolutionFactor",
     "DenseFactor",
@@ -19,9 +20,6 @@ __all__ = [
     "MetricFactor",
     "SlabFactor",
     "SumFactor",
-    "block_gram",
-    "block_image",
-    "block_rmatvec",
     "coupled_dims",
     "joined",
 ]

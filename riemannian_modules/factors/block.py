@@ -4,7 +4,8 @@ A bias whose cotangents are those of a weight in the block costs next to nothing
 Gram matrix ``L L^T`` is the weight's with ``X X^T`` replaced by ones.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -14,125 +15,187 @@ from riemannian_modules.factors.linear import BiasFactor, LinearFactor
 from riemannian_modules.factors.linear_gram import absorbs_bias
 from riemannian_modules.tangent import TangentSpace
 
-__all__ = ["block_gram", "block_image", "block_rmatvec"]
+__all__ = ["BlockFactor"]
 
 Pair = tuple[MetricFactor, TangentSpace]
+Combining = LinearFactor | BiasFactor
 
 
-def block_gram(pairs: Sequence[Pair], dtype: torch.dtype) -> Tensor:
-    """Return ``sum_b K_b sharp_b K_b^T``, shape ``(rank, rank)``, lower triangle valid.
-
-    Args:
-        pairs: factor and tangent space of each tensor, at least one.
-        dtype: data type in which the matrix is formed and summed.
-
-    Returns:
-        A fresh matrix. Cost: that of the factors' own Gram matrices.
-
-    Raises:
-        ValueError: no pairs.
-    """
-    if not pairs:
-        raise ValueError("a block needs at least one factor")
-    absorbed = _absorbed_biases(pairs)
-    total: Tensor | None = None
-    for index, (factor, space) in enumerate(pairs):
-        if index in absorbed.values():
-            continue
-        if isinstance(factor, LinearFactor) and index in absorbed:
-            bias_mass = pairs[absorbed[index]][1].mass.scalar
-            gram = factor.gram(space, dtype, bias=1.0 / bias_mass)
-        else:
-            gram = factor.gram(space, dtype)
-        total = gram if total is None else total.add_(gram)
-    assert total is not None
-    return total
-
-
-def block_image(
-    pairs: Sequence[Pair], e: Sequence[Tensor], source: Sequence[MetricFactor]
-) -> Tensor:
-    """Return ``sum_b K_b sharp_b e_b``, shape ``(rank,)``.
+class BlockFactor:
+    """K of a block: the factors of its tensors, side by side.
 
     Args:
-        pairs: factor and tangent space of each tensor, at least one.
-        e: a covector for each tensor.
-        source: factors whose rows add up to these covectors.
+        pairs: factor and tangent space of each tensor.
 
-    Returns:
-        The image.
+    >>> import geoopt
+    >>> space = TangentSpace(geoopt.Euclidean(), torch.zeros(4))
+    >>> pair = BiasFactor(torch.ones(1, 2, 1, 4)), space
+    >>> BlockFactor([pair]).gram(torch.float32)
+    tensor([[4., 4.],
+            [4., 4.]])
     """
-    absorbed = {
-        weight: bias
-        for weight, bias in _absorbed_biases(pairs).items()
-        if _share_an_image(*pairs[weight], source[weight], source[bias])
-    }
-    total: Tensor | None = None
-    for index, (factor, space) in enumerate(pairs):
-        if index in absorbed.values():
-            continue
-        if isinstance(factor, LinearFactor) and index in absorbed:
-            bias = 1.0 / pairs[absorbed[index]][1].mass.scalar
-            image = factor.image(space, e[index], source[index], bias)
-        else:
-            image = factor.image(space, e[index], source[index])
-        total = image if total is None else total + image
-    assert total is not None
-    return total
 
+    def __init__(self, pairs: Sequence[Pair]) -> None:
+        self.pairs = pairs
+        # {index of a weight: index of the bias that it takes along}
+        self._biases: dict[int, int] = {}
+        for index, (factor, space) in enumerate(pairs):
+            if isinstance(factor, BiasFactor) and space.mass.is_scalar:
+                weight = self._weight_of(factor)
+                if weight is not None:
+                    self._biases[weight] = index
+        self._absorbed = set(self._biases.values())
 
-def block_rmatvec(factors: Mapping[str, MetricFactor], a: Tensor) -> dict[str, Tensor]:
-    """Return ``{name: K^T a}`` for the factors of a block.
-
-    Args:
-        factors: factors by parameter name.
-        a: ``(rank,)``.
-
-    Returns:
-        The covectors.
-    """
-    covectors: dict[str, Tensor] = {}
-    combined: list[tuple[MetricFactor, Tensor]] = []
-    for name, factor in factors.items():
-        if isinstance(factor, LinearFactor) and factor.whole is None:
-            combined.append((factor, factor.combine(a)))
-            covectors[name] = factor.pull(combined[-1][1])
-        elif isinstance(factor, BiasFactor):
-            known = (c for weight, c in combined if factor.belongs_to(weight))
-            covector = next(known, None)
-            covector = factor.combine(a) if covector is None else covector
-            covectors[name] = covector.sum((0, 1))
-        else:
-            covectors[name] = factor.rmatvec(a)
-    return covectors
-
-
-def _share_an_image(
-    weight: MetricFactor,
-    space: TangentSpace,
-    source: MetricFactor,
-    bias_source: MetricFactor,
-) -> bool:
-    return (
-        isinstance(weight, LinearFactor)
-        and isinstance(bias_source, BiasFactor)
-        and bias_source.belongs_to(source)
-        and weight.maps_by_kernel(space, source)
-    )
-
-
-def _absorbed_biases(pairs: Sequence[Pair]) -> dict[int, int]:
-    """Return {index of a weight: index of the bias that it takes along}."""
-    absorbed: dict[int, int] = {}
-    for index, (bias, space) in enumerate(pairs):
-        if not isinstance(bias, BiasFactor) or not space.mass.is_scalar:
-            continue
-        for other, (weight, its) in enumerate(pairs):
+    def _weight_of(self, bias: BiasFactor) -> int | None:
+        for index, (weight, space) in enumerate(self.pairs):
             if (
-                other not in absorbed
+                index not in self._biases
                 and bias.belongs_to(weight)
-                and absorbs_bias(its.manifold, its.mass)
+                and absorbs_bias(space.manifold, space.mass)
             ):
-                absorbed[other] = index
-                break
-    return absorbed
+                return index
+        return None
+
+    def _bias_weight(self, index: int) -> float:
+        """Return what the bias of a weight adds to ``X X^T``; 0 without one."""
+        if index not in self._biases:
+            return 0.0
+        return 1.0 / self.pairs[self._biases[index]][1].mass.scalar
+
+    def gram(self, dtype: torch.dtype) -> Tensor:
+        """Return ``sum_b K_b sharp_b K_b^T``, ``(rank, rank)``, lower triangle valid.
+
+        Args:
+            dtype: data type in which the matrix is formed and summed.
+
+        Returns:
+            A fresh matrix. Cost: that of the factors' own Gram matrices.
+
+        Raises:
+            ValueError: no factors.
+        """
+        if not self.pairs:
+            raise ValueError("a block needs at least one factor")
+        total: Tensor | None = None
+        for index, (factor, space) in enumerate(self.pairs):
+            if index in self._absorbed:
+                continue
+            if isinstance(factor, LinearFactor):
+                bias = self._bias_weight(index)
+                total = factor.gram(space, dtype, bias=bias, onto=total)
+            else:
+                gram = factor.gram(space, dtype)
+                total = gram if total is None else total.add_(gram)
+        assert total is not None
+        return total
+
+    def image(self, e: Sequence[Tensor], source: Sequence[MetricFactor]) -> Tensor:
+        """Return ``sum_b K_b sharp_b e_b``, ``(rank,)``.
+
+        Args:
+            e: a covector for each tensor.
+            source: factors whose rows add up to these covectors.
+
+        Returns:
+            The image.
+        """
+        shared = {w: b for w, b in self._biases.items() if self._shares(w, b, source)}
+        absorbed = set(shared.values())
+        total: Tensor | None = None
+        for index, (factor, space) in enumerate(self.pairs):
+            if index in absorbed:
+                continue
+            if isinstance(factor, LinearFactor) and index in shared:
+                bias = self._bias_weight(index)
+                image = factor.image(space, e[index], source[index], bias)
+            else:
+                image = factor.image(space, e[index], source[index])
+            total = image if total is None else total + image
+        assert total is not None
+        return total
+
+    def _shares(self, weight: int, bias: int, source: Sequence[MetricFactor]) -> bool:
+        """Whether the images of a weight and its bias are found at once."""
+        (factor, space), own = self.pairs[weight], source[bias]
+        return (
+            isinstance(factor, LinearFactor)
+            and isinstance(own, BiasFactor)
+            and own.belongs_to(source[weight])
+            and factor.maps_by_kernel(space, source[weight], self._bias_weight(weight))
+        )
+
+    def rmatvec(self, a: Tensor) -> list[Tensor]:
+        """Return ``K_b^T a`` for each tensor, ``a`` of shape ``(rank,)``."""
+        combined = _Combined(a)
+        return [combined.covector(factor) for factor, _ in self.pairs]
+
+    def direction(
+        self,
+        a: Tensor,
+        e: Sequence[Tensor] | None = None,
+        source: Sequence[MetricFactor] | None = None,
+    ) -> list[Tensor]:
+        """Return ``sharp_b (e_b - K_b^T a)`` for each tensor.
+
+        Args:
+            a: ``(rank,)``.
+            e: a covector for each tensor; None: the result is ``sharp_b K_b^T a``.
+            source: factors whose rows add up to these covectors. With them the
+                difference is taken at the outputs of linear layers, where it is small.
+
+        Returns:
+            Tangent vectors, fresh tensors.
+        """
+        combined = _Combined(a)
+        found = []
+        for index, (factor, space) in enumerate(self.pairs):
+            own = None if source is None else source[index]
+            if (e is None or own is not None) and _combines(factor, own):
+                cotangent = combined.at_outputs(factor, own)
+                found.append(factor.lift(space, cotangent))
+                continue
+            covector = combined.covector(factor)
+            if e is not None:
+                torch.sub(e[index], covector, out=covector)
+            found.append(space.sharp_(covector))
+        return found
+
+
+class _Combined:
+    """``K^T a`` at the outputs of layers, made once for a weight and its bias."""
+
+    def __init__(self, a: Tensor) -> None:
+        self._a = a
+        self._known: dict[object, Tensor] = {}
+
+    def at_outputs(
+        self, factor: Combining, source: MetricFactor | None = None
+    ) -> Tensor:
+        """Return the combined cotangent, or what it leaves of the sum of a source's."""
+        own = factor.cotangents
+        key: object = own.data_ptr(), own.shape
+        if isinstance(source, Combining):
+            key = key, source.cotangents.data_ptr(), source.cotangents.shape
+        if key not in self._known:
+            sums = factor.combine(self._a)
+            if isinstance(source, Combining):
+                sums = source.total() - sums
+            self._known[key] = sums
+        return self._known[key]
+
+    def covector(self, factor: MetricFactor) -> Tensor:
+        """Return ``K^T a``."""
+        if _combines(factor, None):
+            return factor.pull(self.at_outputs(factor))
+        return factor.rmatvec(self._a)
+
+
+def _combines(
+    factor: MetricFactor, source: MetricFactor | None
+) -> TypeGuard[Combining]:
+    """Whether ``K^T a``, and a source's sum, are found at the layer's outputs first."""
+    if isinstance(factor, BiasFactor):
+        return source is None or isinstance(source, BiasFactor)
+    if not isinstance(factor, LinearFactor) or factor.whole is not None:
+        return False
+    return source is None or factor.shares_inputs(source)

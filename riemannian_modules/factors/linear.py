@@ -10,7 +10,6 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Self
 
-import geoopt
 import torch
 from torch import Tensor
 
@@ -66,9 +65,8 @@ class CotangentFactor(MetricFactor):
 
     def total(self) -> Tensor:
         """Return :meth:`combine` of ones."""
-        return (
-            self.cotangents[0] if len(self.cotangents) == 1 else self.cotangents.sum(0)
-        )
+        l = self.cotangents
+        return l[0] if l.shape[0] == 1 else l.sum(0)
 
     @classmethod
     @abstractmethod
@@ -134,6 +132,18 @@ class LinearFactor(CotangentFactor, SlabFactor):
         """Return the weight's gradient for a cotangent ``(n, positions, out)``."""
         return cotangent.flatten(0, 1).mT @ self.inputs.flatten(0, 1)
 
+    def lift(self, space: TangentSpace, cotangent: Tensor) -> Tensor:
+        """Return ``sharp`` of :meth:`pull`, a fresh tensor."""
+        mass = space.divisor
+        if mass is None:
+            return space.sharp_(self.pull(cotangent))
+        # The cotangent has fewer entries than the weight where that matters.
+        return self.pull(cotangent if mass == 1.0 else cotangent / mass)
+
+    def shares_inputs(self, other: MetricFactor) -> bool:
+        """Whether the rows of another factor are of the same inputs."""
+        return isinstance(other, LinearFactor) and _same(other.inputs, self.inputs)
+
     def image(
         self, space: TangentSpace, e: Tensor, source: MetricFactor, bias: float = 0.0
     ) -> Tensor:
@@ -149,24 +159,22 @@ class LinearFactor(CotangentFactor, SlabFactor):
         Returns:
             ``(rank,)``.
         """
-        if not self.maps_by_kernel(space, source):
+        if not self.maps_by_kernel(space, source, bias):
             return super().image(space, e, source)
         assert isinstance(source, LinearFactor)
-        kernel = self._kernel(self.dtype, 1.0 / space.mass.scalar, bias)
+        assert space.divisor is not None
+        kernel = self._kernel(self.dtype, 1.0 / space.divisor, bias)
         z = kernel @ source.total().flatten(0, 1)
         return (self.cotangents.squeeze(2) * z).sum(-1).view(-1)
 
-    def maps_by_kernel(self, space: TangentSpace, source: MetricFactor) -> bool:
+    def maps_by_kernel(
+        self, space: TangentSpace, source: MetricFactor, bias: float = 0.0
+    ) -> bool:
         """Whether :meth:`image` needs no product with the weight's covector."""
         n, positions, width = self.inputs.shape
-        return (
-            positions == 1
-            and n < width
-            and isinstance(space.manifold, geoopt.Euclidean)
-            and space.mass.is_scalar
-            and isinstance(source, LinearFactor)
-            and _same(source.inputs, self.inputs)
-        )
+        if positions > 1 or space.divisor is None or not self.shares_inputs(source):
+            return False
+        return n < width or (self.dtype, 1.0 / space.divisor, bias) in self._kernels
 
     def _kernel(self, dtype: torch.dtype, scale: float, shift: float) -> Tensor:
         # scale X X^T + shift, wanted by the Gram matrix and by `image`.
@@ -197,7 +205,12 @@ class LinearFactor(CotangentFactor, SlabFactor):
         return LinearFactor(self.inputs, self._groups(start, stop))
 
     def gram(
-        self, space: TangentSpace, dtype: torch.dtype, *, bias: float = 0.0
+        self,
+        space: TangentSpace,
+        dtype: torch.dtype,
+        *,
+        bias: float = 0.0,
+        onto: Tensor | None = None,
     ) -> Tensor:
         """Return ``K sharp K^T``, from pairs of positions or from slabs of rows.
 
@@ -210,6 +223,7 @@ class LinearFactor(CotangentFactor, SlabFactor):
             dtype: data type in which the matrix is formed.
             bias: weight of ``l l^T``, the Gram matrix of the layer's bias, that is
                 added on the way (see :func:`riemannian_modules.factors.block_gram`).
+            onto: a matrix of this data type to add to, in place; None: a fresh one.
 
         Returns:
             ``(rank, rank)``, lower triangle valid. Cost O(rank^2 out) for one
@@ -223,7 +237,7 @@ class LinearFactor(CotangentFactor, SlabFactor):
             if bias:
                 sums = self.cotangents.to(dtype).sum(2).flatten(0, 1)
                 gram.addmm_(sums, sums.mT, alpha=bias)
-            return gram
+            return gram if onto is None else onto.add_(gram)
         return linear_gram(
             space.manifold,
             space.point.to(dtype),
@@ -232,6 +246,7 @@ class LinearFactor(CotangentFactor, SlabFactor):
             space.mass,
             bias,
             lambda scale, shift: self._kernel(dtype, scale, shift),
+            onto,
         )
 
     def __add__(self, other: MetricFactor) -> MetricFactor:
@@ -286,11 +301,19 @@ class BiasFactor(CotangentFactor):
 
     def rmatvec(self, a: Tensor) -> Tensor:
         """Return ``K^T a``."""
-        return self.combine(a).sum((0, 1))
+        return self.pull(self.combine(a))
 
     def row_sum(self) -> Tensor:
         """Return ``K^T 1``."""
-        return self.total().sum((0, 1))
+        return self.pull(self.total())
+
+    def pull(self, cotangent: Tensor) -> Tensor:
+        """Return the bias' gradient for a cotangent ``(n, positions, out)``."""
+        return cotangent.sum((0, 1))
+
+    def lift(self, space: TangentSpace, cotangent: Tensor) -> Tensor:
+        """Return ``sharp`` of :meth:`pull`, a fresh tensor."""
+        return space.sharp_(self.pull(cotangent))
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Return rows ``start:stop`` of K."""

@@ -73,7 +73,7 @@ def absorbs_bias(manifold: geoopt.Manifold, mass: Mass) -> bool:
         return absorbs_bias(manifold.base, mass)
     flat = (geoopt.Euclidean, geoopt.EuclideanStiefel, CanonicalStiefel)
     kinds = (*flat, geoopt.Sphere, Oblique)
-    return mass.is_scalar and has_terms(manifold) and isinstance(manifold, kinds)
+    return mass.is_scalar and isinstance(manifold, kinds) and has_terms(manifold)
 
 
 def _add_hadamard(
@@ -147,6 +147,7 @@ def linear_gram(
     mass: Mass,
     bias: float,
     known: Callable[[float, float], Tensor] | None = None,
+    onto: Tensor | None = None,
 ) -> Tensor:
     """Return the Gram matrix of the rows ``sum_t l_t x_t^T``, lower triangle valid.
 
@@ -158,14 +159,25 @@ def linear_gram(
         mass: scalar or rank-one mass of the weight.
         bias: constant added to ``X X^T``; only where :func:`absorbs_bias`.
         known: returns ``scale X X^T + shift`` for inputs at one position.
+        onto: a matrix to add to, in place; None: a fresh one.
 
     Returns:
         ``(r n, r n)`` in the data type of the arguments, with the mass absorbed.
     """
     if isinstance(manifold, Scaled):
         mass = replace(mass, scalar=mass.scalar * manifold.scale**2)
-        return linear_gram(manifold.base, W, x, l, mass, bias, known)
+        return linear_gram(manifold.base, W, x, l, mass, bias, known, onto)
     r, n, positions, _ = l.shape
+    out = l.new_empty(r * n, r * n) if onto is None else onto
+    if (
+        type(manifold) is geoopt.Euclidean
+        and mass.is_scalar
+        and known
+        and positions == 1
+    ):
+        rows, kernel = l.flatten(0, 2), known(1.0 / mass.scalar, bias)
+        _add_hadamard(out, rows, rows, kernel, first=onto is None)
+        return out
     scale = 1.0
     if mass.row is not None and mass.column is not None:
         l = l / (mass.scalar * mass.row).sqrt().to(l)
@@ -175,9 +187,8 @@ def linear_gram(
     elif mass.scalar != 1.0:
         l, bias = l / mass.scalar**0.5, bias * mass.scalar
     add = _terms(manifold, _Rows(W, x, l, scale, bias, known))
-    out = torch.empty(r * n, r * n, dtype=l.dtype, device=l.device)
     for index, (s, t) in enumerate(product(range(positions), repeat=2)):
-        add(out, s, t, index == 0)
+        add(out, s, t, index == 0 and onto is None)
     return out
 
 
@@ -191,6 +202,8 @@ def _terms(manifold: geoopt.Manifold, rows: _Rows) -> Terms:
 
 def has_terms(manifold: geoopt.Manifold) -> bool:
     """Whether :func:`linear_gram` knows this manifold."""
+    if type(manifold) is geoopt.Euclidean:
+        return True
     if isinstance(manifold, Scaled):
         return has_terms(manifold.base)
     # A sphere within a subspace has other tangent vectors.
@@ -223,7 +236,7 @@ def _unit_vectors(rows: _Rows, radial: Tensor) -> Terms:
 
     def add(out: Tensor, s: int, t: int, first: bool) -> None:
         euclidean(out, s, t, first)
-        if first:
+        if s == t == 0:
             out.addmm_(radial, radial.mT, alpha=-1.0)
 
     return add

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from riemannian_modules.factors import MetricFactor, block_gram
+from riemannian_modules.factors import BlockFactor, MetricFactor
 from riemannian_modules.metric import Part
 from riemannian_modules.testing.metric_probe import MetricProbe, relative_gap
 from riemannian_modules.testing.result import CheckResult
@@ -43,7 +43,7 @@ def factor_laws(probe: MetricProbe) -> Iterator[CheckResult]:
     bound = sum(probe.reach.values()) * probe.metric.rank**0.5
     yield CheckResult.at_most(
         "block_gram",
-        relative_gap(_lower(block_gram(pairs, torch.float64)), total, bound),
+        relative_gap(_lower(BlockFactor(pairs).gram(torch.float64)), total, bound),
         probe.exact,
         "the block's Gram matrix is the sum of its tensors' Gram matrices",
     )
