@@ -96,7 +96,7 @@ class ShiftedRows(LinearFactor):
 
 
 class GramOverPositions(LinearFactor):
-    def gram(self, space, dtype, *, bias=0.0):
+    def gram(self, space, dtype, *, bias=0.0, onto=None):
         pieces = zip(self.inputs.split(1, 1), self.cotangents.split(1, 2), strict=True)
         return sum(LinearFactor(x, l).gram(space, dtype, bias=bias) for x, l in pieces)
 
@@ -104,7 +104,7 @@ class GramOverPositions(LinearFactor):
 class Uncrossed(LinearFactor):
     """The Stiefel Gram matrix without its crossed term."""
 
-    def gram(self, space, dtype, *, bias=0.0):
+    def gram(self, space, dtype, *, bias=0.0, onto=None):
         x, l, W = self.inputs, self.cotangents, space.point
         p = x @ W.mT
         rows = torch.einsum("rnto,ntd->rnod", l, x).flatten(0, 1).flatten(1)
@@ -116,7 +116,7 @@ class Uncrossed(LinearFactor):
 
 
 class WithoutItsBias(LinearFactor):
-    def gram(self, space, dtype, *, bias=0.0):
+    def gram(self, space, dtype, *, bias=0.0, onto=None):
         return super().gram(space, dtype)
 
 

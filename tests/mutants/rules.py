@@ -191,7 +191,7 @@ class Shifted(Kept):
 class FlatGram(Kept):
     """On every manifold the Gram matrix of the Euclidean one."""
 
-    def gram(self, space, dtype, *, bias=0.0):
+    def gram(self, space, dtype, *, bias=0.0, onto=None):
         rows = self.to_dense().to(dtype)
         gram = rows @ rows.mT / space.mass.scalar
         sums = self.cotangents.sum(2).flatten(0, 1).to(dtype)
@@ -199,12 +199,12 @@ class FlatGram(Kept):
 
 
 class Doubled(Kept):
-    def gram(self, space, dtype, *, bias=0.0):
+    def gram(self, space, dtype, *, bias=0.0, onto=None):
         return 2.0 * self.right().gram(space, dtype, bias=bias)
 
 
 class Unbiased(Kept):
-    def gram(self, space: TangentSpace, dtype, *, bias=0.0):
+    def gram(self, space: TangentSpace, dtype, *, bias=0.0, onto=None):
         return self.right().gram(space, dtype)
 
 
