@@ -50,11 +50,11 @@ class Block:
                 f"rank, got {len(parts)} parameters with ranks {sorted(ranks)}"
             )
         for part in parts:
-            shape = tuple(part.space.point.shape)
+            shape = part.space.point.shape
             if part.factor is not None and part.factor.shape != shape:
                 raise ShapeError(
                     f"block '{name}': the factor of '{part.name}' has shape "
-                    f"{part.factor.shape}, the parameter {shape}"
+                    f"{part.factor.shape}, the parameter {tuple(shape)}"
                 )
         self.parts = tuple(parts)
         self.name = name

@@ -163,7 +163,7 @@ def _head_rows(head: Head, reduction: Reduction) -> tuple[Tensor | None, float]:
 
 def _wide(tensor: Tensor) -> Tensor:
     # Never below float32: under autocast the outputs may be in half precision.
-    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
+    return tensor.detach() if tensor.itemsize >= 4 else tensor.detach().float()
 
 
 def _whitened(

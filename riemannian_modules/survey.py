@@ -1,6 +1,8 @@
 """A walk through autograd's graph: what it is, and whether it may move examples."""
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import Literal, NamedTuple
 
 import torch
 from torch.autograd.graph import Node
@@ -116,34 +118,54 @@ def _walk(
             found.append(None if node is None else seen[node])
             continue
         seen[node] = len(seen)
-        kind = type(node).__name__
-        leaf = getattr(node, "variable", None)
+        kind = _kind_of(type(node))
+        is_leaf = kind.name == "AccumulateGrad"
+        leaf = getattr(node, "variable", None) if is_leaf else None
         if leaf is not None:
             found.append(parameters.name_of(leaf) or "foreign")
             continue
-        found.append(kind)
-        if kind.startswith((*_ALONG, "Transpose", "Permute", "Embedding")):
+        found.append(kind.name)
+        if kind.remembers:
             found += [getattr(node, name, None) for name in _REMEMBERED]
-        moving = moving or _moves(node, kind, examples)
+        moving = moving or _moves(node, kind.moves, examples)
         waiting += [following for following, _ in node.next_functions]
     return moving
 
 
-def _moves(node: Node, kind: str, examples: int) -> bool:
-    if issubclass(type(node), torch.autograd.function.BackwardCFunction):
-        return True
-    if kind.startswith(_EXCEPT):
-        return False
-    if kind.startswith(("Mm", "Mv", "Addmm", "Addmv")):
+class _Kind(NamedTuple):
+    """What the name of an operation tells about it."""
+
+    name: str
+    remembers: bool
+    moves: Literal["never", "left", "tables", "along", "always"]
+
+
+@lru_cache(1024)
+def _kind_of(operation: type) -> _Kind:
+    name = operation.__name__
+    remembers = name.startswith((*_ALONG, "Transpose", "Permute", "Embedding"))
+    if issubclass(operation, torch.autograd.function.BackwardCFunction):
+        return _Kind(name, remembers, "always")
+    if name.startswith(_EXCEPT):
+        return _Kind(name, remembers, "never")
+    if name.startswith(("Mm", "Mv", "Addmm", "Addmv")):
+        return _Kind(name, remembers, "left")
+    if name.startswith("Embedding"):
+        return _Kind(name, remembers, "tables")
+    if name.startswith(_MOVING):
+        return _Kind(name, remembers, "always")
+    return _Kind(name, remembers, "along" if name.startswith(_ALONG) else "never")
+
+
+def _moves(node: Node, how: str, examples: int) -> bool:
+    if how == "left":
         # A product from the left mixes rows; one with a weight does not.
         right = node.next_functions[-1][0]
         return right is not None and not _is_weight(right)
-    if kind.startswith("Embedding"):
+    if how == "tables":
         # The rows of a weight are not examples; those of anything else may be.
         return not all(_is_weight(n) for n, _ in node.next_functions if n is not None)
-    if kind.startswith(_MOVING):
-        return True
-    return kind.startswith(_ALONG) and _along_examples(node, examples)
+    return how == "always" or (how == "along" and _along_examples(node, examples))
 
 
 def _is_weight(node: Node) -> bool:

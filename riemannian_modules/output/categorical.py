@@ -120,14 +120,20 @@ class Categorical(OutputMetric):
     ) -> Tensor:
         """Draw scores ``e_t - p`` with ``t ~ p`` at every position."""
         self.validate(outputs)
-        p = outputs.detach().softmax(-1).unsqueeze(1)
-        p = p.expand(-1, probes, *outputs.shape[1:])
-        levels = p.cumsum(-1, dtype=torch.float64)
-        # Levels that are below 1 by rounding must not draw a class that is not there.
-        u = torch.empty_like(levels[..., :1]).uniform_(generator=generator)
-        u.mul_(levels[..., -1:])
-        drawn = torch.searchsorted(levels, u, right=True).clamp_max_(p.shape[-1] - 1)
-        return p.neg().scatter_add_(-1, drawn, torch.ones_like(p[..., :1]))
+        # In float64 the last level is 1: no class is drawn that is not there.
+        p = outputs.detach().double().softmax(-1)
+        u = torch.rand(
+            *outputs.shape[:-1],
+            probes,
+            generator=generator,
+            dtype=p.dtype,
+            device=p.device,
+        )
+        drawn = torch.searchsorted(p.cumsum(-1), u, right=True)
+        drawn.clamp_max_(p.shape[-1] - 1)
+        rows = outputs.new_zeros(*drawn.shape, p.shape[-1])
+        rows.scatter_(-1, drawn.unsqueeze(-1), 1.0).sub_(p.unsqueeze(-2))
+        return rows.movedim(-2, 1)
 
     def terms(self, outputs: Tensor) -> int:
         """Return the number of examples times the number of positions."""

@@ -28,8 +28,9 @@ def linear(call: Call) -> dict[str, MetricFactor]:
             f"{call.label} saw an input of shape {tuple(x.shape)} in a batch of "
             f"{call.examples} outputs; give it a batch dimension with unsqueeze(0)"
         )
-    x = _positions(call.first(call.input), 1).to(call.dtype)
-    l = _positions(call.cotangent(), 2).to(call.dtype)
+    dtype = call.dtype
+    x = _positions(call.first(call.input), 1).to(dtype)
+    l = _positions(call.cotangent(), 2).to(dtype)
     return {"weight": LinearFactor(x, l), "bias": BiasFactor(l)}
 
 
