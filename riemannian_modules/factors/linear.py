@@ -222,7 +222,7 @@ class LinearFactor(CotangentFactor, SlabFactor):
             space: tangent space of the weight.
             dtype: data type in which the matrix is formed.
             bias: weight of ``l l^T``, the Gram matrix of the layer's bias, that is
-                added on the way (see :func:`riemannian_modules.factors.block_gram`).
+                added on the way (see :class:`riemannian_modules.factors.BlockFactor`).
             onto: a matrix of this data type to add to, in place; None: a fresh one.
 
         Returns:
