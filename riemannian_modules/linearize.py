@@ -61,7 +61,7 @@ class Graph:
     """What the first pass through a graph found out about it.
 
     Attributes:
-        batched: whether the reverse pass can carry all cotangents at once.
+        batched: whether the reverse pass can and should carry all cotangents at once.
         layouts: for each use, where the examples are in its outputs.
         memos: for each use and job, what the rule found out.
     """

@@ -32,11 +32,15 @@ from riemannian_modules.linearize import (
     linearize,
     narrowed,
 )
+from riemannian_modules.reverse import batching_pays
 from riemannian_modules.survey import survey
 from riemannian_modules.tape import Tape, Use
 from riemannian_modules.watch import Watch
 
 __all__ = ["Recorder"]
+
+# A single example?, what is equal in every use, and the operations of the graph.
+Key = tuple[bool, tuple[object, ...], tuple[object, ...]]
 
 
 class Recorder:
@@ -52,7 +56,7 @@ class Recorder:
         self._batch_norms = batch_norms(model)
         self._embeddings = embeddings(model)
         self.watch = Watch(model, parameters)
-        self.graphs: dict[tuple[object, ...], Graph] = {}
+        self.graphs: dict[Key, Graph] = {}
         self._generation = 0
         self._coins = torch.Generator().manual_seed(0)
         self._exploring = True
@@ -181,12 +185,14 @@ class Recorder:
             if self.watch.generation != self._generation:
                 self.graphs, self._generation = {}, self.watch.generation
             uses = self.watch.explaining(tape)
-            self.graphs[self._survey(uses, ends, loss)[0]] = graph
+            key = self._survey(uses, ends, loss)[0]
+            graph.batched = graph.batched and batching_pays(key[-1])
+            self.graphs[key] = graph
         return found
 
     def _survey(
         self, uses: Sequence[Use], outputs: Sequence[Tensor], loss: Tensor | None
-    ) -> tuple[tuple[object, ...], bool]:
+    ) -> tuple[Key, bool]:
         """Return what tells one graph from another, and whether examples may move.
 
         A single example tells nothing about where the examples are, so it counts as

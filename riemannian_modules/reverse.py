@@ -1,13 +1,37 @@
 """One reverse pass for many cotangents: the recursion ``L_{a-1} = L_a A_a``."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-__all__ = ["reverse_pass"]
+__all__ = ["batching_pays", "reverse_pass"]
+
+# So few cotangents are carried faster one by one.
+_FEW = 2
+# Operations that torch carries one by one all the same, and copies the results of.
+_ONE_BY_ONE = (
+    "Convolution",
+    "MaxPool",
+    "AvgPool",
+    "AdaptiveAvgPool",
+    "AdaptiveMaxPool",
+)
+
+
+def batching_pays(operations: Iterable[object]) -> bool:
+    """Whether a graph is faster with all cotangents at once than one by one.
+
+    Args:
+        operations: what is in the graph, names of operations among it.
+
+    >>> batching_pays(["AddmmBackward0"]), batching_pays(["ConvolutionBackward0"])
+    (True, False)
+    """
+    names = [each for each in operations if isinstance(each, str)]
+    return not any(name.startswith(_ONE_BY_ONE) for name in names)
 
 
 def reverse_pass(
@@ -26,8 +50,9 @@ def reverse_pass(
         outputs: model outputs, ``(n, *output)`` each.
         edges: places in the autograd graph, for instance layer outputs.
         cotangents: ``(k, n, *output)`` for each output.
-        batched: True: all cotangents at once. False: one by one. None: find out
-            whether the graph can be batched (compiled ones cannot), and keep it.
+        batched: True: all cotangents at once, if there are more than two. False: one
+            by one. None: find out whether the graph can be batched (compiled ones
+            cannot), and keep it.
         keep: whether to keep the graph; else it is freed.
 
     Returns:
@@ -37,7 +62,8 @@ def reverse_pass(
     Raises:
         RuntimeError: autograd refuses the pass.
     """
-    if batched is not False:
+    count = len(cotangents[0])
+    if batched is None or (batched and count > _FEW):
         try:
             keep = keep or batched is None
             grads = _batched(outputs, edges, cotangents, keep=keep)
@@ -46,7 +72,6 @@ def reverse_pass(
                 raise
         else:
             return list(grads), True
-    count = len(cotangents[0])
     passes = [
         torch.autograd.grad(
             outputs,
