@@ -9,6 +9,7 @@ from torch import Tensor
 
 from riemannian_modules.errors import ShapeError
 from riemannian_modules.factors import BlockFactor, MetricFactor
+from riemannian_modules.factors.slabs import add_lower
 from riemannian_modules.tangent import TangentSpace
 
 __all__ = ["Block", "Part", "Vectors"]
@@ -186,11 +187,17 @@ class Block:
         """Return ``K sharp K^T``, ``(rank, rank)``, lower triangle valid."""
         return self._factor.gram(dtype)
 
-    def coordinate_gram(self) -> Tensor:
-        """Return ``(K C)^T (K C)``, ``(size, size)``, in float64."""
-        G = torch.zeros(self.size, self.size, dtype=torch.float64, device=self.device)
-        for rows in self.coordinate_rows():
-            G.addmm_(rows.mT, rows)
+    def coordinate_gram(self, rows: Tensor | None = None) -> Tensor:
+        """Return ``(K C)^T (K C)``, ``(size, size)``, float64, lower triangle valid.
+
+        Args:
+            rows: ``K C``, if it is known.
+        """
+        G = torch.empty(self.size, self.size, dtype=torch.float64, device=self.device)
+        first = True
+        for some in self.coordinate_rows() if rows is None else [rows]:
+            add_lower(G, some.mT, some.mT, first=first)
+            first = False
         return G
 
     def all_coordinate_rows(self) -> Tensor | None:

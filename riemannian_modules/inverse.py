@@ -95,9 +95,8 @@ class Inverse:
     def factor(self) -> woodbury.CholeskyFactor:
         """Cholesky factor of S (dual) or G (primal), made when first needed."""
         if self.form == "primal":
-            rows = self.block.all_coordinate_rows()
-            self._rows = rows
-            matrix = self.block.coordinate_gram() if rows is None else rows.mT @ rows
+            self._rows = self.block.all_coordinate_rows()
+            matrix = self.block.coordinate_gram(self._rows)
             matrix.diagonal().add_(1.0)
         else:
             matrix = self._capacitance()

@@ -66,24 +66,29 @@ def reverse_pass(
     if batched is None or (batched and count > _FEW):
         try:
             keep = keep or batched is None
-            grads = _batched(outputs, edges, cotangents, keep=keep)
+            found = _batched(outputs, edges, cotangents, keep=keep)
         except RuntimeError:
             if batched:
                 raise
         else:
-            return list(grads), True
-    passes = [
-        torch.autograd.grad(
+            return list(found), True
+    stacks: list[Tensor | None] = [None] * len(edges)
+    for index in range(count):
+        grads = torch.autograd.grad(
             outputs,
             edges,
             [cotangent[index] for cotangent in cotangents],
             allow_unused=True,
             retain_graph=keep or batched is None or index + 1 < count,
         )
-        for index in range(count)
-    ]
-    columns = list(zip(*passes, strict=True))
-    return [None if c[0] is None else torch.stack(c) for c in columns], False
+        # Copied at once, so that the next pass finds the memory that this one had.
+        for place, grad in enumerate(grads):
+            if grad is not None:
+                stack = stacks[place]
+                if stack is None:
+                    stack = stacks[place] = grad.new_empty(count, *grad.shape)
+                stack[index] = grad
+    return stacks, False
 
 
 def _batched(

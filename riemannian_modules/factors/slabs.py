@@ -42,7 +42,7 @@ __all__ = [
 ]
 
 MOST_ENTRIES = 1 << 22
-_BLOCK_ROWS = 256
+_BLOCK_ROWS = 128
 _FEWEST_ROWS = 16
 
 Slab = slice | Tensor
