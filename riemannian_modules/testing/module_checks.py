@@ -124,10 +124,7 @@ def _gaps(
 ) -> float:
     """Return the largest error of a parameter, relative to its size or the average.
 
-    Args:
-        found: what was found.
-        wanted: what should have been found.
-        floors: sizes below which errors of a parameter are not relative to its own.
+    Or to a size in ``floors``, if that is larger.
     """
     if set(found) != set(wanted):
         return math.inf
