@@ -21,10 +21,12 @@ BOUNDS = {
 }
 
 
-def ratios(network: str, rounds: int) -> tuple[dict[str, float], dict[str, float]]:
+def ratios(
+    network: str, rounds: int, device: str = "cpu"
+) -> tuple[dict[str, float], dict[str, float]]:
     """Return the median seconds of every method, and their ratios to Adam's."""
     methods = [m for m in METHODS if m == "adam" or m in BOUNDS[network]]
-    steps = {name: network_step(name, network) for name in methods}
+    steps = {name: network_step(name, network, device) for name in methods}
     seconds = interleaved(steps, rounds)
     return seconds, {name: seconds[name] / seconds["adam"] for name in methods}
 
@@ -40,16 +42,18 @@ def test_ratio(network: str, benchmark) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument(
         "--networks", nargs="+", choices=list(INPUTS), default=[*INPUTS]
     )
     options = parser.parse_args()
     torch.set_num_threads(THREADS)
-    print(f"batch {BATCH}, float32, {THREADS} threads, medians of {options.rounds}\n")
+    where = f"{THREADS} threads" if options.device == "cpu" else options.device
+    print(f"batch {BATCH}, float32, {where}, medians of {options.rounds}\n")
     print("| network | step | ratio to Adam | ms |\n|---|---|---|---|")
     for network in options.networks:
-        seconds, ratio = ratios(network, options.rounds)
+        seconds, ratio = ratios(network, options.rounds, options.device)
         for name, value in ratio.items():
             print(f"| {network} | {name} | {value:.2f} | {1e3 * seconds[name]:.1f} |")
 

@@ -37,7 +37,7 @@ def parameters_of(width: int) -> int:
 def dense_step(sizes: Sequence[int], mass: float = 1e-2) -> Step:
     """Return a step that solves with ``mass + K^T K`` as a matrix, layer by layer."""
     torch.manual_seed(0)
-    model, (x, y) = mlp(sizes), batch(sizes, EXAMPLES)
+    model, (x, y) = mlp(sizes), batch(sizes[:1], sizes[-1], EXAMPLES, "cpu")
     parameters = dict(model.named_parameters())
 
     def step() -> None:

@@ -26,9 +26,13 @@ BOUNDS = {
 }
 
 
-def ratios(network: str, rounds: int) -> tuple[dict[str, float], dict[str, float]]:
+def ratios(
+    network: str, rounds: int, device: str = "cpu"
+) -> tuple[dict[str, float], dict[str, float]]:
     """Return the median seconds of every method, and their ratios to Adam's."""
-    steps = {name: training_step(name, SIZES[network]) for name in METHODS}
+    steps = {
+        name: training_step(name, SIZES[network], device=device) for name in METHODS
+    }
     seconds = interleaved(steps, rounds)
     return seconds, {name: seconds[name] / seconds["adam"] for name in METHODS}
 
@@ -59,14 +63,23 @@ def test_ratio(network: str, benchmark) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument(
         "--networks", nargs="+", choices=list(SIZES), default=list(SIZES)
     )
     options = parser.parse_args()
     torch.set_num_threads(THREADS)
-    print(f"batch {BATCH}, float32, {THREADS} threads, medians of {options.rounds}\n")
-    print(table({name: ratios(name, options.rounds) for name in options.networks}))
+    where = f"{THREADS} threads" if options.device == "cpu" else options.device
+    print(f"batch {BATCH}, float32, {where}, medians of {options.rounds}\n")
+    print(
+        table(
+            {
+                name: ratios(name, options.rounds, options.device)
+                for name in options.networks
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ def sampled_step_by_hand(
 ) -> Callable[[], None]:
     """Return one step with one sampled row an example, layer blocks."""
     torch.manual_seed(0)
-    weights = [torch.randn(o, i) / i**0.5 for i, o in pairwise(sizes)]
-    biases = [torch.zeros(o) for o in sizes[1:]]
+    weights = [(torch.randn(o, i) / i**0.5).to(x) for i, o in pairwise(sizes)]
+    biases = [torch.zeros(o).to(x) for o in sizes[1:]]
     n, last = len(x), len(weights) - 1
 
     def step() -> None:

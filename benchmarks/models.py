@@ -27,10 +27,13 @@ def mlp(sizes: Sequence[int]) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Linear(*sizes[-2:]))
 
 
-def batch(sizes: Sequence[int], examples: int) -> tuple[torch.Tensor, torch.Tensor]:
+def batch(
+    shape: Sequence[int], classes: int, examples: int, device: str
+) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(examples, sizes[0], generator=generator)
-    return x, torch.randint(sizes[-1], (examples,), generator=generator)
+    x = torch.randn(examples, *shape, generator=generator)
+    y = torch.randint(classes, (examples,), generator=generator)
+    return x.to(device), y.to(device)
 
 
 class Convnet(nn.Sequential):
@@ -72,19 +75,20 @@ INPUTS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
-def network_step(method: str, network: str) -> Step:
+def network_step(method: str, network: str, device: str = "cpu") -> Step:
     """Return one step of a method on the convnet or the transformer block."""
     make, shape = INPUTS[network]
     torch.manual_seed(0)
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(BATCH, *shape, generator=generator)
-    return step_of(method, make(), x, torch.randint(10, (BATCH,), generator=generator))
+    return step_of(method, make().to(device), *batch(shape, 10, BATCH, device))
 
 
-def training_step(method: str, sizes: Sequence[int], examples: int = BATCH) -> Step:
+def training_step(
+    method: str, sizes: Sequence[int], examples: int = BATCH, device: str = "cpu"
+) -> Step:
     """Return one step of a method on a chain of linear layers, float32."""
     torch.manual_seed(0)
-    model, (x, y) = mlp(sizes), batch(sizes, examples)
+    model = mlp(sizes).to(device)
+    x, y = batch(sizes[:1], sizes[-1], examples, device)
     if method == "sampled by hand":
         return sampled_step_by_hand(sizes, x, y, mass=1e-2, lr=1e-6)
     return step_of(method, model, x, y)
@@ -128,14 +132,20 @@ def interleaved(steps: dict[str, Step], rounds: int) -> dict[str, float]:
     What else the machine does then hits all of them alike.
     """
     for step in steps.values():
-        step(), step()
+        step(), step(), finish()
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
             start = perf_counter()
-            step()
+            step(), finish()
             seconds[name].append(perf_counter() - start)
     return {name: median(values) for name, values in seconds.items()}
+
+
+def finish() -> None:
+    """Wait for the device, if there is one."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def slope(sizes: Sequence[float], values: Sequence[float]) -> float:

@@ -134,7 +134,8 @@ class Inverse:
         """Whether the factorisation worked, a boolean scalar on the device."""
         if self.form == "base":
             return torch.ones((), dtype=torch.bool, device=self.block.device)
-        return self.factor.info == 0
+        # LAPACK's check for NaN is not made by every library for other devices.
+        return (self.factor.info == 0) & self.factor.lower.diagonal().isfinite().all()
 
     def _loses_digits(self) -> bool:
         # The subtracting form loses log10 |S| digits; the trace bounds that.

@@ -126,7 +126,8 @@ def rows(metric: rm.LayerwiseMetric) -> dict[str, Tensor]:
 
 
 def loss_of(z: Tensor) -> Tensor:
-    return F.cross_entropy(z, torch.arange(len(z)) % z.shape[1])
+    target = torch.arange(len(z), device=z.device) % z.shape[1]
+    return F.cross_entropy(z, target)
 
 
 def linearised(model: nn.Module, x: Tensor, passes: int = 1, **options):

@@ -217,6 +217,7 @@ def test_a_failed_step_on_cuda_changes_nothing() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_a_step_on_cuda_does_not_synchronise() -> None:
     model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 4)).to("cuda")
     metric = rm.LayerwiseMetric(model, output.Categorical(), mass=0.1)

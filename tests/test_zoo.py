@@ -37,7 +37,8 @@ def outputs_of(model: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]
 def loss_of(heads: tuple[Tensor, ...]) -> Tensor:
     total = torch.zeros(())
     for z in heads:
-        target = torch.arange(z[..., 0].numel()).view(z.shape[:-1]) % z.shape[-1]
+        places = torch.arange(z[..., 0].numel(), device=z.device)
+        target = places.view(z.shape[:-1]) % z.shape[-1]
         total = total + F.cross_entropy(z.movedim(-1, 1), target)
     return total
 

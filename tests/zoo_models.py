@@ -507,7 +507,7 @@ class Masked(nn.Module):
 
     def forward(self, x: Tensor, padding: Tensor) -> Tensor:
         t = x.shape[1]
-        causal = torch.ones(t, t, dtype=torch.bool).triu(1)
+        causal = torch.ones(t, t, dtype=torch.bool, device=x.device).triu(1)
         h = self.attention(x, x, x, key_padding_mask=padding, attn_mask=causal)[0]
         return self.last(h)
 
@@ -783,7 +783,7 @@ def _() -> nn.Module:
             self.last = nn.Linear(4, 3)
 
         def forward(self, i: Tensor) -> Tensor:
-            places = self.positions(torch.arange(i.shape[1]))
+            places = self.positions(torch.arange(i.shape[1], device=i.device))
             return self.last(torch.tanh(self.tokens(i) + places))
 
     return Positions()

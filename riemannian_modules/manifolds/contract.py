@@ -16,7 +16,6 @@ them.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import geoopt
 from geoopt.manifolds.siegel.siegel import SiegelManifold
@@ -24,17 +23,15 @@ from geoopt.manifolds.symmetric_positive_definite import SPDMetric
 
 from riemannian_modules.errors import ManifoldContractError
 
-__all__ = ["base_of", "ensure_contract"]
+__all__ = ["MetricView", "base_of", "ensure_contract"]
 
 
-@runtime_checkable
-class MetricView(Protocol):
+class MetricView(geoopt.Manifold):  # type: ignore[misc]
     """A manifold that adds a metric to another one: ``MetricManifold``."""
 
+    # A Protocol with this attribute would not find it: from Python 3.12 on isinstance
+    # does not ask nn.Module for its submodules.
     base: geoopt.Manifold
-
-    def bind(self, metric: object) -> None:
-        """Use ``metric`` from now on."""
 
 
 def base_of(manifold: geoopt.Manifold) -> geoopt.Manifold:

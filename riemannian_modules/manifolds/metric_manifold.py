@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from riemannian_modules.errors import ManifoldContractError
-from riemannian_modules.manifolds.contract import ensure_contract
+from riemannian_modules.manifolds.contract import MetricView, ensure_contract
 
 if TYPE_CHECKING:
     from riemannian_modules.metric import LayerMetric
@@ -45,7 +45,7 @@ def follow(manifold: geoopt.Manifold, x: Tensor) -> None:
             return
 
 
-class MetricManifold(geoopt.Manifold):  # type: ignore[misc]
+class MetricManifold(MetricView):
     """A geoopt manifold whose metric is ``mass g0 + K^T K`` once one is known.
 
     Points, tangent vectors, retraction and transport are the base manifold's;

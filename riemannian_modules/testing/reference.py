@@ -22,6 +22,7 @@ __all__ = [
     "dense_factor",
     "dense_natural_gradient",
     "dense_sharp",
+    "sharp_values",
     "tangent_basis",
 ]
 
@@ -67,6 +68,22 @@ def base_matrix(space: TangentSpace, basis: Tensor) -> Tensor:
         for u in basis
     ]
     return torch.stack(rows)
+
+
+def sharp_values(space: TangentSpace) -> Tensor:
+    """Return the eigenvalues of ``sharp`` on the tangent space, ascending.
+
+    Args:
+        space: tangent space.
+
+    Returns:
+        At most p values. Their quotient is the condition of the massed base metric.
+    """
+    p = space.point.numel()
+    eye = torch.eye(p, dtype=space.point.dtype).view(p, *space.point.shape)
+    images = space.sharp(eye.to(space.point)).reshape(p, p).double()
+    values = torch.linalg.eigvalsh(0.5 * (images + images.mT))
+    return values[values > 1e-6 * values[-1]]
 
 
 def dense_sharp(
