@@ -186,7 +186,7 @@ class Recorder:
                 self.graphs, self._generation = {}, self.watch.generation
             uses = self.watch.explaining(tape)
             key = self._survey(uses, ends, loss)[0]
-            graph.batched = graph.batched and batching_pays(key[-1])
+            graph.batched = graph.batched and batching_pays(key[-1], ends[0].device)
             self.graphs[key] = graph
         return found
 
