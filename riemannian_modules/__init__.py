@@ -1,6 +1,7 @@
 """Riemannian metrics for the layers of PyTorch models, and optimisation in them."""
 
 from riemannian_modules import (
+    contraction,
     errors,
     factors,
     manifolds,
@@ -25,6 +26,7 @@ __all__ = [
     "Part",
     "TangentSpace",
     "__version__",
+    "contraction",
     "errors",
     "factors",
     "geometrize",

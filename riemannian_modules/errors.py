@@ -1,6 +1,7 @@
 """Exceptions: what went wrong, in which layer, with which shapes, and what to do."""
 
 __all__ = [
+    "ContractionError",
     "EmptyBatchError",
     "LinearizationError",
     "LostManifoldError",
@@ -62,3 +63,7 @@ class LinearizationError(RiemannianModulesError, RuntimeError):
 
 class OutputMetricError(RiemannianModulesError, ValueError):
     """Model outputs that the output metric cannot measure."""
+
+
+class ContractionError(RiemannianModulesError, ValueError):
+    """A statement about convergence that its premises do not carry."""

@@ -29,8 +29,9 @@ LAYERS = (
     {"survey"},
     {"recorder"},
     {"layerwise"},
+    {"contraction"},
     {"nn"},
-    {"optim"},
+    {"action", "optim"},
     {"__init__"},
     {"demo", "interop", "testing"},
 )

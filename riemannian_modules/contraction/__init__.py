@@ -1,0 +1,5 @@
+"""How fast a system converges, in which metric, where, and whether that is proved."""
+
+from riemannian_modules.contraction.result import Gain, Rate, Side, Verdict, weakest
+
+__all__ = ["Gain", "Rate", "Side", "Verdict", "weakest"]
