@@ -102,6 +102,7 @@ class LayerwiseMetric:
         self.parameters = DeclaredParameters(model, mass)
         self.version = 0
         self.blocks: dict[str, LayerMetric] = {}
+        self._partition: Blocks = blocks
         self._groups = self.parameters.groups(blocks)
         self._recorder = Recorder(model, self.parameters)
         self._passed = Tape()
@@ -129,6 +130,17 @@ class LayerwiseMetric:
             MassError: a mass is invalid; all stay as they were.
         """
         self.parameters.set_mass(mass)
+
+    def of(self, model: nn.Module) -> "LayerwiseMetric":
+        """Return a new metric with the same settings on a copy of the model."""
+        return LayerwiseMetric(
+            model,
+            self.output,
+            mass={declared.name: declared.mass for declared in self.parameters},
+            blocks=self._partition,
+            reduction=self.reduction,
+            precision=self.precision,
+        )
 
     @property
     def manifold(self) -> Product:
