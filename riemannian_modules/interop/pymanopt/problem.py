@@ -208,8 +208,9 @@ def problem(
     The Hessian is that of the connection of the base manifolds, represented in the
     metric of the problem: ``g(hess u, v) = Hess_0 f(u, v)``. It is the exact model of
     second order along the base manifolds' geodesics; where the gradient vanishes it
-    agrees with the Hessian of every metric. A layer metric with a factor has no closed form
-    for geodesics, so NelderMead and ParticleSwarm need ``geometry="base"``.
+    agrees with the Hessian of every metric. The geodesics of a layer metric with a
+    factor have no closed form, so NelderMead and ParticleSwarm need
+    ``geometry="base"``.
 
     Args:
         metric: the model's geometry; its model is the one that is trained.
