@@ -43,10 +43,10 @@ def make_model(width: int, seed: int) -> nn.Module:
     """Return 64 pixels, ``width`` orthonormal filters, tanh, 10 logits."""
     torch.manual_seed(seed)
     return nn.Sequential(
-        rm.nn.Linear(64, width, manifold=rm.manifolds.Stiefel()),
+        rm.nn.Linear(64, width, manifold=rm.manifolds.Stiefel(), dtype=torch.float64),
         nn.Tanh(),
-        nn.Linear(width, 10),
-    ).double()
+        nn.Linear(width, 10, dtype=torch.float64),
+    )
 
 
 @dataclass

@@ -100,7 +100,11 @@ class PymanoptManifold(geoopt.Manifold):  # type: ignore[misc]
         for i, rows in enumerate(zip(*arrays, strict=True)):
             found[i] = verb(*(row.copy() for row in rows))
         like = tensors[0]
-        return torch.from_numpy(found).to(like.device, like.dtype).view(*batch, *result)
+        return (
+            torch.from_numpy(found)
+            .to(like.device, like.dtype)
+            .reshape((*batch, *result))
+        )
 
     def _in(self, x: Array, u: Array) -> Array:
         return np.asarray(self.manifold.projection(x, u)) if self._inward else u
@@ -123,7 +127,7 @@ class PymanoptManifold(geoopt.Manifold):  # type: ignore[misc]
         return self._keep(found, keepdim)
 
     def _keep(self, found: Tensor, keepdim: bool) -> Tensor:
-        return found.view(*found.shape, *(1,) * self.ndim) if keepdim else found
+        return found.reshape((*found.shape, *(1,) * self.ndim)) if keepdim else found
 
     def proju(self, x: Tensor, u: Tensor) -> Tensor:
         """Return the tangent part of ``u``."""

@@ -98,7 +98,7 @@ class ModelCost:
         if known is not None:
             return _number(known.value)
         with torch.no_grad():
-            return _number(self._at(self.typed(point)))
+            return _number(self._at(self._leaves(point, differentiable=False)))
 
     def gradient(self, point: Tensor) -> Tensor:
         """Return the ordinary gradient, flat.
@@ -137,6 +137,16 @@ class ModelCost:
         )
         return self._flat(found)
 
+    def _leaves(self, point: Tensor, *, differentiable: bool) -> dict[str, Tensor]:
+        """Return tensors that stand in for the parameters, with their manifolds."""
+        found = {}
+        for name, value in self.typed(point).items():
+            manifold = getattr(self._like[name], "manifold", None)
+            if manifold is not None:
+                value = geoopt.ManifoldTensor(value, manifold=manifold)
+            found[name] = value.requires_grad_(differentiable)
+        return found
+
     def _at(self, values: dict[str, Tensor]) -> Tensor:
         outputs = functional_call(self._model, values, self._inputs)
         total = self.of_outputs(outputs)
@@ -159,10 +169,7 @@ class ModelCost:
 
     def _linearised(self, point: Tensor) -> _Graph:
         with torch.enable_grad():
-            leaves = {
-                name: _leaf(value, self._like[name])
-                for name, value in self.typed(point).items()
-            }
+            leaves = self._leaves(point, differentiable=True)
             value = self._at(leaves)
             gradient = torch.autograd.grad(
                 value,
@@ -180,13 +187,6 @@ class ModelCost:
     def _flat(self, tensors: Sequence[Tensor]) -> Tensor:
         named = zip(self._like, tensors, strict=True)
         return self._product.pack({n: t.detach().double() for n, t in named})
-
-
-def _leaf(value: Tensor, like: Tensor) -> Tensor:
-    manifold = getattr(like, "manifold", None)
-    if manifold is None:
-        return value.requires_grad_()
-    return geoopt.ManifoldTensor(value, manifold=manifold, requires_grad=True)
 
 
 def _number(value: Tensor) -> float:

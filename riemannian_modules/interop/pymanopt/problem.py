@@ -237,7 +237,8 @@ def problem(
 
     >>> import riemannian_modules as rm
     >>> from pymanopt.optimizers import TrustRegions
-    >>> model = rm.nn.Linear(3, 1, manifold=rm.manifolds.Sphere(), bias=False).double()
+    >>> sphere = rm.manifolds.Sphere()
+    >>> model = rm.nn.Linear(3, 1, manifold=sphere, bias=False, dtype=torch.float64)
     >>> metric = rm.LayerwiseMetric(model, output=rm.output.Euclidean(), mass=0.1)
     >>> x = torch.diag(torch.tensor([1.0, 2.0, 3.0])).double()
     >>> task = problem(metric, lambda y: y.square().sum(), x)
