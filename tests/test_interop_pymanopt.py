@@ -261,6 +261,7 @@ TWINS = [
     (rm.manifolds.SPD(), (3, 3), pm.SymmetricPositiveDefinite(3)),
     (rm.manifolds.Oblique(), (3, 4), pm.Oblique(3, 4)),
     (rm.manifolds.Positive(), (3, 2), pm.Positive(3, 2)),
+    # Made in float32, where geoopt computes the curvature from another number.
     (rm.manifolds.PoincareBall(), (3,), pm.PoincareBall(3)),
 ]
 
@@ -581,6 +582,8 @@ def test_round_trips_are_identities(
         ("euclidean_to_riemannian_gradient", (x, e)),
         ("transport", (x, other.retraction(x, u), v)),
     ):
+        if verb == "transport" and isinstance(other, pm.PoincareBall):
+            continue  # pymanopt has none
         found, expected = (getattr(m, verb)(*arguments) for m in (back, other))
         np.testing.assert_allclose(found, expected, err_msg=verb, **close)
     found, expected = (
@@ -924,29 +927,43 @@ def test_retractions_are_values() -> None:
         assert np.array_equal(moved["2.bias"], parts["2.bias"] + along["2.bias"])
 
 
-def test_curved_parameters_keep_their_manifold_inside_the_model() -> None:
-    """A forward that asks its weight for its manifold; ties and unused parameters."""
+class Hyperbolic(nn.Module):
+    """Points of a ball of which pairs are compared, and a parameter without a use."""
 
-    class Hyperbolic(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            ball = rm.manifolds.MetricManifold(geoopt.PoincareBall(c=0.5))
-            point = 0.3 * torch.randn(3, 2)
-            self.points = geoopt.ManifoldParameter(point, manifold=ball)
-            self.unused = nn.Parameter(torch.ones(2))
+    def __init__(self, *, asks: bool) -> None:
+        super().__init__()
+        self.asks = asks
+        ball = rm.manifolds.MetricManifold(geoopt.PoincareBall(c=0.5))
+        self.points = geoopt.ManifoldParameter(0.3 * torch.randn(3, 2), manifold=ball)
+        self.unused = nn.Parameter(torch.ones(2))
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.points.manifold.dist(self.points, x, keepdim=True)
+    def forward(self, pairs: Tensor) -> Tensor:
+        x, y = self.points[pairs[:, 0]], self.points[pairs[:, 1]]
+        ball = geoopt.PoincareBall(c=0.5)
+        if self.asks:
+            ball = self.points.manifold.base
+        gap = ball.mobius_add(-x, y).square().sum(-1, keepdim=True)
+        return 2.0 / ball.c.sqrt() * torch.atanh((ball.c * gap).sqrt())
 
-    model, x = Hyperbolic(), 0.1 * torch.ones(3, 2)
+
+@pytest.mark.parametrize("geometry", ["layer", "base"])
+def test_curved_parameters_and_parameters_without_a_use(geometry: str) -> None:
+    """In the base metric the forward may ask its weight for its manifold."""
+    model, x = Hyperbolic(asks=geometry == "base"), torch.tensor([[0, 1], [1, 2]])
     metric = rm.LayerwiseMetric(model, rm.output.Euclidean(), mass=0.1)
-    task = problem(metric, lambda d: (d - 0.7).square().sum(), x, weight_decay=1e-2)
+    task = problem(
+        metric,
+        lambda d: (d - 0.7).square().sum(),
+        x,
+        geometry=geometry,
+        weight_decay=1e-2,
+    )
     result = TrustRegions(verbosity=0, min_gradient_norm=1e-8, max_iterations=50).run(
         task, initial_point=task.initial_point
     )
     assert result.gradient_norm < 1e-8
     found = task.manifold.unpack(result.point)
-    assert np.abs(found["unused"]).max() < 1e-6
+    assert np.abs(found["unused"]).max() < 1e-5
 
 
 def test_bad_problems_are_refused() -> None:

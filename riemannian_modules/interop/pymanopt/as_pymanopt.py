@@ -11,7 +11,12 @@ from pymanopt.manifolds.manifold import RiemannianSubmanifold
 from torch import Tensor
 
 from riemannian_modules.errors import ShapeError
-from riemannian_modules.interop.pymanopt.view import Array, ManifoldView, _array
+from riemannian_modules.interop.pymanopt.view import (
+    Array,
+    ManifoldView,
+    _array,
+    drawn,
+)
 from riemannian_modules.manifolds import (
     FixedRank,
     MetricManifold,
@@ -26,6 +31,7 @@ from riemannian_modules.manifolds import (
 )
 from riemannian_modules.manifolds.acceleration import hessian_correction
 from riemannian_modules.manifolds.declaring import shape_problem
+from riemannian_modules.manifolds.metric_manifold import follow
 from riemannian_modules.manifolds.riesz import dimension, require_own_formulas
 from riemannian_modules.metric import LayerMetric
 from riemannian_modules.retractions import Default, Retraction
@@ -59,9 +65,8 @@ class GeooptManifold(ManifoldView):
     ) -> None:
         self.manifold = manifold
         with torch.random.fork_rng(devices=[]):
-            base = base_of(manifold)
-            point = base.random(*shape, dtype=torch.float64, device=device)
-        dim = dimension(base, point.detach().as_subclass(Tensor))
+            point = drawn(manifold, shape, device)
+        dim = dimension(base_of(manifold), point)
         sizes = " x ".join(map(str, shape)) or "scalar"
         super().__init__(f"{manifold.name} ({sizes})", shape, dim, retraction, device)
 
@@ -179,7 +184,10 @@ def in_float64(manifold: geoopt.Manifold, device: torch.device) -> geoopt.Manifo
             return Product(parts, masses=masses)
         return MetricProduct(parts, manifold.blocks, manifold.version)
     if not isinstance(manifold, MetricManifold):
-        return copy.deepcopy(manifold).to(device, torch.float64)
+        twin = copy.deepcopy(manifold)
+        # Not double(): a curvature of float32 is another number after it.
+        follow(twin, torch.empty(1, dtype=torch.float64, device=device))
+        return twin
     base = in_float64(manifold.base, device)
     if manifold.metric is None:
         return base

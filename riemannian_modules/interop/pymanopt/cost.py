@@ -142,9 +142,9 @@ class ModelCost:
         found = {}
         for name, value in self.typed(point).items():
             manifold = getattr(self._like[name], "manifold", None)
-            if manifold is not None:
-                value = geoopt.ManifoldTensor(value, manifold=manifold)
-            found[name] = value.requires_grad_(differentiable)
+            curved = manifold is not None
+            leaf = geoopt.ManifoldTensor(value, manifold=manifold) if curved else value
+            found[name] = leaf.requires_grad_(differentiable)
         return found
 
     def _at(self, values: dict[str, Tensor]) -> Tensor:

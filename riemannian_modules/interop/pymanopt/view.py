@@ -19,7 +19,7 @@ from riemannian_modules.manifolds.acceleration import base_hessian
 from riemannian_modules.manifolds.riesz import riesz
 from riemannian_modules.retractions import Retraction
 
-__all__ = ["Array", "ManifoldView", "pymanopt_seed", "retracted"]
+__all__ = ["Array", "ManifoldView", "drawn", "pymanopt_seed", "retracted"]
 
 Array = NDArray[np.float64]
 
@@ -62,6 +62,25 @@ def retracted(
         ]
         return torch.cat(moved)
     return retraction(manifold, x, u)
+
+
+def drawn(
+    manifold: geoopt.Manifold, shape: Sequence[int], device: torch.device
+) -> Tensor:
+    """Return a random point in float64, from torch's stream.
+
+    Args:
+        manifold: base manifold, or one with a metric.
+        shape: shape of the point.
+        device: device.
+    """
+    kinds = {t.dtype for t in (*manifold.buffers(), *manifold.parameters())}
+    # Curved geoopt classes draw in the data type of their curvature only.
+    dtype = torch.float32 if torch.float32 in kinds else torch.float64
+    point = manifold.random(*shape, dtype=dtype, device=device)
+    point = point.detach().as_subclass(Tensor).to(torch.float64)
+    found: Tensor = point if dtype is torch.float64 else manifold.projx(point)
+    return found
 
 
 class ManifoldView(Manifold):  # type: ignore[misc]
@@ -200,10 +219,7 @@ class ManifoldView(Manifold):  # type: ignore[misc]
     def random_point(self) -> Array:
         """Return a random point, drawn from numpy's stream."""
         with pymanopt_seed():
-            point = self._base().random(
-                *self.shape, dtype=torch.float64, device=self._device
-            )
-        return _array(point)
+            return _array(drawn(self._base(), self.shape, self._device))
 
     def retraction(self, point: Array, tangent_vector: Array) -> Array:
         """Return the point that the retraction leads to."""
