@@ -966,6 +966,22 @@ def test_curved_parameters_and_parameters_without_a_use(geometry: str) -> None:
     assert np.abs(found["unused"]).max() < 1e-5
 
 
+def test_sampled_rows_belong_to_the_point() -> None:
+    """The same ones at every visit; nobody's stream of random numbers moves."""
+    x, y = data()
+    output = rm.output.Sampled(rm.output.Categorical(), probes=1)
+    metric = rm.LayerwiseMetric(small_model(), output, mass=0.1)
+    task = problem(metric, cross_entropy(y), x)
+    points = [task.initial_point]
+    for _ in range(3):
+        u = task.manifold.random_tangent_vector(points[0])
+        points.append(task.manifold.retraction(points[0], 0.1 * u))
+    state = torch.get_rng_state()
+    first, *_, last = (task.riemannian_gradient(p) for p in (*points, points[0]))
+    assert np.array_equal(first, last)
+    assert torch.equal(state, torch.get_rng_state())
+
+
 def test_bad_problems_are_refused() -> None:
     x, y = data()
     model = small_model()
@@ -1047,3 +1063,13 @@ def test_the_layer_metric_conditions_a_rayleigh_quotient(
     assert not base.converged
     assert base.iterations == 300
     assert base.errors[-1] > 1e-4
+
+
+def test_code_of_the_page_runs() -> None:
+    torch.set_default_dtype(torch.float32)  # what a reader has
+    text = (REPOSITORY / "docs" / "interop.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 4
+    namespace: dict[str, object] = {"__name__": "interop"}
+    for number, block in enumerate(blocks):
+        exec(compile(block, f"interop.md, block {number}", "exec"), namespace)
