@@ -136,10 +136,10 @@ def findings(manifold: Any, cost: Any, x: Array, move: Any) -> dict[str, bool]:
         for w in (u, v)
     )
     carried = manifold.transport(x, y, u)
-    step = 1e-5
-    speed = (manifold.retraction(x, step * u) - manifold.retraction(x, -step * u)) / (
-        2 * step
-    )
+
+    def chord(t: float) -> Array:
+        return np.abs(manifold.retraction(x, t * u) - x - t * u)
+
     norm = manifold.norm(x, u)
     return {
         "inner": bool(
@@ -167,7 +167,7 @@ def findings(manifold: Any, cost: Any, x: Array, move: Any) -> dict[str, bool]:
         ),
         "retraction": bool(
             np.allclose(manifold.retraction(x, manifold.zero_vector(x)), x, **close)
-            and np.allclose(speed, u, rtol=1e-6, atol=1e-7)
+            and slope(lambda t: chord(t).max()) > 1.85
         ),
         "transport": bool(
             np.allclose(manifold.projection(y, carried), carried, rtol=1e-7, atol=1e-8)
@@ -964,6 +964,39 @@ def test_curved_parameters_and_parameters_without_a_use(geometry: str) -> None:
     assert result.gradient_norm < 1e-8
     found = task.manifold.unpack(result.point)
     assert np.abs(found["unused"]).max() < 1e-5
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_typical_distances_count_what_outputs_add(seed: int) -> None:
+    """From the base one times the root of the mass up to that of the largest gain."""
+    torch.manual_seed(seed)
+    model = rm.nn.Linear(3, 1, manifold=rm.manifolds.Sphere(), bias=False)
+    rows, mass = torch.diag(torch.tensor([2.0, 3.0, 4.0])), 0.1
+    metric = rm.LayerwiseMetric(
+        model, rm.output.Euclidean(), mass=mass, reduction="sum"
+    )
+    task = problem(metric, lambda y: y.square().sum(), rows)
+    ratio = (task.manifold.typical_dist / np.pi) ** 2
+    assert 2.0**2 + mass <= ratio <= 4.0**2 + mass
+
+
+def test_metrics_of_copies_have_the_same_settings() -> None:
+    model = small_model()
+    masses = {"0.*": 0.5, "2.weight": torch.rand(2, 3) + 0.5, "2.bias": 2.0}
+    metric = rm.LayerwiseMetric(
+        model, rm.output.Categorical(), mass=masses, blocks="model", reduction="sum"
+    )
+    twin = copy.deepcopy(model)
+    x, y = data()
+    gradients = []
+    for own, each in ((model, metric), (twin, metric.of(twin))):
+        with each.record():
+            logits = own(x)
+        each.backward(F.cross_entropy(logits, y), logits)
+        gradients.append(each.natural_gradient())
+        assert list(each.blocks) == ["model"]
+    for name, expected in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], expected)
 
 
 def test_sampled_rows_belong_to_the_point() -> None:

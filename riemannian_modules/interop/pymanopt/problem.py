@@ -237,6 +237,7 @@ def problem(
 
     >>> import riemannian_modules as rm
     >>> from pymanopt.optimizers import TrustRegions
+    >>> _ = torch.manual_seed(0)
     >>> sphere = rm.manifolds.Sphere()
     >>> model = rm.nn.Linear(3, 1, manifold=sphere, bias=False, dtype=torch.float64)
     >>> metric = rm.LayerwiseMetric(model, output=rm.output.Euclidean(), mass=0.1)

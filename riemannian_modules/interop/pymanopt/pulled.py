@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from riemannian_modules.errors import NotPositiveDefiniteError
 from riemannian_modules.interop.pymanopt.cost import ModelCost
 from riemannian_modules.layerwise import LayerwiseMetric
 from riemannian_modules.manifolds import MetricProduct, Product
@@ -66,6 +67,9 @@ class PulledMetric:
 
         Args:
             point: flat point.
+
+        Returns:
+            The metric with the gradient.
         """
         for known in self._known:
             if torch.equal(known.point, point):
@@ -89,6 +93,12 @@ class PulledMetric:
             metric.backward(self._cost.of_outputs(outputs), outputs)
         decay = {name: self._decay * value for name, value in values.items()}
         solutions = metric.solve(decay if self._decay else None).values()
+        succeeded = metric.succeeded()
+        if succeeded is not None and not bool(succeeded):
+            raise NotPositiveDefiniteError(
+                "the small matrix of a layer metric is not positive definite at this "
+                "point; raise the mass, or start elsewhere"
+            )
         manifold = self._manifold()
         vectors = {n: x for solution in solutions for n, x in solution.vectors.items()}
         for block in manifold.blocks if isinstance(manifold, MetricProduct) else ():

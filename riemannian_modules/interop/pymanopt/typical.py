@@ -22,6 +22,8 @@ from riemannian_modules.manifolds.riesz import dimension
 
 __all__ = ["typical_distance"]
 
+PROBES = 4
+
 
 @singledispatch
 def typical_distance(manifold: geoopt.Manifold, x: Tensor) -> float:
@@ -108,16 +110,17 @@ def _(manifold: Product, x: Tensor) -> float:
 
 @typical_distance.register(MetricProduct)
 def _(manifold: MetricProduct, x: Tensor) -> float:
-    # The length, outputs included, of a random displacement that has the typical
-    # length in the massed base metric.
-    generator = torch.Generator().manual_seed(0)
+    # By how much the outputs lengthen random displacements of the massed base metric;
+    # several of them, for one may happen to be normal to a small manifold.
+    generator = torch.Generator().manual_seed(2603_03610)
     total, length = 0.0, 0.0
-    for block in manifold.blocks:
+    for block in [block for block in manifold.blocks for _ in range(PROBES)]:
         vectors = {}
         for part in block.parts:
             z = torch.randn(part.space.point.shape, generator=generator)
             vectors[part.name] = part.space.root(z.to(part.space.point))
-        total += float(block.norm(vectors)) ** 2
-        length += float(block.dim)
+            own = vectors[part.name]
+            length += float(part.space.inner(own, own))
+        total += float(block.inner(vectors, vectors))
     base = typical_distance.dispatch(Product)(manifold, x)
     return base * math.sqrt(total / length)
