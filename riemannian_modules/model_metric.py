@@ -1,5 +1,6 @@
 """The metrics of a model's blocks and the gradient in them: what optimizers need."""
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -12,10 +13,11 @@ from riemannian_modules.assembly import (
     bind_views,
     block_metrics,
     moved,
+    reweighted,
     zero_covectors,
 )
 from riemannian_modules.declared import Blocks, DeclaredParameters
-from riemannian_modules.errors import NotRecordedError, ShapeError
+from riemannian_modules.errors import MassError, NotRecordedError, ShapeError
 from riemannian_modules.heads import Reduction
 from riemannian_modules.linearize import Linearization
 from riemannian_modules.manifolds import Product
@@ -44,6 +46,7 @@ class ModelMetric:
         version: number of pull-backs so far.
         passes: number of backward passes so far (frozen ones count).
         blocks: ``{block name: LayerMetric}`` of the last one.
+        loss: value of the loss in the last backward pass, or None.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class ModelMetric:
         self._found: Linearization | None = None
         self._marks: dict[str, int] = {}
         self.passes = 0
+        self.loss: Tensor | None = None
 
     def __reduce_ex__(self, protocol: object) -> str:
         raise TypeError(
@@ -87,6 +91,30 @@ class ModelMetric:
             MassError: a mass is invalid; all stay as they were.
         """
         self.parameters.set_mass(mass)
+
+    def scale_mass(self, factor: float) -> None:
+        """Multiply every mass, from now on and in the blocks of the last pass.
+
+        The views that geoopt's optimizers see follow with the next pull-back.
+
+        Args:
+            factor: a positive number.
+
+        Raises:
+            MassError: not positive or not finite; all stay as they were.
+        """
+        if not (factor > 0.0 and math.isfinite(factor)):
+            raise MassError(
+                f"cannot multiply the masses by {factor}: a metric needs a positive "
+                "and finite mass"
+            )
+        self.set_mass({d.name: d.mass.times(factor) for d in self.parameters})
+        self.blocks = reweighted(self.blocks, factor)
+
+    @property
+    def several_blocks(self) -> bool:
+        """Whether the metric neglects how some parameters act together."""
+        return len(self._groups) > 1
 
     @property
     def manifold(self) -> Product:
@@ -223,7 +251,7 @@ class ModelMetric:
         self._found, self._passed = found, passed
         self._marks = {name: g._version for name, g in found.gradient.items()}
         if loss is not None:
-            self.passes += 1
+            self.passes, self.loss = self.passes + 1, loss.detach()
             for declared in self.parameters:
                 declared.linearised = declared.tensor._version
                 declared.tensor.grad = found.gradient.get(declared.name)
