@@ -56,8 +56,8 @@ def geometric(q: float, steps: int | None) -> float:
     require(steps >= 0, f"{steps} steps")
     if q == 1.0 or steps == 0:
         return float(steps)
-    if q == 0.0:
-        return 1.0
+    if q < 0.5:
+        return (1.0 - q**steps) / (1.0 - q)
     # log1p of the exact difference keeps the digits of a factor near one.
     return _expm1(steps * math.log1p(q - 1.0)) / (q - 1.0)
 
