@@ -416,3 +416,25 @@ def test_the_metric_of_the_data_stays_within_its_bound(seed: int) -> None:
         seen = max(abs(p.loss(u, i) - p.loss(v, i)) for i in range(p.n + 1))
         assert seen <= beta.value * (1 + 1e-9)
         assert length(u - v, metrics[0]) * L <= beta.value * (1 + 1e-9)
+
+
+def test_the_change_of_the_metric_counts() -> None:
+    """The replaced example has no gradient at the start, but stretches the metric."""
+    n, kappa, mu, t = 50, 3.0, 1.0, 0.05
+    a = np.array([kappa, *[1e-2] * (n - 1), 0.0])
+    b = np.array([0.0, *[-1e2] * (n - 1), 0.0])
+    sets = [[n, *range(1, n)], list(range(n))]
+    ends, L, rates = [], 0.0, []
+    for chosen in sets:
+        G = mu + (a[chosen] ** 2).mean()
+        h, g = (a[chosen] ** 2).mean(), -(a * b)[chosen].mean()
+        w = -g * -math.expm1(-h / G * t) / h
+        rates.append(h / G)
+        ends.append(w)
+        L = max(L, *(abs(a * (a * w - b)) / math.sqrt(mu)), abs(g) / math.sqrt(mu))
+    G = mu + (a[sets[0]] ** 2).mean()
+    seen = abs(ends[0] - ends[1]) * math.sqrt(G) * L
+    given = {"kappa": kappa, "mu": mu, "t": t}
+    bound = c.stability_bound_data_metric(L, rates[0], n, **given).value
+    assert 0.5 * bound < seen < bound
+    assert seen > mutants.without_metric_change(L, rates[0], n, **given).value

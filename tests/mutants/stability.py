@@ -36,4 +36,5 @@ BOUNDS = (squared_count, half)
 
 def without_metric_change(L_G, rate, n, *, kappa, mu, t=None):
     """Takes the metric of the data for a fixed one."""
-    return half(L_G, rate, n, t)
+    memory = 1.0 / rate if t is None else -math.expm1(-rate * t) / rate
+    return Value(2.0 * L_G**2 * memory / n)
