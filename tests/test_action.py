@@ -131,7 +131,15 @@ def test_an_action_of_a_discrete_path_is_evidence() -> None:
 
 MODELS = {
     name: BASES[name]
-    for name in ("euclidean", "stiefel-wide", "stiefel-tall", "sphere", "poincare")
+    for name in (
+        "euclidean",
+        "stiefel-wide",
+        "stiefel-tall",
+        "canonical-wide",
+        "sphere",
+        "poincare",
+        "spd",
+    )
 }
 
 

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.integrate
 import scipy.linalg
+import scipy.special
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mutants import stability as mutants
@@ -337,6 +339,39 @@ def test_wrong_exponents_are_noticed() -> None:
     assert (
         mutants.backwards(1.0, 0.5, 1, 3.0).value > c.stability_bound(1, 0.5, 1).value
     )
+
+
+@given(seeds)
+@settings(max_examples=6)
+def test_logistic_flows_stay_within_the_bound(seed: int) -> None:
+    """Not quadratic: the rate is that of the decay, at all parameters."""
+    p = Ridge(seed)
+    signs = np.sign(p.b)
+    inverse = np.linalg.inv(p.G)
+
+    def single(w, i) -> np.ndarray:
+        return -signs[i] * p.a[i] * scipy.special.expit(-signs[i] * (p.a[i] @ w))
+
+    paths = []
+    for chosen in p.sets:
+
+        def velocity(t, w, chosen=chosen):
+            mean = sum(single(w, i) for i in chosen) / p.n
+            return -inverse @ (mean + p.decay * w)
+
+        found = scipy.integrate.solve_ivp(
+            velocity, (0.0, TIMES[-1]), p.start, t_eval=TIMES, rtol=1e-9, atol=1e-11
+        )
+        paths.append(found.y.T)
+    # Between two points the slope of a logistic loss is largest at one of them.
+    L = max(dual(single(w, i), p.G) for q in paths for w in q for i in range(p.n + 1))
+    rate = p.decay / np.linalg.eigvalsh(p.G)[-1]
+    for t, u, v in zip(TIMES[1:], paths[0][1:], paths[1][1:], strict=True):
+        beta = c.stability_bound(L, rate, p.n, t).value
+        for i in range(p.n + 1):
+            losses = [np.logaddexp(0.0, -signs[i] * (p.a[i] @ w)) for w in (u, v)]
+            assert abs(losses[0] - losses[1]) <= beta * (1 + 1e-6)
+        assert length(u - v, p.G) * L <= beta * (1 + 1e-6)
 
 
 @given(seeds, st.booleans())

@@ -145,6 +145,15 @@ def kkt_residuals(found: RecordedPass) -> Residuals:
     Raises:
         LinearizationError: A gradient is recorded for a parameter that the module does
             not have, or one is missing.
+
+    Example:
+        >>> chain = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Tanh())
+        >>> found = record_pass(chain, torch.ones(4, 3), lambda z: z.square().mean())
+        >>> kkt_residuals(found).largest < 1e-5
+        True
+        >>> found.costates[1][0, 0] += 1.0
+        >>> kkt_residuals(found).largest > 0.1
+        True
     """
     forward, adjoint, gradient = [], [], []
     for a, module in enumerate(found.modules):
@@ -203,6 +212,13 @@ def pairings(found: RecordedPass, direction: Tensor) -> list[float]:
 
     Returns:
         L + 1 numbers, equal up to rounding if the costates are right.
+
+    Example:
+        >>> double = torch.nn.Linear(1, 1, bias=False)
+        >>> _ = torch.nn.init.constant_(double.weight, 2.0)
+        >>> found = record_pass([double, double], torch.ones(1, 1), lambda z: z.sum())
+        >>> pairings(found, torch.ones(1, 1)), hamiltonians(found)
+        ([4.0, 4.0, 4.0], [4.0, 4.0])
     """
     dz = direction
     values = [float((found.costates[0] * dz).sum())]

@@ -63,6 +63,20 @@ def action(path: Trajectory, kind: Kind = "left") -> Action:
     Raises:
         ContractionError: Unknown kind, or points too far apart for the retraction.
         NotRecordedError: A landscape is needed and there is none.
+
+    Example:
+        A straight path down half a square, in the Euclidean metric.
+
+        >>> import torch, geoopt
+        >>> from riemannian_modules import LayerMetric, Part, TangentSpace
+        >>> def landscape(point):
+        ...     space = TangentSpace(geoopt.Euclidean(), point["w"])
+        ...     loss = float(0.5 * point["w"].square().sum())
+        ...     return Local(loss, dict(point), (LayerMetric([Part("w", space)]),))
+        >>> points = [{"w": torch.tensor([w])} for w in (1.0, 0.5)]
+        >>> path = Trajectory(points, [1.0], landscape)
+        >>> action(path).value, action(path, "midpoint").value
+        (0.125, 0.03125)
     """
     if kind not in ("left", "midpoint", "discrete_gradient"):
         raise ContractionError(
@@ -146,6 +160,10 @@ def tube_bound(
 
     Raises:
         ContractionError: No duration is known, or a negative action.
+
+    Example:
+        >>> tube_bound(0.5, rate=0.0, t=4.0).value
+        2.0
     """
     if isinstance(found, Action):
         given = Constant(

@@ -21,6 +21,16 @@ def proximal_model(local: Local, v: Point, lr: float) -> float:
 
     Raises:
         ContractionError: The step length is not positive.
+
+    Example:
+        >>> import torch, geoopt
+        >>> from riemannian_modules import LayerMetric, Part, TangentSpace
+        >>> space = TangentSpace(geoopt.Euclidean(), torch.zeros(1))
+        >>> local = Local(0.0, {"w": torch.ones(1)}, (LayerMetric([Part("w", space)]),))
+        >>> proximal_model(local, {"w": torch.tensor([-0.5])}, lr=0.5)
+        -0.25
+        >>> proximal_value(local, lr=0.5)
+        -0.25
     """
     return local.pair(v) + local.inner(v, v) / (2.0 * _positive(lr))
 

@@ -18,6 +18,8 @@ __all__ = ["ModelLandscape", "TrajectoryRecorder"]
 class TrajectoryRecorder:
     """Records the trajectory of an optimizer around its steps.
 
+    Cost of a step: one solve more, and the memory of its factors, which are kept.
+
     Args:
         metric: The metric whose ``backward`` precedes every step.
         retraction: That of the optimizer; None: ``retractions.Default()``.

@@ -148,6 +148,18 @@ def sensitivity(metric: LayerwiseMetric, norm: Norm = "spectral") -> Constant:
         NotRecordedError: There was no backward pass yet.
         ContractionError: The metric was built for a sum of losses, or the norm is
             unknown.
+
+    Example:
+        The output of a linear layer moves by the norm of its input.
+
+        >>> import riemannian_modules as rm
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> metric = rm.LayerwiseMetric(model, rm.output.Euclidean(), mass=0.1)
+        >>> with metric.record():
+        ...     z = model(torch.tensor([[3.0, 4.0], [1.0, 0.0]]))
+        >>> metric.backward(z.square().mean(), z)
+        >>> round(sensitivity(metric).value, 4), mass_constant(metric).value
+        (5.0, 0.1)
     """
     if norm not in ("spectral", "frobenius"):
         raise ContractionError(f"norm={norm!r}; choose 'spectral' or 'frobenius'")

@@ -41,7 +41,7 @@ __all__ = [
 SAME_START = "both runs start at the same point and the loss is a mean over n examples"
 CONVEX = (
     "a geodesically convex region that contains both trajectories, on which the "
-    "constants hold"
+    "constants hold, all of them in the same metric"
 )
 _FIXED = "a metric that does not depend on the data (it may depend on the parameters)"
 DIFFERENCE = "difference of the losses of one example after one of n was replaced"
