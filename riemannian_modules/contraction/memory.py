@@ -7,6 +7,7 @@ from riemannian_modules.contraction.constants import require
 __all__ = ["decay", "geometric", "memory", "times", "until"]
 
 _LARGEST = math.log(1.7e308)
+_SMALL = 1e-6
 
 
 def memory(rate: float, t: float | None) -> float:
@@ -29,9 +30,10 @@ def memory(rate: float, t: float | None) -> float:
     if t is None:
         return 1.0 / rate if rate > 0 else math.inf
     require(t >= 0, f"a time of {t}")
-    if rate == 0.0 or t == 0.0:
-        return t
-    return -_expm1(-rate * t) / rate
+    x = rate * t
+    if abs(x) < _SMALL:
+        return t * (1.0 - x / 2.0 + x * x / 6.0)
+    return -_expm1(-x) / rate
 
 
 def geometric(q: float, steps: int | None) -> float:
