@@ -1,6 +1,7 @@
 """Riemannian metrics for the layers of PyTorch models, and optimisation in them."""
 
 from riemannian_modules import (
+    action,
     contraction,
     errors,
     factors,
@@ -27,6 +28,7 @@ __all__ = [
     "Part",
     "TangentSpace",
     "__version__",
+    "action",
     "contraction",
     "errors",
     "factors",

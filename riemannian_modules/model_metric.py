@@ -219,6 +219,11 @@ class ModelMetric:
             for name, block in self.blocks.items()
         }
 
+    @property
+    def linearization(self) -> Linearization | None:
+        """The last pass, differentiated; None before the first one."""
+        return self._found
+
     def succeeded(self) -> Tensor | None:
         """Return whether every factorisation worked, a boolean on the device.
 
