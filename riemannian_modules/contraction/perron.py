@@ -2,6 +2,7 @@
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg import matrix_balance
 from scipy.sparse.csgraph import connected_components
 
 __all__ = ["abscissa", "irreducible", "perron_vector", "perron_weights", "witness"]
@@ -26,8 +27,7 @@ def perron_vector(A: Array) -> Array:
     """Return the positive right eigenvector of an irreducible Metzler matrix.
 
     Noda's iteration: inverse iteration whose shift is the upper Collatz-Wielandt
-    bound. It converges quadratically and stays positive, so small entries are as
-    accurate as large ones.
+    bound, on the balanced matrix. It converges quadratically and stays positive.
 
     Args:
         A: ``(n, n)``, not negative off the diagonal, irreducible.
@@ -36,7 +36,8 @@ def perron_vector(A: Array) -> Array:
         The vector, with sum one. Cost: some ten linear systems.
     """
     n = len(A)
-    B = A + np.eye(n) * -np.diag(A).min()
+    balanced, (scale, _) = matrix_balance(A, permute=False, separate=True)
+    B = balanced - np.eye(n) * np.diag(A).min()
     x = np.full(n, 1.0 / n)
     best, least = x, np.inf
     for _ in range(60):
@@ -53,7 +54,8 @@ def perron_vector(A: Array) -> Array:
         if not np.isfinite(y).all() or (y <= 0).any():
             break
         x = y / y.sum()
-    return best
+    best = best * scale
+    return best / best.sum()
 
 
 def perron_weights(A: Array) -> Array:
