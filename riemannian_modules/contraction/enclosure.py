@@ -9,7 +9,7 @@ from torch import Tensor
 from riemannian_modules.contraction.verified import spectral_norm, upper_eigenvalue
 from riemannian_modules.errors import ContractionError
 
-__all__ = ["MetricRoot", "interval_gain", "interval_rate"]
+__all__ = ["MetricRoot", "interval_feedback", "interval_gain", "interval_rate"]
 
 UNIT = 2.0**-53
 
@@ -165,3 +165,37 @@ def interval_gain(
     return torch.where(
         torch.isfinite(squared), squared.sqrt() * (1 + 8 * UNIT), math.inf
     )
+
+
+def interval_feedback(
+    forth: tuple[Tensor, Tensor],
+    back: tuple[Tensor, Tensor],
+    one: MetricRoot,
+    two: MetricRoot,
+    gamma: float,
+) -> Tensor:
+    """Return upper bounds on the gain that :eq:`feedback-rate` asks for.
+
+    ``|F1^T (P1 J12 + gamma J21^T P2) F2| / (2 sqrt(gamma))``, divided by the root of
+    ``(1 - delta_1) (1 - delta_2)``.
+
+    Args:
+        forth: bounds on ``J12``, ``(..., m, n)`` each.
+        back: bounds on ``J21``, ``(..., n, m)`` each.
+        one: metric of the first module.
+        two: metric of the second module.
+        gamma: weight of the second module.
+
+    Returns:
+        ``(...)``; infinite where a bound is.
+    """
+    left = _product(_exact(one.P), _ball(*forth))
+    centre, radius = _ball(*back)
+    right = _product((centre.mT, radius.mT), _exact(two.P))
+    total = left[0] + gamma * right[0]
+    slip = 4 * UNIT * (left[0].abs() + gamma * right[0].abs())
+    error = (left[1] + gamma * right[1] + slip) * (1 + 8 * UNIT)
+    found = _product(_product(_exact(one.F.mT), (total, error)), _exact(two.F))
+    size = spectral_norm(found[0]) + spectral_norm(found[1])
+    room = 2 * math.sqrt(gamma * (1 - one.delta) * (1 - two.delta))
+    return size / room * (1 + 16 * UNIT)

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from riemannian_modules.contraction import Certificate, Gain, Rate, discrete
 from riemannian_modules.contraction.gains import lipschitz, measured_gain
-from riemannian_modules.contraction.networks import hierarchy, small_gain
+from riemannian_modules.contraction.hierarchy import hierarchy
+from riemannian_modules.contraction.networks import small_gain
 from riemannian_modules.contraction.premises import Rates, as_rate
 from riemannian_modules.errors import ContractionError
 
