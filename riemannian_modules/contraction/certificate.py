@@ -216,6 +216,9 @@ class Certificate:
         return "\n".join(lines)
 
     def _envelope(self) -> str:
+        if not self.contracts:
+            seen = self.verdict is Verdict.EVIDENCE
+            return "not bounded: seen at points only" if seen else "not bounded"
         many, value = self.overshoot, self.value
         law = f"exp({-value:.6g} t)" if self.continuous else f"{value:.6g}^t"
         more = f"; unweighted {many:.6g} * {law}" if many > 1 else ""

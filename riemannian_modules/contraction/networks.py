@@ -67,10 +67,10 @@ def small_gain(
       region    everywhere
       distance  d(t) <= exp(-2 t) d(0); unweighted 1.41421 * exp(-2 t) (condition number 2)
     Proof
-      1. x contracts with the rate 3 (given, lower bound, certified) in the Euclidean metric, everywhere [given by the caller]
-      2. y contracts with the rate 4 (given, lower bound, certified) in the Euclidean metric, everywhere [given by the caller]
-      3. y acts on x with the gain 1 (upper bound, certified), everywhere [given by the caller]
-      4. x acts on y with the gain 2 (upper bound, certified), everywhere [given by the caller]
+      1. x contracts with the rate 3 (given, lower bound, certified) in the Euclidean metric [given by the caller]
+      2. y contracts with the rate 4 (given, lower bound, certified) in the Euclidean metric [given by the caller]
+      3. y acts on x with the gain 1 (upper bound, certified) [given by the caller]
+      4. x acts on y with the gain 2 (upper bound, certified) [given by the caller]
       5. the matrix of gains has the spectral abscissa -2, and the weights are its Perron vectors' u / v: the rate is 2 [Russo, di Bernardo and Sontag 2013]
       6. the number was verified in exact arithmetic and rounded down
     Assuming

@@ -159,28 +159,26 @@ class Premises:
 
     def steps(self) -> tuple[Step, ...]:
         """A line for each module, then one for each coupling that is not zero."""
+        shared = len({premise.where for premise in self._all()}) == 1
         lines = []
         for name, rate in zip(self.names, self.rates, strict=False):
-            lines.append(
-                Step(
-                    f"{name} contracts with the rate {rate}",
-                    rate.source,
-                    {"rate": rate.value},
-                    self.proofs.get(name),
-                )
-            )
+            said = str(rate).removesuffix(f", {rate.where}") if shared else str(rate)
+            claim = f"{name} contracts with the rate {said}"
+            numbers = {"rate": rate.value}
+            lines.append(Step(claim, rate.source, numbers, self.proofs.get(name)))
         for i, target in enumerate(self.names):
             for j, source in enumerate(self.names):
                 gain = self.gains[i][j]
-                if gain.value == 0 and i != j:
+                if (i == j and self.rates) or (i != j and gain.value == 0):
                     continue
-                if i != j:
-                    claim = f"{source} acts on {target} with the gain {gain}"
-                elif self.rates:
-                    continue
-                else:
-                    claim = f"{target} contracts in one step by the factor {gain}"
-                proof = self.proofs.get(target) if i == j else None
+                said = (
+                    str(gain).removesuffix(f", {gain.where}") if shared else str(gain)
+                )
+                claim = f"{source} acts on {target} with the gain {said}"
+                proof = None
+                if i == j:
+                    claim = f"{target} contracts in one step by the factor {said}"
+                    proof = self.proofs.get(target)
                 lines.append(Step(claim, gain.source, {"gain": gain.value}, proof))
         return tuple(lines)
 

@@ -17,10 +17,11 @@ from riemannian_modules.contraction.interval import Interval
 from riemannian_modules.contraction.result import Gain, Rate, Side, Verdict
 from riemannian_modules.errors import ContractionError
 
-__all__ = ["Blocks", "Box", "JacobianBounds", "Jacobians", "Layout"]
+__all__ = ["Blocks", "Box", "JacobianBounds", "Jacobians", "Layout", "Pieces"]
 
 Block = Interval | Sequence[Sequence[Interval | float]]
 Blocks = Mapping[tuple[str, str], Block]
+Pieces = int | Mapping[str, int | Sequence[int]]
 JacobianBounds = Callable[[dict[str, Interval]], Blocks]
 
 
@@ -128,13 +129,12 @@ class Box:
         share[0] = 0.5
         return self.lower + share * (self.upper - self.lower)
 
-    def pieces(self, count: int) -> Interval:
-        """Divide every side that has a length in ``count``, ``(boxes, total)``."""
+    def pieces(self, counts: Tensor) -> Interval:
+        """Divide every side into its number of parts, ``(boxes, total)``."""
         edges = [
-            torch.linspace(0, 1, (count if high > low else 1) + 1, dtype=torch.float64)
-            * (high - low)
+            torch.linspace(0, 1, int(count) + 1, dtype=torch.float64) * (high - low)
             + low
-            for low, high in zip(self.lower, self.upper, strict=True)
+            for count, low, high in zip(counts, self.lower, self.upper, strict=True)
         ]
         for edge, low, high in zip(edges, self.lower, self.upper, strict=True):
             edge[0], edge[-1] = low, high
@@ -170,14 +170,23 @@ class Jacobians:
 
     @classmethod
     def enclosed(
-        cls, layout: Layout, box: Box, bounds: JacobianBounds, pieces: int
+        cls, layout: Layout, box: Box, bounds: JacobianBounds, pieces: Pieces
     ) -> "Jacobians":
         """Evaluate a user's bounds on the pieces of a box.
 
         Raises:
-            ContractionError: a block that no modules have, or of another shape.
+            ContractionError: a block that no modules have, or of another shape; a
+                number of pieces below one, or more than a million in all.
         """
-        cells = box.pieces(pieces)
+        if isinstance(pieces, int):
+            pieces = dict.fromkeys(layout.names, pieces)
+        counts = layout.join({name: pieces.get(name, 1) for name in layout.names})
+        if not bool((counts >= 1).all()) or float(counts.prod()) > 1e6:
+            raise ContractionError(
+                f"{counts.tolist()} pieces along the states; give at least one along "
+                "each, and at most a million in all"
+            )
+        cells = box.pieces(counts)
         count = len(cells.lower)
         places = layout.places
         states = {name: cells[:, place] for name, place in places.items()}

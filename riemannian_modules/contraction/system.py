@@ -19,6 +19,7 @@ from riemannian_modules.contraction.region import (
     JacobianBounds,
     Jacobians,
     Layout,
+    Pieces,
 )
 from riemannian_modules.contraction.result import Gain, Rate, Verdict
 from riemannian_modules.contraction.rules import feedback, require_positive
@@ -124,7 +125,7 @@ class System:
         region: Bounds,
         jacobian_bounds: JacobianBounds | None = None,
         *,
-        pieces: int = 1,
+        pieces: Pieces = 1,
         samples: int = 256,
         seed: int = 0,
     ) -> Jacobians:
@@ -145,7 +146,8 @@ class System:
                 number or an Interval of shape ``(n,)``. A block that is left out is
                 zero.
             pieces: into how many parts every side of the box is divided, for tighter
-                bounds. Cost: to the power of the number of states.
+                bounds: a number, or ``{module: number or a number for each state}``.
+                Cost: the product of all of them.
             samples: how many points are drawn.
             seed: of the points.
 
@@ -175,7 +177,7 @@ class System:
         *,
         region: Bounds,
         jacobian_bounds: JacobianBounds | None = None,
-        pieces: int = 1,
+        pieces: Pieces = 1,
         samples: int = 256,
         seed: int = 0,
         gamma: float = 1.0,
