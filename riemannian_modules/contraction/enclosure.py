@@ -98,9 +98,11 @@ def _size(X: Tensor) -> Tensor:
 
 
 def _ball(lower: Tensor, upper: Tensor) -> Ball:
-    centre = lower / 2 + upper / 2
+    point = lower == upper
+    centre = torch.where(point, lower, lower / 2 + upper / 2)
     radius = torch.maximum(upper - centre, centre - lower)
-    return centre, radius * (1 + 4 * UNIT) + torch.finfo(torch.float64).tiny
+    wide = radius * (1 + 4 * UNIT) + torch.finfo(torch.float64).tiny
+    return centre, torch.where(point, torch.zeros_like(wide), wide)
 
 
 def interval_rate(lower: Tensor, upper: Tensor, root: MetricRoot) -> Tensor:
@@ -131,7 +133,13 @@ def interval_rate(lower: Tensor, upper: Tensor, root: MetricRoot) -> Tensor:
     # Each entry of the sum is rounded once.
     symmetric = C / 2 + C.mT / 2
     radius = (R / 2 + R.mT / 2) * (1 + 4 * UNIT) + symmetric.abs() * 2 * UNIT
-    w = upper_eigenvalue(symmetric) + spectral_norm(radius)
+    # The largest eigenvalue grows with the diagonal: take its upper end.
+    own = radius.diagonal(dim1=-2, dim2=-1)
+    top = symmetric.diagonal(dim1=-2, dim2=-1) + own
+    top = top + top.abs() * 2 * UNIT
+    highest = symmetric.diagonal_scatter(top, dim1=-2, dim2=-1)
+    others = radius.diagonal_scatter(torch.zeros_like(own), dim1=-2, dim2=-1)
+    w = upper_eigenvalue(highest) + spectral_norm(others)
     w = w + w.abs() * 4 * UNIT
     scale = torch.where(w >= 0, 1 - root.delta, 1 + root.delta)
     rate = -(w / scale)

@@ -263,11 +263,11 @@ def measured_at(jacobians: Sequence[Tensor]) -> Gain:
     Raises:
         ContractionError: one of them is not finite.
     """
-    norms = [float(torch.linalg.matrix_norm(J.double(), 2)) for J in jacobians]
-    if not all(map(math.isfinite, norms)):
+    if not all(bool(torch.isfinite(J).all()) for J in jacobians):
         raise ContractionError(
             "a Jacobian is not finite: look for NaN in the parameters and the inputs"
         )
+    norms = [float(torch.linalg.matrix_norm(J.double(), 2)) for J in jacobians]
     return Gain(
         max(norms),
         where=f"seen at {len(norms)} points",

@@ -127,7 +127,7 @@ CONSTANTS: dict[type[nn.Module], Constant] = {
     nn.Softplus: _always(1.0),
     nn.LogSigmoid: _always(1.0),
     nn.Sigmoid: _always(0.25),
-    nn.Hardsigmoid: _always(math.nextafter(1 / 6, 1)),
+    nn.Hardsigmoid: _always(0.1666667),
     nn.Softmax: _always(0.5),
     nn.SiLU: _always(1.0998394),
     nn.GELU: gelu,
