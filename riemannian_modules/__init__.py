@@ -1,9 +1,11 @@
 """Riemannian metrics for the layers of PyTorch models, and optimisation in them."""
 
 from riemannian_modules import (
+    action,
     contraction,
     errors,
     factors,
+    functional,
     manifolds,
     nn,
     optim,
@@ -26,9 +28,11 @@ __all__ = [
     "Part",
     "TangentSpace",
     "__version__",
+    "action",
     "contraction",
     "errors",
     "factors",
+    "functional",
     "geometrize",
     "manifolds",
     "nn",

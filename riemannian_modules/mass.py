@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import torch
@@ -31,6 +31,12 @@ class Mass:
     row: Tensor | None = None
     column: Tensor | None = None
     diagonal: Tensor | None = None
+
+    def times(self, factor: float) -> "Mass":
+        """Return the mass with every entry multiplied by a positive number."""
+        if self.diagonal is not None:
+            return replace(self, diagonal=factor * self.diagonal)
+        return replace(self, scalar=factor * self.scalar)
 
     @property
     def is_scalar(self) -> bool:

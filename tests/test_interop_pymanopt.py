@@ -1028,6 +1028,8 @@ def test_bad_problems_are_refused() -> None:
     ):
         with pytest.raises(ProblemError, match=next(iter(options))):
             problem(metric, loss, x, **options)
+    with pytest.raises(ProblemError, match="Product"):
+        problem(metric.manifold, loss, x)
     noisy = nn.Sequential(small_model(), nn.Dropout(0.5))
     with pytest.raises(ProblemError, match=r"model\.eval"):
         problem(rm.LayerwiseMetric(noisy, rm.output.Categorical()), loss, x)

@@ -55,7 +55,8 @@ def form_laws(probe: MetricProbe) -> Iterator[CheckResult]:
     yield CheckResult.at_most(
         "to_dense",
         relative_gap(metric.to_dense(), matrix),
-        probe.exact,
+        # K b rounds by eps |K| |b|, however little of K the tangent vector b sees.
+        probe.pushed,
         "to_dense is the matrix of g in the tangent basis",
     )
 

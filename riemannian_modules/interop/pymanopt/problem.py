@@ -213,7 +213,8 @@ def problem(
     ``geometry="base"``.
 
     Args:
-        metric: the model's geometry; its model is the one that is trained.
+        metric: the model's geometry with the masses of this moment; its model is the
+            one that is trained.
         loss: from the model's outputs to a scalar tensor; it holds the targets.
         *inputs: arguments of the model.
         geometry: ``"layer"``: the layer metric, pulled back at every iterate and held
@@ -228,8 +229,8 @@ def problem(
         The problem; start an optimizer from its ``initial_point``.
 
     Raises:
-        ProblemError: an unknown geometry or preconditioner, a negative weight decay,
-            or a cost that differs between two calls (dropout).
+        ProblemError: another kind of metric, an unknown geometry or preconditioner, a
+            negative weight decay, or a cost that differs between two calls (dropout).
         NonFiniteError: the cost at the model's parameters is not finite.
 
     Cost: a forward pass for a cost, one ``metric.backward`` for an iterate, a double
@@ -249,6 +250,11 @@ def problem(
     >>> model(x).square().sum().round(decimals=6).item()
     1.0
     """
+    _require(
+        isinstance(metric, LayerwiseMetric),
+        f"{type(metric).__name__} is not the metric of a model's forward pass; build a "
+        "LayerwiseMetric",
+    )
     _require(geometry in _NAMES, f"geometry={geometry!r}; choose 'layer' or 'base'")
     _require(
         preconditioner is None or preconditioner in _NAMES,
