@@ -1,5 +1,8 @@
 """Riemannian metrics for the layers of PyTorch models, and optimisation in them."""
 
+from importlib import import_module
+from types import ModuleType
+
 from riemannian_modules import (
     action,
     contraction,
@@ -43,3 +46,10 @@ __all__ = [
     "rules",
     "woodbury",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    # They need packages that not everyone has, so they are imported when asked for.
+    if name in {"interop", "testing"}:
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

@@ -1,4 +1,13 @@
-"""Bridges to packages that the library itself does not need, one subpackage each.
+"""Bridges to packages that the library itself does not need, one each.
 
-Nothing here is imported by ``import riemannian_modules``.
+Nothing here is imported by ``import riemannian_modules``, but when it is asked for.
 """
+
+from importlib import import_module
+from types import ModuleType
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name == "pymanopt":
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
