@@ -10,7 +10,7 @@ import torch
 from geoopt.utils import size2shape
 from torch import Tensor, nn
 
-from riemannian_modules.errors import ManifoldContractError, MassError, ShapeError
+from riemannian_modules.errors import MassError, ShapeError
 from riemannian_modules.manifolds.contract import base_of, ensure_contract
 from riemannian_modules.manifolds.nested import Nested, flattened, nested
 from riemannian_modules.manifolds.quotient import Quotient
@@ -38,7 +38,9 @@ class Product(geoopt.ProductManifold):  # type: ignore[misc]
     itself, and refuses parts whose curvatures differ in data type.
 
     Args:
-        parts: ``{name: (manifold, shape)}``; base manifolds, also products.
+        parts: ``{name: (manifold, shape)}``; base manifolds, also products, or
+            MetricManifolds, which bring the metric that they have at the time of a
+            call.
         masses: ``{name: mass}``; 1 for names that are missing.
 
     Raises:
@@ -304,10 +306,6 @@ def _require_part(
 ) -> None:
     ensure_contract(manifold, name)
     require_own_formulas(manifold, name)
-    if base_of(manifold) is not manifold:
-        raise ManifoldContractError(
-            f"'{name}': a MetricManifold holds one metric; pass its .base instead"
-        )
     ok, reason = manifold._check_shape(shape, name)
     if not ok:
         raise ShapeError(
