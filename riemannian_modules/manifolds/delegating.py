@@ -12,55 +12,66 @@ __all__ = ["Delegating"]
 
 
 class Delegating(MetricView):
-    """A view of ``base`` that lacks the methods which its own metric changes."""
+    """A view of ``base`` that lacks the methods which its own metric changes.
+
+    ``options`` are those of the base's methods, such as ``project`` on Poincare balls.
+    """
 
     @abc.abstractmethod
     def _at(self, x: Tensor) -> geoopt.Manifold:
         """Return the base manifold, ready for points such as ``x``."""
 
-    def retr(self, x: Tensor, u: Tensor) -> Tensor:
+    def retr(self, x: Tensor, u: Tensor, **options: Any) -> Tensor:
         """Retract with the base manifold."""
-        point: Tensor = self._at(x).retr(x, u)
+        point: Tensor = self._at(x).retr(x, u, **options)
         return point
 
-    def expmap(self, x: Tensor, u: Tensor) -> Tensor:
+    def expmap(self, x: Tensor, u: Tensor, **options: Any) -> Tensor:
         """Follow the geodesic of the base manifold (not of the layer metric)."""
-        point: Tensor = self._at(x).expmap(x, u)
+        point: Tensor = self._at(x).expmap(x, u, **options)
         return point
 
-    def projx(self, x: Tensor) -> Tensor:
+    def projx(self, x: Tensor, **options: Any) -> Tensor:
         """Return the nearest point of the base manifold."""
-        point: Tensor = self._at(x).projx(x)
+        point: Tensor = self._at(x).projx(x, **options)
         return point
 
-    def proju(self, x: Tensor, u: Tensor) -> Tensor:
+    def proju(self, x: Tensor, u: Tensor, **options: Any) -> Tensor:
         """Return the tangent part of ``u`` on the base manifold."""
-        tangent: Tensor = self._at(x).proju(x, u)
+        tangent: Tensor = self._at(x).proju(x, u, **options)
         return tangent
 
-    def transp(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
+    def transp(self, x: Tensor, y: Tensor, v: Tensor, **options: Any) -> Tensor:
         """Transport with the base manifold."""
-        vector: Tensor = self._at(x).transp(x, y, v)
+        vector: Tensor = self._at(x).transp(x, y, v, **options)
         return vector
 
-    def retr_transp(self, x: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def retr_transp(
+        self, x: Tensor, u: Tensor, v: Tensor, **options: Any
+    ) -> tuple[Tensor, Tensor]:
         """Retract and transport with the base manifold."""
-        point, vector = self._at(x).retr_transp(x, u, v)
+        point, vector = self._at(x).retr_transp(x, u, v, **options)
         return point, vector
 
-    def expmap_transp(self, x: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def expmap_transp(
+        self, x: Tensor, u: Tensor, v: Tensor, **options: Any
+    ) -> tuple[Tensor, Tensor]:
         """Follow the base manifold's geodesic and transport with it."""
-        point, vector = self._at(x).expmap_transp(x, u, v)
+        point, vector = self._at(x).expmap_transp(x, u, v, **options)
         return point, vector
 
-    def transp_follow_retr(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    def transp_follow_retr(
+        self, x: Tensor, u: Tensor, v: Tensor, **options: Any
+    ) -> Tensor:
         """Transport along the base manifold's retraction."""
-        vector: Tensor = self._at(x).transp_follow_retr(x, u, v)
+        vector: Tensor = self._at(x).transp_follow_retr(x, u, v, **options)
         return vector
 
-    def transp_follow_expmap(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    def transp_follow_expmap(
+        self, x: Tensor, u: Tensor, v: Tensor, **options: Any
+    ) -> Tensor:
         """Transport along the base manifold's geodesic."""
-        vector: Tensor = self._at(x).transp_follow_expmap(x, u, v)
+        vector: Tensor = self._at(x).transp_follow_expmap(x, u, v, **options)
         return vector
 
     def unpack_tensor(self, tensor: Tensor) -> Any:

@@ -195,10 +195,14 @@ class MetricManifold(Delegating):
         if metric is None:
             # Not the base's inner(u, u): a mass weighs one of the two.
             w = v if v is not None or self._mass.is_one else u
-            value: Tensor = self._at(x).inner(
-                x, self._mass.multiply(u), w, keepdim=keepdim
-            )
-            return value
+            base = self._at(x)
+            value: Tensor = base.inner(x, self._mass.multiply(u), w, keepdim=True)
+            kept = value.ndim - base.ndim
+            if keepdim or base.ndim == 0:
+                return value
+            # geoopt's stereographic classes are only right with keepdim: without it
+            # they multiply the factor of every point with the products of all.
+            return value.reshape(value.shape[:kept])
         total = self._each("inner", False, metric, x, u, u if v is None else v)
         return total.view(*total.shape, *(1,) * self.ndim) if keepdim else total
 

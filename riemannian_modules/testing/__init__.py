@@ -4,6 +4,7 @@
 imported here, so that the checks work without Hypothesis.
 """
 
+from riemannian_modules.testing.geoopt_checks import check_geoopt_manifold
 from riemannian_modules.testing.manifold_checks import check_base_manifold
 from riemannian_modules.testing.metric_checks import check_metric
 from riemannian_modules.testing.module_checks import check_module
@@ -19,6 +20,7 @@ __all__ = [
     "Slope",
     "best_window_slope",
     "check_base_manifold",
+    "check_geoopt_manifold",
     "check_metric",
     "check_module",
     "check_output_metric",
