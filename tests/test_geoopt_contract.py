@@ -5,8 +5,8 @@ from typing import Any
 import geoopt
 import pytest
 import torch
-from geoopt_defects import CLAMPED, SCALAR, UNTAGGED_ORIGIN, defects
-from hypothesis import HealthCheck, given, settings
+from geoopt_defects import CLAMPED, SCALAR, SINKHORN, UNTAGGED_ORIGIN, defects
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from manifold_cases import GEOOPT, OURS, Case
 from mutants import geoopt_contract as mutants
@@ -21,8 +21,11 @@ from riemannian_modules.testing import (
     raise_failures,
 )
 
+# A check looks at some hundred numbers; shrinking a failure would take minutes.
 FEW = settings(
-    max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=5,
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 SEEDS = st.integers(0, 2**32 - 1)
 ALL = [*GEOOPT, *OURS]
@@ -50,6 +53,11 @@ def sampler(case: Case, manifold: geoopt.Manifold) -> Any:
     return lambda shape: case.draw(manifold, shape[: len(shape) - len(case.shape)])
 
 
+def noisy(manifold: geoopt.Manifold) -> tuple[str, ...]:
+    """Laws that depend on where geoopt's Sinkhorn iteration stops, at 1e-5."""
+    return SINKHORN if type(manifold) is geoopt.BirkhoffPolytope else ()
+
+
 def expected(case: Case, manifold: geoopt.Manifold) -> dict[str, str]:
     """What the class itself fails: geoopt's own, and what is built upon it."""
     if case in GEOOPT:
@@ -75,7 +83,9 @@ def expected(case: Case, manifold: geoopt.Manifold) -> dict[str, str]:
 @pytest.mark.parametrize("case", ALL, ids=named)
 def test_every_manifold_keeps_what_it_is_not_known_to_break(case: Case) -> None:
     manifold = case.make()
-    found = check_geoopt_manifold(manifold, case.shape, draw=sampler(case, manifold))
+    found = check_geoopt_manifold(
+        manifold, case.shape, draw=sampler(case, manifold), skip=noisy(manifold)
+    )
     raise_failures(found, expected_failures=expected(case, manifold))
 
 
@@ -86,9 +96,12 @@ def carried(view: MetricManifold, case: Case) -> dict[str, str]:
     """What is left of a class's failures in a MetricManifold of it."""
     mended = {
         "inner_shape",
-        *(f"{v}_carries_the_manifold" for v in ("random", "origin")),
+        "random_carries_the_manifold",
+        "origin_carries_the_manifold",
     }
     known = expected(case, view.base)
+    if "origin_points" in known:  # there is no origin to carry it
+        mended.remove("origin_carries_the_manifold")
     return {law: reason for law, reason in known.items() if law not in mended}
 
 
@@ -105,10 +118,14 @@ def with_factor(
     base = case.make()
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        # Not the seed of the check: its vectors would be multiples of the point.
+        torch.manual_seed(seed ^ 0x5EED)
         point = case.draw(base).as_subclass(Tensor).detach()
     space = rm.TangentSpace(base, point, rm.Mass(scalar=mass), "w")
     rows = torch.randn(rank, *case.shape, generator=generator)
+    if isinstance(base, Quotient):
+        # Outputs that depend on the point alone do not feel its representatives.
+        rows = base.proju(point, rows)
     metric = rm.LayerMetric([rm.Part("w", space, rm.factors.DenseFactor(rows))])
     view = MetricManifold(base)
     view.bind(metric)
@@ -121,14 +138,28 @@ DISTANCES = {"dist_zero", "dist_symmetric", "dist2", "logmap_inverse", "distance
 
 
 @pytest.mark.parametrize("case", CARRIERS, ids=named)
+def test_with_a_factor(case: Case) -> None:
+    law_with_a_factor(case, 0)
+
+
 @FEW
-@given(seed=SEEDS)
-def test_with_a_factor(case: Case, seed: int) -> None:
-    view, _ = with_factor(case, seed=seed)
+@given(case=st.sampled_from(CARRIERS), seed=SEEDS)
+def test_with_any_factor(case: Case, seed: int) -> None:
+    law_with_a_factor(case, seed)
+
+
+def law_with_a_factor(case: Case, seed: int) -> None:
+    view, x = with_factor(case, seed=seed)
+
+    def draw(shape: tuple[int, ...]) -> Tensor:
+        """The metric's own point and another one."""
+        return torch.stack([x, case.draw(view.base).as_subclass(Tensor)])
+
     found = check_geoopt_manifold(
         view,
         case.shape,
-        draw=sampler(case, view.base),
+        batch=(2,),
+        draw=draw,
         skip=OTHER_METRIC,
         generator=torch.Generator().manual_seed(seed),
     )
@@ -168,14 +199,16 @@ def test_points_of_a_batch_are_looked_at_one_by_one(case: Case) -> None:
 # ---- inside products -------------------------------------------------------------
 
 INSIDE = [
-    case for case in OURS if case.name in ("Stiefel, wide", "SPD", "Grassmann, tall")
+    case for case in OURS if case.name in ("Stiefel, tall", "SPD", "Grassmann, tall")
 ]
 
 
 @pytest.mark.parametrize("kind", ["geoopt", "library"])
 @pytest.mark.parametrize("case", INSIDE, ids=named)
 def test_a_metric_is_part_of_a_product(case: Case, kind: str) -> None:
-    view, _ = with_factor(case)
+    view, x = with_factor(case)
+    if isinstance(view.base, Quotient) and kind == "geoopt":
+        pytest.skip("geoopt's product does not know which tensors are one point")
     parts = [(view, case.shape), (geoopt.Euclidean(), (2,))]
     if kind == "geoopt":
         product: geoopt.Manifold = geoopt.ProductManifold(*parts)
@@ -185,23 +218,16 @@ def test_a_metric_is_part_of_a_product(case: Case, kind: str) -> None:
         nested = Product({"inner": (product, (product.n_elements,)), "c": parts[1]})
 
     def draw(shape: tuple[int, ...]) -> Tensor:
-        weight = case.draw(view.base, shape[:-1]).as_subclass(Tensor)
-        flat = weight.flatten(len(shape) - 1)
-        return torch.cat(
-            [flat, torch.randn(*shape[:-1], shape[-1] - flat.shape[-1])], -1
-        )
+        weight = torch.stack([x, case.draw(view.base).as_subclass(Tensor)]).flatten(1)
+        return torch.cat([weight, torch.randn(2, shape[-1] - weight.shape[-1])], -1)
 
     known = dict(SCALAR) if kind == "geoopt" else {}
     skipped = {*OTHER_METRIC, *DISTANCES, "logmap_length"}
-    if isinstance(view.base, Quotient) and kind == "geoopt":
-        # geoopt's product does not know which tensors are one point.
-        skipped |= {"projection_complete", "riesz_normal", "retraction_order"}
-        skipped |= {"projection_tangent", "gradient_slope", "descent_slope"}
-        skipped |= {"riesz_tangent", "directional_derivative", "expmap_transp_point"}
-        skipped |= {"transp_identity"}
     for manifold in (product, nested):
         size = (manifold.n_elements,)
-        found = check_geoopt_manifold(manifold, size, draw=draw, skip=skipped)
+        found = check_geoopt_manifold(
+            manifold, size, batch=(2,), draw=draw, skip=skipped
+        )
         raise_failures(
             [r for r in found if not r.name.startswith("origin")],
             expected_failures=known,
@@ -245,7 +271,9 @@ def test_sparse_optimizers_stop_before_they_change_anything(kind: Any) -> None:
     parameter = geoopt.ManifoldParameter(x.clone(), manifold=view)
     optimizer = kind([parameter], lr=0.1)
     indices = torch.tensor([[1]])
-    parameter.grad = torch.sparse_coo_tensor(indices, torch.ones(1, 2), x.shape)
+    parameter.grad = torch.sparse_coo_tensor(
+        indices, torch.ones(1, 2), x.shape, check_invariants=True
+    )
     with pytest.raises(
         ShapeError, match=r"(?s)\(3, 2\).*\(1, 2\).*[Ss]parse optimizers"
     ):
@@ -260,10 +288,10 @@ def test_sparse_optimizers_stop_before_they_change_anything(kind: Any) -> None:
 @pytest.mark.parametrize("kind", ["RSGLD", "RHMC", "SGRHMC"])
 def test_samplers_are_refused(kind: str) -> None:
     sampler = getattr(geoopt.samplers, kind)
-    plain = geoopt.ManifoldParameter(torch.eye(2), manifold=geoopt.Sphere())
+    plain = geoopt.ManifoldParameter(torch.eye(2), manifold=geoopt.Euclidean())
     sampler([plain])
     for bound in (False, True):
-        view, x = with_factor(next(case for case in OURS if case.name == "Sphere"))
+        view, x = with_factor(OURS[0])
         if not bound:
             view.release()
         parameter = geoopt.ManifoldParameter(x.clone(), manifold=view)

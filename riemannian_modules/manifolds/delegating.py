@@ -82,12 +82,6 @@ class Delegating(MetricView):
         """Return what the base makes of the parts of a point."""
         return self.base.pack_point(*tensors)
 
-    def _check_shape(
-        self, shape: tuple[int, ...], name: str
-    ) -> tuple[bool, str | None]:
-        result: tuple[bool, str | None] = self.base._check_shape(shape, name)
-        return result
-
     def _check_point_on_manifold(
         self, x: Tensor, *, atol: float = 1e-5, rtol: float = 1e-5
     ) -> tuple[bool, str | None]:

@@ -283,6 +283,17 @@ class MetricManifold(Delegating):
             "form; use release() for the base manifold's"
         )
 
+    def _check_shape(
+        self, shape: tuple[int, ...], name: str
+    ) -> tuple[bool, str | None]:
+        ok, reason = self.base._check_shape(shape, name)
+        metric = self._coupled
+        if ok and metric is not None:
+            own = tuple(metric.parts[0].space.point.shape)
+            ok = tuple(shape[max(0, len(shape) - len(own)) :]) == own
+            reason = None if ok else f"`{name}` must end with {own}, got {tuple(shape)}"
+        return ok, reason
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "MetricManifold":
         twin = MetricManifold(copy.deepcopy(self.base, memo))
         memo[id(self)] = twin

@@ -13,6 +13,10 @@ class Mixing(geoopt.Sphere):
 
     mixed = ""
 
+    def random(self, *size, dtype=None, device=None):
+        point = geoopt.Sphere().random(*size, dtype=dtype, device=device)
+        return geoopt.ManifoldTensor(point.data, manifold=self)
+
     def _first(self, name, *tensors):
         # An end point of logmap and transp is one of the batch too.
         method = getattr(geoopt.Sphere, name)
@@ -315,7 +319,8 @@ class SharedFirst(MetricManifold):
     """The metric of the first point for the whole batch, as one number."""
 
     def inner(self, x, u, v=None, *, keepdim=False):
-        total = self.metric.inner(u.flatten(0, -3)[0], u.flatten(0, -3)[0])
+        first = u.reshape(-1, *u.shape[-2:])[0]
+        total = self.metric.inner(first, first)
         return total.view((1,) * x.ndim) if keepdim else total
 
 
