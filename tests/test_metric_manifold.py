@@ -104,11 +104,13 @@ def test_without_a_factor_it_is_the_base(name: str) -> None:
     manifold = MetricManifold(base)
     u, v = tangents(name, x)
     e = torch.randn_like(x)
-    for keepdim in (False, True):
-        assert torch.equal(
-            manifold.inner(x, u, v, keepdim=keepdim),
-            base.inner(x, u, v, keepdim=keepdim),
-        )
+    kept = base.inner(x, u, v, keepdim=True)
+    assert torch.equal(manifold.inner(x, u, v, keepdim=True), kept)
+    # Without keepdim geoopt's Poincare ball mixes up the points of a batch.
+    shape = kept.shape[: kept.ndim - base.ndim]
+    assert torch.equal(manifold.inner(x, u, v), kept.reshape(shape))
+    if name != "PoincareBall":
+        assert torch.equal(manifold.inner(x, u, v), base.inner(x, u, v))
     assert torch.equal(manifold.egrad2rgrad(x, e), base.egrad2rgrad(x, e.clone()))
     assert manifold.metric is None
     assert not failures(check_base_manifold(manifold, x))
