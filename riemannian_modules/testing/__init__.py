@@ -8,6 +8,7 @@ from riemannian_modules.testing.geoopt_checks import check_geoopt_manifold
 from riemannian_modules.testing.manifold_checks import check_base_manifold
 from riemannian_modules.testing.metric_checks import check_metric
 from riemannian_modules.testing.module_checks import check_module
+from riemannian_modules.testing.optimizer_checks import check_optimizer
 from riemannian_modules.testing.output_checks import check_output_metric
 from riemannian_modules.testing.raising import raise_failures
 from riemannian_modules.testing.result import CheckResult, failures
@@ -23,6 +24,7 @@ __all__ = [
     "check_geoopt_manifold",
     "check_metric",
     "check_module",
+    "check_optimizer",
     "check_output_metric",
     "check_retraction",
     "check_rule",

@@ -1,0 +1,1 @@
+"""The layer metric in other libraries, each of them optional."""
