@@ -197,7 +197,7 @@ def test_fletcher_reeves_divides_by_the_length_where_it_was() -> None:
 
     def spy(params: Any, states: Any, **options: Any) -> float:
         betas.append(method(params, states, **options))
-        lengths.append(float(states[point]["grad"].square().sum()))
+        lengths.append(float(states[point]["grad"].detach().square().sum()))
         return betas[-1]
 
     optimizer = geoopt.optim.RiemannianLineSearch(

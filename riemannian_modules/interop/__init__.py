@@ -1,1 +1,4 @@
-"""The layer metric in other libraries, each of them optional."""
+"""Bridges to packages that the library itself does not need, one subpackage each.
+
+Nothing here is imported by ``import riemannian_modules``.
+"""

@@ -124,7 +124,7 @@ class Run:
         if self.metric is None:
             self.optimizer.zero_grad()
             loss = self.problem.loss(self.model(x))
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             return loss.detach()
         with self.metric.record():
             outputs = self.model(x)
