@@ -34,4 +34,4 @@ def test_the_recipe_runs(
         pytest.skip(f"{NEEDS[name]} is not installed")
     monkeypatch.chdir(tmp_path)
     runpy.run_path(str(RECIPES / f"{name}.py"), run_name="__main__")
-    assert "push-through" in capsys.readouterr().out
+    assert "solver" in capsys.readouterr().out
