@@ -274,3 +274,17 @@ def test_inner_is_in_the_precision_of_the_vectors() -> None:
     u = base.proju(x, torch.randn_like(x))
     assert manifold.inner(x, u).dtype == torch.float32
     assert manifold.egrad2rgrad(x, u).dtype == torch.float32
+
+
+def test_two_parameters_cannot_share_a_metric() -> None:
+    view = MetricManifold(rm.manifolds.Sphere())
+
+    class Shared(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name in ("a", "b"):
+                point = rm.manifolds.Sphere().random(2, 3).data
+                setattr(self, name, geoopt.ManifoldParameter(point, manifold=view))
+
+    with pytest.raises(ManifoldContractError, match="'a' and 'b' share"):
+        rm.LayerwiseMetric(Shared(), output=None)
