@@ -208,7 +208,7 @@ def test_fletcher_reeves_divides_by_the_length_where_it_was() -> None:
         optimizer.zero_grad()
         loss = (point * target).sum() + (point**3).sum()
         loss.backward()
-        return float(loss)
+        return float(loss.detach())
 
     for _ in range(4):
         optimizer.step(closure)

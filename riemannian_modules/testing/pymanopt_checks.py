@@ -7,85 +7,33 @@ half of the digits; fitted slopes may fall short by 0.25.
 import copy
 import math
 from collections.abc import Callable, Collection, Iterator
-from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 
+from riemannian_modules.testing.pymanopt_laws import (
+    distance_laws,
+    step_laws,
+    transport_laws,
+)
 from riemannian_modules.testing.pymanopt_probe import (
+    EXACT,
+    LOOSE,
+    SLACK,
     Cost,
+    Place,
     Point,
     apart,
     arrays,
     flat,
     order_of,
-    quadratic,
 )
 from riemannian_modules.testing.result import CheckResult, measured
 
 __all__ = ["check_pymanopt_manifold"]
 
-EXACT = 200.0 * float(np.finfo(np.float64).eps)
-LOOSE = 1e-7
-SLACK = 0.25
 
-
-class _Case:
-    """A manifold, two points, and vectors of length 1 at the first."""
-
-    def __init__(self, manifold: Any, cost: Cost | None, seed: int) -> None:
-        self.manifold = manifold
-        random = np.random.default_rng(seed)
-        self.x = manifold.random_point()
-        self.u, self.v, self.w = (self._unit(self.x) for _ in range(3))
-        self.cost = quadratic(self.x, random) if cost is None else cost
-
-    def _unit(self, x: Point) -> Point:
-        vector = self.manifold.random_tangent_vector(x)
-        return vector * (1.0 / self.manifold.norm(x, vector))
-
-    def has(self, name: str, *arguments: Any) -> bool:
-        """Return whether the manifold implements a method.
-
-        It does if it fails in another way, which is then a finding of the law.
-        """
-        try:
-            getattr(self.manifold, name)(*copy.deepcopy(arguments))
-        except NotImplementedError:
-            return False
-        except Exception:
-            return True
-        return True
-
-    def inner(self, a: Point, b: Point, x: Point | None = None) -> float:
-        """Return the inner product."""
-        at = self.x if x is None else x
-        return float(np.real(self.manifold.inner_product(at, a, b)))
-
-    def move(self, t: float, u: Point | None = None) -> Point:
-        """Return where the retraction leads."""
-        return self.manifold.retraction(self.x, (self.v if u is None else u) * t)
-
-    def tangent_gap(self, x: Point, u: Point) -> float:
-        """Return how far a vector is from being tangent, by ``to_tangent_space``."""
-        same = self.manifold.to_tangent_space(x, copy.deepcopy(u))
-        return apart(same, u)
-
-    @cached_property
-    def gradient(self) -> Point:
-        """The Riemannian gradient of the cost."""
-        euclidean = self.cost.gradient(self.x)
-        return self.manifold.euclidean_to_riemannian_gradient(self.x, euclidean)
-
-    def hessian(self, u: Point) -> Point:
-        """Return the Riemannian Hessian of the cost times ``u``."""
-        ambient = self.cost.hessian(self.x, self.manifold.embedding(self.x, u))
-        return self.manifold.euclidean_to_riemannian_hessian(
-            self.x, self.cost.gradient(self.x), ambient, u
-        )
-
-
-def _metric_laws(case: _Case) -> Iterator[CheckResult]:
+def _metric_laws(case: Place) -> Iterator[CheckResult]:
     manifold, x, u, v, w = case.manifold, case.x, case.u, case.v, case.w
 
     def nonlinear() -> float:
@@ -122,7 +70,7 @@ def _metric_laws(case: _Case) -> Iterator[CheckResult]:
     )
 
 
-def _projection_laws(case: _Case) -> Iterator[CheckResult]:
+def _projection_laws(case: Place) -> Iterator[CheckResult]:
     manifold, x, u = case.manifold, case.x, case.u
     ambient = case.cost.gradient(x)
     if case.has("projection", x, ambient):
@@ -151,7 +99,7 @@ def _projection_laws(case: _Case) -> Iterator[CheckResult]:
         )
 
 
-def _cost_laws(case: _Case) -> Iterator[CheckResult]:
+def _cost_laws(case: Place) -> Iterator[CheckResult]:
     manifold, x, v = case.manifold, case.x, case.v
     ambient = case.cost.gradient(x)
     if not case.has("euclidean_to_riemannian_gradient", x, ambient):
@@ -192,7 +140,7 @@ def _cost_laws(case: _Case) -> Iterator[CheckResult]:
         yield from _hessian_laws(case, start)
 
 
-def _hessian_laws(case: _Case, start: float) -> Iterator[CheckResult]:
+def _hessian_laws(case: Place, start: float) -> Iterator[CheckResult]:
     manifold, x, u, v = case.manifold, case.x, case.u, case.v
 
     def size() -> float:
@@ -241,124 +189,7 @@ def _hessian_laws(case: _Case, start: float) -> Iterator[CheckResult]:
         )
 
 
-def _start_gap(step: Callable[[Point, Point], Point], x: Point, v: Point) -> float:
-    return apart(step(x, v * 0.0), x)
-
-
-def _step_laws(case: _Case) -> Iterator[CheckResult]:
-    manifold, x, v = case.manifold, case.x, case.v
-    array = all(isinstance(each, np.ndarray) for each in (x, v))
-
-    def velocity(step: Callable[[Point, Point], Point]) -> float:
-        h = 1e-4
-        near = (flat(step(x, v * h)) - flat(step(x, v * -h))) / (2.0 * h)
-        return apart(near, manifold.embedding(x, v))
-
-    for name in ("retraction", "exp"):
-        if not case.has(name, x, v):
-            continue
-        step = getattr(manifold, name)
-        yield measured(
-            f"{name}_zero",
-            partial(_start_gap, step, x, v),
-            10.0 * EXACT,
-            f"{name}(x, 0) = x",
-        )
-        if array:
-            yield measured(
-                f"{name}_derivative",
-                partial(velocity, step),
-                LOOSE,
-                f"d/dt {name}(x, t v) = v at t = 0",
-            )
-    if case.has("exp", x, v) and case.has("retraction", x, v) and array:
-        yield measured(
-            "retraction_order",
-            lambda: order_of(
-                lambda t: apart(manifold.exp(x, v * t), case.move(t), 1.0)
-            ),
-            2.0 - SLACK,
-            "|R(t v) - exp(t v)| = O(t^2)",
-            at_least=True,
-        )
-
-
-def _distance_laws(case: _Case) -> Iterator[CheckResult]:
-    manifold, x = case.manifold, case.x
-    short = case.u * 0.2
-    if not case.has("exp", x, short):
-        return
-    y = manifold.exp(x, short)
-    if case.has("log", x, y):
-        yield measured(
-            "log_inverse",
-            lambda: apart(manifold.log(x, y), short),
-            LOOSE,
-            "log(x, exp(x, u)) = u for short u",
-        )
-    if case.has("dist", x, y):
-        yield measured(
-            "dist",
-            lambda: abs(float(manifold.dist(x, y)) - 0.2),
-            LOOSE,
-            "dist(x, exp(x, u)) = norm(u) for short u",
-        )
-        yield measured(
-            "dist_symmetric",
-            lambda: abs(float(manifold.dist(x, y)) - float(manifold.dist(y, x))),
-            LOOSE,
-            "dist(x, y) = dist(y, x)",
-        )
-        yield measured(
-            "dist_zero", lambda: float(manifold.dist(x, x)), LOOSE, "dist(x, x) = 0"
-        )
-        if case.has("pair_mean", x, y):
-
-            def uneven() -> float:
-                middle = manifold.pair_mean(x, y)
-                ways = [float(manifold.dist(middle, end)) for end in (x, y)]
-                return max(abs(way - 0.1) for way in ways)
-
-            yield measured(
-                "pair_mean", uneven, LOOSE, "pair_mean(x, y) is half way from both"
-            )
-
-
-def _transport_laws(case: _Case) -> Iterator[CheckResult]:
-    manifold, x, u, v = case.manifold, case.x, case.u, case.v
-    y = case.move(0.3)
-    if not case.has("transport", x, y, u):
-        return
-
-    def nonlinear() -> float:
-        both = manifold.transport(x, y, u * 2.0 - v)
-        parts = manifold.transport(x, y, u) * 2.0 - manifold.transport(x, y, v)
-        return apart(both, parts)
-
-    yield measured("transport_linear", nonlinear, LOOSE, "transport is linear")
-    yield measured(
-        "transport_identity",
-        lambda: apart(manifold.transport(x, x, u), u),
-        LOOSE,
-        "transport(x, x, u) = u",
-    )
-    yield measured(
-        "transport_continuous",
-        lambda: order_of(lambda t: apart(manifold.transport(x, case.move(t), u), u)),
-        1.0 - SLACK,
-        "transport(x, R(t v), u) - u = O(t)",
-        at_least=True,
-    )
-    if case.has("to_tangent_space", y, manifold.transport(x, y, u)):
-        yield measured(
-            "transport_tangent",
-            lambda: case.tangent_gap(y, manifold.transport(x, y, u)),
-            LOOSE,
-            "transport(x, y, u) is tangent at y",
-        )
-
-
-def _pure_laws(case: _Case) -> Iterator[CheckResult]:
+def _pure_laws(case: Place) -> Iterator[CheckResult]:
     manifold = case.manifold
     x, v, e = case.x, case.v, case.cost.gradient(case.x)
     calls = {
@@ -435,14 +266,14 @@ def check_pymanopt_manifold(
     before = np.random.get_state()  # noqa: NPY002
     np.random.seed(seed % 2**32)  # noqa: NPY002
     try:
-        case = _Case(manifold, cost, seed)
+        case = Place(manifold, cost, seed)
         results = [
             *_metric_laws(case),
             *_projection_laws(case),
             *_cost_laws(case),
-            *_step_laws(case),
-            *_distance_laws(case),
-            *_transport_laws(case),
+            *step_laws(case),
+            *distance_laws(case),
+            *transport_laws(case),
             *_pure_laws(case),
         ]
     finally:

@@ -4,8 +4,10 @@ Points and vectors of pymanopt are arrays, or nested sequences of them. Here the
 compared as one long real vector.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,23 @@ from numpy.typing import NDArray
 
 from riemannian_modules.testing.slopes import error_slope
 
-__all__ = ["Cost", "apart", "arrays", "flat", "order_of", "quadratic", "rebuilt"]
+__all__ = [
+    "EXACT",
+    "LOOSE",
+    "SLACK",
+    "Cost",
+    "Place",
+    "apart",
+    "arrays",
+    "flat",
+    "order_of",
+    "quadratic",
+    "rebuilt",
+]
+
+EXACT = 200.0 * float(np.finfo(np.float64).eps)
+LOOSE = 1e-7
+SLACK = 0.25
 
 Array = NDArray[Any]
 Point = Any
@@ -123,3 +141,58 @@ def quadratic(point: Point, random: np.random.Generator) -> Cost:
         return rebuilt(x, [w * z for w, z in zip(weights, arrays(u), strict=True)])
 
     return Cost(value, gradient, hessian)
+
+
+class Place:
+    """A manifold, two points, and vectors of length 1 at the first."""
+
+    def __init__(self, manifold: Any, cost: Cost | None, seed: int) -> None:
+        self.manifold = manifold
+        random = np.random.default_rng(seed)
+        self.x = manifold.random_point()
+        self.u, self.v, self.w = (self._unit(self.x) for _ in range(3))
+        self.cost = quadratic(self.x, random) if cost is None else cost
+
+    def _unit(self, x: Point) -> Point:
+        vector = self.manifold.random_tangent_vector(x)
+        return vector * (1.0 / self.manifold.norm(x, vector))
+
+    def has(self, name: str, *arguments: Any) -> bool:
+        """Return whether the manifold implements a method.
+
+        It does if it fails in another way, which is then a finding of the law.
+        """
+        try:
+            getattr(self.manifold, name)(*copy.deepcopy(arguments))
+        except NotImplementedError:
+            return False
+        except Exception:
+            return True
+        return True
+
+    def inner(self, a: Point, b: Point, x: Point | None = None) -> float:
+        """Return the inner product."""
+        at = self.x if x is None else x
+        return float(np.real(self.manifold.inner_product(at, a, b)))
+
+    def move(self, t: float, u: Point | None = None) -> Point:
+        """Return where the retraction leads."""
+        return self.manifold.retraction(self.x, (self.v if u is None else u) * t)
+
+    def tangent_gap(self, x: Point, u: Point) -> float:
+        """Return how far a vector is from being tangent, by ``to_tangent_space``."""
+        same = self.manifold.to_tangent_space(x, copy.deepcopy(u))
+        return apart(same, u)
+
+    @cached_property
+    def gradient(self) -> Point:
+        """The Riemannian gradient of the cost."""
+        euclidean = self.cost.gradient(self.x)
+        return self.manifold.euclidean_to_riemannian_gradient(self.x, euclidean)
+
+    def hessian(self, u: Point) -> Point:
+        """Return the Riemannian Hessian of the cost times ``u``."""
+        ambient = self.cost.hessian(self.x, self.manifold.embedding(self.x, u))
+        return self.manifold.euclidean_to_riemannian_hessian(
+            self.x, self.cost.gradient(self.x), ambient, u
+        )
