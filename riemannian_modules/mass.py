@@ -53,15 +53,15 @@ class Mass:
 
     def multiply(self, u: Tensor) -> Tensor:
         """Return ``D u`` for ``u`` of shape ``(*batch, *shape)``."""
-        return u if self._is_one else u * self.elementwise(u)
+        return u if self.is_one else u * self.elementwise(u)
 
     def divide(self, e: Tensor) -> Tensor:
         """Return ``D^-1 e`` for ``e`` of shape ``(*batch, *shape)``."""
-        return e if self._is_one else e / self.elementwise(e)
+        return e if self.is_one else e / self.elementwise(e)
 
     def divide_root(self, e: Tensor) -> Tensor:
         """Return ``D^-1/2 e`` for ``e`` of shape ``(*batch, *shape)``."""
-        if self._is_one:
+        if self.is_one:
             return e
         d = self.elementwise(e)
         return e / (d.sqrt() if isinstance(d, Tensor) else math.sqrt(d))
@@ -77,7 +77,8 @@ class Mass:
         return logs + dim * math.log(self.scalar)
 
     @property
-    def _is_one(self) -> bool:
+    def is_one(self) -> bool:
+        """Whether it leaves everything as it is."""
         return self.is_scalar and self.scalar == 1.0
 
 
