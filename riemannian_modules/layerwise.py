@@ -56,6 +56,7 @@ class LayerwiseMetric:
             float32 where that costs a float32 model no accuracy.
 
     Attributes:
+        grouping: the ``blocks`` that it was made with.
         version: number of pull-backs so far.
         passes: number of backward passes so far (frozen ones count).
         blocks: ``{block name: LayerMetric}`` of the last one.
@@ -97,6 +98,7 @@ class LayerwiseMetric:
             raise ValueError(f"reduction={reduction!r}; choose 'mean' or 'sum'")
         self.model = model
         self.output = output
+        self.grouping = blocks
         self.reduction = reduction
         self.precision = precision
         self.parameters = DeclaredParameters(model, mass)

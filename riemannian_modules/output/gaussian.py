@@ -91,7 +91,7 @@ class Gaussian(OutputMetric):
         self.validate_cotangent(outputs, cotangent)
         v = cotangent.detach()
         if self.learned is not None:
-            return divide(v, self._scale(outputs))
+            return divide(v, self._scale(outputs.detach()))
         if self._root is not None:
             v = v @ self._on(outputs, self._root)
         return v.reshape(v.shape[0], -1), torch.zeros_like(outputs)
@@ -111,7 +111,7 @@ class Gaussian(OutputMetric):
         if self.learned is None:
             return noise
         spread = (noise.square() - 1.0) * math.sqrt(0.5)
-        return torch.cat([noise, spread], -1) * self._scale(outputs).unsqueeze(1)
+        return torch.cat([noise, spread], -1) * self._scale(outputs.detach()).unsqueeze(1)
 
     def terms(self, outputs: Tensor) -> int:
         """Return the number of positions (fixed covariance) or of means (learned)."""
@@ -156,7 +156,7 @@ class Gaussian(OutputMetric):
 
     def _scale(self, outputs: Tensor) -> Tensor:
         assert self.learned is not None
-        spread = outputs.detach()[..., outputs.shape[-1] // 2 :]
+        spread = outputs[..., outputs.shape[-1] // 2 :]
         means = (spread * (-0.5 if self.learned == "log_variance" else -1.0)).exp()
         spread = torch.full_like(means, _SPREAD_ROOT[self.learned])
         return torch.cat([means, spread], -1)

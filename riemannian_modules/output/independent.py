@@ -37,7 +37,12 @@ class Bernoulli(OutputMetric):
     def factor(self, outputs: Tensor) -> Tensor:
         """Return ``diag(sqrt(p (1 - p)))``, ``(n, d, *output)``; see the base class."""
         self.validate(outputs)
-        return diagonal_rows(_coin_deviation(outputs.detach()))
+        return diagonal_rows(_coin_deviation(outputs))
+
+    def apply(self, outputs: Tensor, velocity: Tensor) -> Tensor:
+        """Return ``p (1 - p) velocity``; see the base class."""
+        self.validate(outputs)
+        return _coin_deviation(outputs).square() * velocity
 
     def whiten(self, outputs: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``cotangent / sqrt(p (1 - p))`` and the rest; see the base class."""
@@ -78,7 +83,12 @@ class Poisson(OutputMetric):
     def factor(self, outputs: Tensor) -> Tensor:
         """Return ``diag(e^(z/2))``, ``(n, d, *output)``; see the base class."""
         self.validate(outputs)
-        return diagonal_rows((0.5 * outputs.detach()).exp())
+        return diagonal_rows((0.5 * outputs).exp())
+
+    def apply(self, outputs: Tensor, velocity: Tensor) -> Tensor:
+        """Return ``e^z velocity``; see the base class."""
+        self.validate(outputs)
+        return outputs.exp() * velocity
 
     def whiten(self, outputs: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``cotangent / e^(z/2)`` and the rest; see the base class."""
