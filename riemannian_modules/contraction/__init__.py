@@ -1,5 +1,6 @@
 """How fast a system converges, in which metric, where, and whether that is proved."""
 
+from riemannian_modules.contraction.rates import block_rates, rate
 from riemannian_modules.contraction.result import Gain, Rate, Side, Verdict, weakest
 
-__all__ = ["Gain", "Rate", "Side", "Verdict", "weakest"]
+__all__ = ["Gain", "Rate", "Side", "Verdict", "block_rates", "rate", "weakest"]

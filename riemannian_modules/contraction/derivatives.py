@@ -13,15 +13,19 @@ from torch import Tensor
 from riemannian_modules.contraction.geometry import Geometry, Tensors, dot
 
 __all__ = [
+    "christoffel",
     "curvature",
     "frozen_product",
     "gradient",
     "hessian_product",
+    "image",
     "joint_product",
+    "output_is_curved",
 ]
 
 Form = Callable[[Tensor, Tensor, Tensor], Tensor]
 Product = Callable[[Tensor, Tensor], Tensor]
+Image = tuple[Tensors, Tensors]
 
 
 def christoffel(form: Form, product: Product, u: Tensor, v: Tensor, X: Tensor) -> Tensor:
@@ -81,7 +85,20 @@ def hessian_product(geometry: Geometry, v: Tensor, X: Tensor) -> Tensor:
     return curvature(geometry, v) - bent - pulled
 
 
-def joint_product(geometry: Geometry, v: Tensor, X: Tensor) -> Tensor:
+def image(geometry: Geometry, X: Tensor) -> Image:
+    """Return the outputs and their velocity along ``X``: one jvp."""
+    geometry.cost["gradients"] += 1
+    return torch.func.jvp(geometry.outputs, (geometry.origin,), (X,))
+
+
+def joint_product(
+    geometry: Geometry,
+    v: Tensor,
+    X: Tensor,
+    known: Image | None = None,
+    *,
+    bent: bool = True,
+) -> Tensor:
     """Return ``Hess_G f v`` for a metric with one block, at the cost of a plain product.
 
     Implements :eq:`joint-hessian`.
@@ -90,15 +107,16 @@ def joint_product(geometry: Geometry, v: Tensor, X: Tensor) -> Tensor:
         geometry: model, loss and metric in coordinates; one block.
         v: tangent vector in coordinates.
         X: the Riemannian gradient in coordinates.
+        known: what :func:`image` returns for X.
+        bent: whether the output metric changes with the outputs; see
+            :func:`output_is_curved`.
 
     Returns:
         A covector, equal to that of :func:`hessian_product`. Cost: one
-        Hessian-vector product, one jvp and, where the output metric is not constant,
-        one vjp.
+        Hessian-vector product and, where the output metric is not constant, one vjp.
     """
     u = geometry.origin
-    z, dX = torch.func.jvp(geometry.outputs, (u,), (X,))
-    geometry.cost["gradients"] += 1
+    z, dX = image(geometry, X) if known is None else known
     held = geometry.measure(z, dX)
 
     def costate(w: Tensor) -> tuple[Tensor, Tensors]:
@@ -108,13 +126,33 @@ def joint_product(geometry: Geometry, v: Tensor, X: Tensor) -> Tensor:
         return pull(rest)[0] + torch.func.grad(geometry.decay)(w), outputs
 
     geometry.cost["gradients"] += 2
-    _, (bent, dv) = torch.func.jvp(costate, (u,), (v,))
-    result = bent - _base_christoffel(geometry, v, X)
+    _, (turned_costate, dv) = torch.func.jvp(costate, (u,), (v,))
+    result = turned_costate - _base_christoffel(geometry, v, X)
+    if not bent:
+        return result
     turned = _output_christoffel(geometry, z, dv, dX)
-    if any(bool(t.any()) for t in turned):
-        geometry.cost["gradients"] += 1
-        result = result - torch.func.vjp(geometry.outputs, u)[1](turned)[0]
-    return result
+    geometry.cost["gradients"] += 1
+    return result - torch.func.vjp(geometry.outputs, u)[1](turned)[0]
+
+
+def output_is_curved(geometry: Geometry, known: Image) -> bool:
+    """Return whether the output metric changes with the outputs.
+
+    Args:
+        geometry: gives the output metric.
+        known: outputs, and any velocity of them.
+
+    Returns:
+        False if its derivative in a random direction is exactly zero.
+    """
+    z, _ = known
+    generator = torch.Generator().manual_seed(0)
+    a, b = (
+        tuple(torch.randn(t.shape, generator=generator).to(t) for t in z)
+        for _ in range(2)
+    )
+    turned = torch.func.jvp(lambda w: geometry.measure(w, a), (z,), (b,))[1]
+    return any(bool(t.any()) for t in turned)
 
 
 def frozen_product(geometry: Geometry, v: Tensor, X0: Tensor) -> Tensor:

@@ -1,0 +1,380 @@
+"""The rate of contraction of a model's training at one point."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from riemannian_modules.contraction import eigen
+from riemannian_modules.contraction.geometry import Geometry, Loss
+from riemannian_modules.contraction.hessian import Hessian
+from riemannian_modules.contraction.output_rate import output_rate
+from riemannian_modules.contraction.replica import Replica, is_sampled
+from riemannian_modules.contraction.result import Rate, Side, Verdict
+from riemannian_modules.errors import ContractionError
+from riemannian_modules.heads import output_rows, pair
+from riemannian_modules.layerwise import LayerwiseMetric
+
+__all__ = ["Kind", "Method", "block_rates", "rate"]
+
+Kind = Literal["true", "frozen", "output"]
+Method = Literal["dense", "inertia", "lanczos"]
+
+DENSE_LIMIT = 256
+
+_WORDS = {"tensor": "tensorwise", "layer": "layerwise", "model": "joint"}
+_AGREEMENT = 1e-6
+
+
+def rate(
+    metric: LayerwiseMetric,
+    loss: Loss,
+    *inputs: Any,
+    kind: Kind = "true",
+    method: Method | None = None,
+    weight_decay: float = 0.0,
+    dense_limit: int = DENSE_LIMIT,
+    tolerance: float = 1e-2,
+    products: int = 40,
+    seed: int = 0,
+) -> Rate:
+    """Return how fast the training of a model contracts, at its parameters as they are.
+
+    ``"true"`` is the smallest eigenvalue of the Hessian of the loss in the metric, the
+    derivative of the metric included, relative to the metric: trajectories of
+    ``w' = -X(w)`` near this point approach each other at least at this rate.
+    ``"frozen"`` holds the factor of the metric. ``"output"`` is the rate at which the
+    residual shrinks, which says nothing about two trajectories. The page
+    :doc:`/contraction` says what each proves.
+
+    Everything is evaluated in float64 on a copy of the model; the metric, the
+    parameters and their gradients are left alone.
+
+    Args:
+        metric: the model's metric, with its masses, blocks and reduction.
+        loss: function of what the model returns, a scalar. Targets in float64 keep
+            its digits.
+        *inputs: what the model is called with.
+        kind: ``"true"``, ``"frozen"`` or ``"output"``.
+        method: ``"dense"`` (eigenvalues; certifies), ``"inertia"`` (Cholesky of
+            ``H - s G``; certifies a lower bound, faster), ``"lanczos"`` (Ritz values;
+            never certifies); None: dense up to ``dense_limit`` dimensions, else
+            Lanczos.
+        weight_decay: adds ``weight_decay / 2`` times the sum of squares of all
+            parameters to the loss.
+        dense_limit: largest number of dimensions for dense matrices.
+        tolerance: where Lanczos stops: relative size of the residual.
+        products: how many products with the Hessian Lanczos may use.
+        seed: of its first vector.
+
+    Returns:
+        The rate at this point; ``rate.cost`` says what it took. "certified" if it is
+        positive by more than a bound on rounding, which is subtracted; "refuted" if
+        it is negative by more than that; "evidence" for a positive Ritz value; else
+        "not certified".
+
+    Raises:
+        ContractionError: a negative weight decay, an unknown kind or method, an output
+            metric without a derivative, a loss that is no scalar, or a model whose
+            second derivatives are not symmetric.
+
+    Cost of ``"dense"``: as many products with the Hessian as dimensions. A product
+    takes 2 gradients ("frozen"), 2 to 3 ("true" with one block) or about 9 for each
+    block ("true" with several).
+
+    >>> import riemannian_modules as rm
+    >>> model = torch.nn.Linear(1, 1, bias=False)
+    >>> metric = rm.LayerwiseMetric(model, output=rm.output.Euclidean(), mass=1.0)
+    >>> x = torch.tensor([[2.0]])
+    >>> print(rate(metric, lambda z: z.square().sum() / 2, x).verdict)
+    certified
+    """
+    _check(kind, method, weight_decay)
+    if kind == "output":
+        return _output(metric, loss, inputs)
+    replica = Replica(metric, inputs)
+    hessian, how = _prepare(replica, loss, kind, method, weight_decay, dense_limit)
+    found = _smallest(hessian, how, None, tolerance, products, seed)
+    return _verdict(found, hessian, replica)
+
+
+def block_rates(
+    metric: LayerwiseMetric,
+    loss: Loss,
+    *inputs: Any,
+    kind: Literal["true", "frozen"] = "true",
+    method: Method | None = None,
+    weight_decay: float = 0.0,
+    dense_limit: int = DENSE_LIMIT,
+    tolerance: float = 1e-2,
+    products: int = 40,
+    seed: int = 0,
+) -> dict[str, Rate]:
+    """Return the rates of every block's own part of the Hessian.
+
+    The block's diagonal part of ``(Hess_G f, G)``, while all blocks move: what a module
+    contributes. The rate of the model is at most the smallest of them, and lower by
+    what the blocks do to each other.
+
+    Args:
+        metric: as in :func:`rate`, like all that follows.
+        loss: function of what the model returns.
+        *inputs: what the model is called with.
+        kind: ``"true"`` or ``"frozen"``.
+        method: how the eigenvalues are found.
+        weight_decay: a quadratic term of the loss.
+        dense_limit: largest number of dimensions of the model for dense matrices.
+        tolerance: where Lanczos stops.
+        products: how many products with the Hessian Lanczos may use, for each block.
+        seed: of its first vector.
+
+    Returns:
+        ``{block: rate}``.
+
+    Raises:
+        ContractionError: as :func:`rate`.
+    """
+    _check(kind, method, weight_decay)
+    replica = Replica(metric, inputs)
+    hessian, how = _prepare(replica, loss, kind, method, weight_decay, dense_limit)
+    matrices = None if how == "lanczos" else hessian.dense()
+    rates = {}
+    for name, mask in hessian.geometry.masks.items():
+        found = _smallest(
+            hessian, how, mask, tolerance, products, seed, matrices=matrices
+        )
+        own = _verdict(found, hessian, replica)
+        rates[name] = Rate(
+            own.value,
+            kind=own.kind,
+            metric=own.metric,
+            where=f"{own.where}, block '{name}'",
+            side=own.side,
+            verdict=own.verdict,
+            source=own.source,
+            cost=own.cost,
+        )
+    return rates
+
+
+# --- how it is found
+
+
+def _prepare(
+    replica: Replica,
+    loss: Loss,
+    kind: Literal["true", "frozen"],
+    method: Method | None,
+    weight_decay: float,
+    dense_limit: int,
+) -> tuple[Hessian, Method]:
+    dim = sum(block.dim for block in replica.blocks.values())
+    small = dim <= dense_limit
+    how: Method = method or ("dense" if small else "lanczos")
+    geometry = replica.geometry(
+        loss, basis=how != "lanczos", weight_decay=weight_decay
+    )
+    value = geometry.loss(geometry.origin)
+    if value.ndim or not bool(value.isfinite()):
+        raise ContractionError(
+            f"the loss has shape {tuple(value.shape)} and is {value.tolist()}; it must "
+            "be one finite number"
+        )
+    _agree(geometry, replica, kind)
+    return Hessian(geometry, replica.blocks, kind), how
+
+
+def _agree(geometry: Geometry, replica: Replica, kind: str) -> None:
+    """Compare the metric as a function with the recorded one, and its derivative."""
+    generator = torch.Generator().manual_seed(0)
+    v = torch.randn(geometry.chart.size, generator=generator, dtype=torch.float64)
+    v = v.to(geometry.origin)
+    tangents = geometry.chart.embed(v)
+    recorded = sum(
+        float(block.inner(own, own))
+        for block in replica.blocks.values()
+        for own in [{p.name: tangents[p.name] for p in block.parts}]
+    )
+    u = geometry.origin
+    form = geometry.base_form(u, v, v) + geometry.pullback_form(u, v, v)
+    if not abs(float(form) - recorded) <= _AGREEMENT * recorded:
+        raise ContractionError(
+            f"the model run again has another metric ({float(form):.6g}) than the "
+            f"recorded pass ({recorded:.6g}); look for dropout and other randomness, "
+            "for state that changes from call to call, and for an output metric whose "
+            "apply and factor disagree"
+        )
+    if kind == "true":
+        _require_derivative(geometry, v)
+
+
+def _require_derivative(geometry: Geometry, v: Tensor) -> None:
+    z, dz = torch.func.jvp(geometry.outputs, (geometry.origin,), (v,))
+    size = max(float(t.abs().max()) for t in dz)
+    if size == 0.0:
+        return
+    dz = tuple(t / size for t in dz)
+
+    def measured(w: tuple[Tensor, ...]) -> Tensor:
+        return torch.cat([t.reshape(-1) for t in geometry.measure(w, dz)])
+
+    step = 1e-5
+    ahead = tuple(t + step * d for t, d in zip(z, dz, strict=True))
+    behind = tuple(t - step * d for t, d in zip(z, dz, strict=True))
+    expected = (measured(ahead) - measured(behind)) / (2.0 * step)
+    found = torch.func.jvp(measured, (z,), (dz,))[1]
+    allowed = 1e-3 * float(expected.norm()) + 1e-7 * float(measured(z).norm())
+    if not float((found - expected).norm()) <= allowed:
+        raise ContractionError(
+            "the output metric's derivative is wrong: its apply or factor detaches the "
+            "outputs or cannot be differentiated. Write an apply(outputs, velocity) "
+            "that can, or ask for kind='frozen'"
+        )
+
+
+def _smallest(
+    hessian: Hessian,
+    how: Method,
+    mask: Tensor | None,
+    tolerance: float,
+    products: int,
+    seed: int,
+    matrices: tuple[Tensor, Tensor, float] | None = None,
+) -> eigen.Smallest:
+    if how == "lanczos":
+        return _ritz(hessian, mask, tolerance, products, seed)
+    H, G, skew = hessian.dense() if matrices is None else matrices
+    # What the solve for the gradient loses enters H by the derivative of G.
+    error = skew + _lost(hessian, G)
+    if mask is not None:
+        kept = mask.nonzero()[:, 0]
+        H, G = H[kept][:, kept], G[kept][:, kept]
+    if how == "dense":
+        return eigen.dense(H, G, error)
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randn(len(H), generator=generator, dtype=torch.float64).to(H)
+    lower = torch.linalg.cholesky(G)
+    above = eigen.lanczos(
+        lambda v: H @ v,
+        lambda v: G @ v,
+        lambda e: torch.cholesky_solve(e.unsqueeze(1), lower)[:, 0],
+        start,
+        tolerance=1e-6,
+        products=10 * len(H),
+    )
+    return eigen.inertia(H, G, above.value, error)
+
+
+def _lost(hessian: Hessian, G: Tensor) -> float:
+    if hessian.kind == "frozen":
+        return 0.0
+    X = hessian.velocity
+    residual = float((G @ X - hessian.gradient).norm())
+    smallest = float(torch.linalg.eigvalsh(G)[0])
+    bend = hessian.product(X) - _flat_product(hessian, X)
+    length = float(X.norm())
+    if length == 0.0 or smallest <= 0.0:
+        return 0.0
+    return residual / smallest / length * float(bend.norm()) / length
+
+
+def _flat_product(hessian: Hessian, v: Tensor) -> Tensor:
+    derivative = torch.func.grad(hessian.geometry.loss)
+    return torch.func.jvp(derivative, (hessian.geometry.origin,), (v,))[1]
+
+
+def _ritz(
+    hessian: Hessian, mask: Tensor | None, tolerance: float, products: int, seed: int
+) -> eigen.Smallest:
+    chart = hessian.geometry.chart
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randn(hessian.size, generator=generator, dtype=torch.float64)
+    kept = torch.ones_like(hessian.gradient) if mask is None else mask
+    start = kept * chart.coordinates(chart.embed(start.to(hessian.gradient)))
+    # Twice through the metric: what moves no output gets more of it, which is where
+    # the smallest eigenvalues are.
+    for _ in range(2):
+        lowered = hessian.geometry.base(hessian.geometry.origin, start)
+        start = kept * hessian.sharp(lowered)
+
+    def product(v: Tensor) -> Tensor:
+        return kept * hessian.product(kept * v)
+
+    return eigen.lanczos(
+        product,
+        lambda v: kept * hessian.metric(kept * v),
+        lambda e: kept * hessian.sharp(kept * e),
+        start / start.norm(),
+        tolerance=tolerance,
+        products=products,
+    )
+
+
+# --- what it means
+
+
+def _verdict(found: eigen.Smallest, hessian: Hessian, replica: Replica) -> Rate:
+    value, side = found.value, found.side
+    proves = side is not Side.UPPER
+    if value < -found.noise and side is not Side.LOWER:
+        verdict = Verdict.REFUTED
+    elif value > found.noise:
+        verdict = Verdict.CERTIFIED if proves else Verdict.EVIDENCE
+    else:
+        verdict = Verdict.NOT_CERTIFIED
+    if proves and verdict is not Verdict.REFUTED:
+        value -= found.noise
+    frozen = "frozen " if hessian.kind == "frozen" else ""
+    word = _WORDS[replica.metric.grouping]
+    return Rate(
+        value,
+        kind=hessian.kind,
+        metric=f"{frozen}{word} {replica.metric.output}",
+        where=f"at this point, {replica.examples} examples",
+        side=side,
+        verdict=verdict,
+        source=f"{found.how}, rounding within {found.noise:.1e}",
+        cost=dict(hessian.geometry.cost),
+    )
+
+
+def _output(metric: LayerwiseMetric, loss: Loss, inputs: tuple[Any, ...]) -> Rate:
+    replica = Replica(metric, inputs)
+    heads = pair(replica.metric.output, replica.returned)
+    tensors = [tensor for tensor, _ in heads]
+    costates = torch.autograd.grad(
+        loss(replica.returned), tensors, allow_unused=True, retain_graph=True
+    )
+    whole = [
+        torch.zeros_like(t) if c is None else c
+        for t, c in zip(tensors, costates, strict=True)
+    ]
+    rows = output_rows(heads, whole, replica.metric.reduction)
+    explained = rows.residual is not None and not rows.has_rest
+    explained = explained and not is_sampled(replica.metric.output)
+    return output_rate(
+        list(replica.blocks.values()),
+        where=f"at this point, {replica.examples} examples",
+        explained=explained,
+    )
+
+
+def _check(kind: str, method: str | None, weight_decay: float) -> None:
+    if kind not in ("true", "frozen", "output"):
+        raise ContractionError(
+            f"kind={kind!r}; choose 'true', 'frozen' or 'output'"
+        )
+    if method not in (None, "dense", "inertia", "lanczos"):
+        raise ContractionError(
+            f"method={method!r}; choose 'dense', 'inertia', 'lanczos' or None"
+        )
+    if not weight_decay >= 0.0:
+        raise ContractionError(f"weight_decay={weight_decay} must not be negative")
+    if kind == "output" and (weight_decay or method):
+        raise ContractionError(
+            "kind='output' is about the residual: it takes neither a method nor a "
+            "weight decay"
+        )
+
+
