@@ -8,11 +8,13 @@ not depend on R, so that one code serves Euclidean and constrained parameters.
 """
 
 from collections.abc import Mapping
+from functools import partial
 
 import geoopt
 import torch
 from torch import Tensor
 
+from riemannian_modules.contraction.autodiff import jvp, vjp
 from riemannian_modules.contraction.smooth import chart_step
 from riemannian_modules.errors import ContractionError
 from riemannian_modules.retractions import Retraction
@@ -152,6 +154,25 @@ class Chart:
             found[name] = own.reshape(shape)
         return found
 
+    def restrict(self, c: Tensor) -> Tensor:
+        """Return the covector ``c`` with what acts on no tangent vector removed.
+
+        Args:
+            c: covector in coordinates, ``(size,)``.
+
+        Returns:
+            ``(size,)``; the argument itself where the coordinates have a basis.
+        """
+        pieces = []
+        for name, at in self.slices.items():
+            if name in self._bases or self.is_flat(name):
+                pieces.append(c[at])
+                continue
+            space = self.spaces[name]
+            pull = vjp(space.project, space.point)[1]
+            pieces.append(pull(c[at].view_as(space.point)).reshape(-1))
+        return torch.cat(pieces)
+
     def _embed(self, name: str, u: Tensor) -> Tensor:
         space = self.spaces[name]
         if name in self._bases:
@@ -165,9 +186,7 @@ class Chart:
             point = self.spaces[name].point
             u = torch.zeros(at.stop - at.start, dtype=point.dtype, device=point.device)
             v = torch.linspace(-1.0, 1.0, len(u), dtype=u.dtype, device=u.device)
-            start, velocity = torch.func.jvp(
-                lambda w, name=name: self.move(name, w), (u,), (v,)
-            )
+            start, velocity = jvp(partial(self.move, name), u, v)
             wanted = self._embed(name, v)
             scale = torch.finfo(point.dtype).eps ** 0.5
             near = (start - point).norm() <= scale * (1.0 + point.norm())

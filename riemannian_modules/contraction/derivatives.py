@@ -1,4 +1,4 @@
-r"""Second derivatives of a loss in a metric that depends on the point, without matrices.
+r"""Second derivatives of a loss in a metric that depends on the point, matrix-free.
 
     Hess_G f(v, v) = D2f[v, v] - (D_v G)(v, X) + 1/2 (D_X G)(v, v),   X = G^-1 df
 
@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from riemannian_modules.contraction.autodiff import jvp, vjp
 from riemannian_modules.contraction.geometry import Geometry, Tensors, dot
 
 __all__ = [
@@ -28,7 +29,9 @@ Product = Callable[[Tensor, Tensor], Tensor]
 Image = tuple[Tensors, Tensors]
 
 
-def christoffel(form: Form, product: Product, u: Tensor, v: Tensor, X: Tensor) -> Tensor:
+def christoffel(
+    form: Form, product: Product, u: Tensor, v: Tensor, X: Tensor
+) -> Tensor:
     """Return the covector ``Gamma(v, X)`` of a metric that is a function of ``u``.
 
     Implements :eq:`christoffel`.
@@ -44,8 +47,8 @@ def christoffel(form: Form, product: Product, u: Tensor, v: Tensor, X: Tensor) -
         A covector. Cost: one vjp of ``form`` and two jvps of ``product``.
     """
     across = torch.func.grad(lambda w: form(w, v, X))(u)
-    along_v = torch.func.jvp(lambda w: product(w, X), (u,), (v,))[1]
-    along_X = torch.func.jvp(lambda w: product(w, v), (u,), (X,))[1]
+    along_v = jvp(lambda w: product(w, X), u, v)[1]
+    along_X = jvp(lambda w: product(w, v), u, X)[1]
     return 0.5 * (across + along_v - along_X)
 
 
@@ -59,7 +62,7 @@ def curvature(geometry: Geometry, v: Tensor) -> Tensor:
     """Return ``D2f v`` of the loss in coordinates: one Hessian-vector product."""
     geometry.cost["gradients"] += 2
     derivative = torch.func.grad(geometry.loss)
-    return torch.func.jvp(derivative, (geometry.origin,), (v,))[1]
+    return jvp(derivative, geometry.origin, v)[1]
 
 
 def hessian_product(geometry: Geometry, v: Tensor, X: Tensor) -> Tensor:
@@ -88,7 +91,7 @@ def hessian_product(geometry: Geometry, v: Tensor, X: Tensor) -> Tensor:
 def image(geometry: Geometry, X: Tensor) -> Image:
     """Return the outputs and their velocity along ``X``: one jvp."""
     geometry.cost["gradients"] += 1
-    return torch.func.jvp(geometry.outputs, (geometry.origin,), (X,))
+    return jvp(geometry.outputs, geometry.origin, X)
 
 
 def joint_product(
@@ -99,7 +102,7 @@ def joint_product(
     *,
     bent: bool = True,
 ) -> Tensor:
-    """Return ``Hess_G f v`` for a metric with one block, at the cost of a plain product.
+    """Return ``Hess_G f v`` for a metric with one block, as cheap as a plain product.
 
     Implements :eq:`joint-hessian`.
 
@@ -120,19 +123,19 @@ def joint_product(
     held = geometry.measure(z, dX)
 
     def costate(w: Tensor) -> tuple[Tensor, Tensors]:
-        outputs, pull = torch.func.vjp(geometry.outputs, w)
+        outputs, pull = vjp(geometry.outputs, w)
         slope = torch.func.grad(geometry.loss_of)(outputs)
         rest = tuple(s - c for s, c in zip(slope, held, strict=True))
-        return pull(rest)[0] + torch.func.grad(geometry.decay)(w), outputs
+        return pull(rest) + torch.func.grad(geometry.decay)(w), outputs
 
     geometry.cost["gradients"] += 2
-    _, (turned_costate, dv) = torch.func.jvp(costate, (u,), (v,))
+    _, (turned_costate, dv) = jvp(costate, u, v)
     result = turned_costate - _base_christoffel(geometry, v, X)
     if not bent:
         return result
     turned = _output_christoffel(geometry, z, dv, dX)
     geometry.cost["gradients"] += 1
-    return result - torch.func.vjp(geometry.outputs, u)[1](turned)[0]
+    return result - vjp(geometry.outputs, u)[1](turned)
 
 
 def output_is_curved(geometry: Geometry, known: Image) -> bool:
@@ -151,7 +154,7 @@ def output_is_curved(geometry: Geometry, known: Image) -> bool:
         tuple(torch.randn(t.shape, generator=generator).to(t) for t in z)
         for _ in range(2)
     )
-    turned = torch.func.jvp(lambda w: geometry.measure(w, a), (z,), (b,))[1]
+    turned = jvp(lambda w: geometry.measure(w, a), z, b)[1]
     return any(bool(t.any()) for t in turned)
 
 
@@ -187,8 +190,8 @@ def _output_christoffel(
         return dot(geometry.measure(w, a), b)
 
     across = torch.func.grad(form)(z)
-    along_a = torch.func.jvp(lambda w: geometry.measure(w, b), (z,), (a,))[1]
-    along_b = torch.func.jvp(lambda w: geometry.measure(w, a), (z,), (b,))[1]
+    along_a = jvp(lambda w: geometry.measure(w, b), z, a)[1]
+    along_b = jvp(lambda w: geometry.measure(w, a), z, b)[1]
     return tuple(
         0.5 * (x + y - w) for x, y, w in zip(across, along_a, along_b, strict=True)
     )

@@ -8,6 +8,7 @@ Dense eigenvalues are exact up to a bound on rounding. A Cholesky factorisation 
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -119,9 +120,9 @@ def lanczos(
 ) -> Smallest:
     """Return a Ritz value of (H, G) by Lanczos' method in the metric.
 
-    It is ARPACK's, on ``G^-1 H`` in the inner product of G. If it has not converged when
-    the products are used up, the best Ritz value in the space of all vectors so far is
-    returned, which is an upper bound just as well.
+    It is ARPACK's, on ``G^-1 H`` in the inner product of G. The value is the best one in
+    the space of all vectors that it looked at, an upper bound whether it had converged
+    when the products were used up or not.
 
     Args:
         product: ``v -> H v``.
@@ -159,7 +160,8 @@ def lanczos(
         LinearOperator(matvec=lambda a: metric(lift(a)).cpu().numpy(), **shape),
         LinearOperator(matvec=lambda a: solve(lift(a)).cpu().numpy(), **shape),
     ]
-    try:
+    # What was seen is an upper bound, converged or not.
+    with suppress(_ExhaustedError, ArpackNoConvergence):
         eigsh(
             LinearOperator(matvec=multiply, **shape),
             k=1,
@@ -170,8 +172,6 @@ def lanczos(
             ncv=min(n, _KRYLOV),
             tol=tolerance,
         )
-    except (_ExhaustedError, ArpackNoConvergence):
-        pass  # what was seen is an upper bound all the same
     return _ritz(seen, metric)
 
 
@@ -180,8 +180,11 @@ def _ritz(seen: list[tuple[Tensor, Tensor]], metric: Product) -> Smallest:
     V = torch.stack([v for v, _ in seen])
     HV = torch.stack([Hv for _, Hv in seen])
     GV = torch.stack([metric(v) for v, _ in seen])
-    scale = (V * GV).sum(1).rsqrt().unsqueeze(1)
-    V, HV, GV = scale * V, scale * HV, scale * GV
+    squares = (V * GV).sum(1)
+    # Vectors without length: across the tangent space, or nothing but rounding.
+    long = squares > 1e-20 * squares.max()
+    scale = squares[long].rsqrt().unsqueeze(1)
+    V, HV, GV = scale * V[long], scale * HV[long], scale * GV[long]
     H, G = V @ HV.mT, V @ GV.mT
     # Directions that rounding has made dependent are left out.
     weights, mix = torch.linalg.eigh(0.5 * (G + G.mT))

@@ -1,14 +1,14 @@
 r"""The metric of a model as a differentiable function of its parameters.
 
-A :class:`riemannian_modules.LayerMetric` belongs to one point. What the derivative of the
-metric needs is the map ``u -> G(u) v`` in the coordinates of a chart:
+A :class:`riemannian_modules.LayerMetric` belongs to one point. What the derivative of
+the metric needs is the map ``u -> G(u) v`` in the coordinates of a chart:
 
     z(u)     = model(psi(u))                    outputs, by functional_call
     K_a v    = L_o(z) J_a v                     jvp, block by block
     G(u) v   = base part + sum_a J_a^T L_o^T K_a v    vjp
 
-``L_o(z(u))`` is differentiated like all the rest. Products with a derivative are counted in
-``cost``.
+``L_o(z(u))`` is differentiated like all the rest. Passes through the model are counted
+in ``cost``.
 """
 
 from collections import Counter
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from riemannian_modules.contraction.autodiff import jvp, vjp
 from riemannian_modules.contraction.chart import Chart
 from riemannian_modules.contraction.smooth import base_inner, horizontal
 from riemannian_modules.heads import Head, OutputLike, OutputMetricLike, Reduction, pair
@@ -135,8 +136,7 @@ class Geometry:
         """
         self.cost["gradients"] += len(self.masks)
         return {
-            name: torch.func.jvp(self.outputs, (u,), (v * mask,))[1]
-            for name, mask in self.masks.items()
+            name: jvp(self.outputs, u, v * mask)[1] for name, mask in self.masks.items()
         }
 
     def pullback(self, u: Tensor, v: Tensor) -> Tensor:
@@ -149,11 +149,11 @@ class Geometry:
         Returns:
             A covector, ``(size,)``. Cost: a jvp and a vjp for each block.
         """
-        z, pull = torch.func.vjp(self.outputs, u)
+        z, pull = vjp(self.outputs, u)
         images = self.images(u, v)
         self.cost["gradients"] += len(images)
         covectors = [
-            mask * pull(self.measure(z, images[name]))[0]
+            mask * pull(self.measure(z, images[name]))
             for name, mask in self.masks.items()
         ]
         return torch.stack(covectors).sum(0)
@@ -181,8 +181,8 @@ class Geometry:
             def move(w: Tensor, name: str = name) -> Tensor:
                 return self.chart.move(name, w)
 
-            point, da = torch.func.jvp(move, (u[at],), (a[at],))
-            db = torch.func.jvp(move, (u[at],), (b[at],))[1]
+            point, da = jvp(move, u[at], a[at])
+            db = jvp(move, u[at], b[at])[1]
             da, db = (horizontal(space.manifold, point, d) for d in (da, db))
             inner = base_inner(space.manifold, point, da, db)
             total = total + space.mass.scalar * inner

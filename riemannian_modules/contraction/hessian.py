@@ -128,7 +128,6 @@ class Hessian:
             )
         return 0.5 * (H + H.mT), 0.5 * (G + G.mT), skew
 
-
     def _rows(self, eye: Tensor) -> Tensor:
         """Return ``H e`` for every row e, all at once where the model allows it."""
         first = self.product(eye[0]).unsqueeze(0)
@@ -161,11 +160,12 @@ def lower(geometry: Geometry, blocks: Blocks, v: Tensor) -> Tensor:
     Returns:
         A covector in coordinates, which acts on tangent vectors only.
     """
-    chart, found = geometry.chart, {}
+    chart = geometry.chart
+    found: dict[str, Tensor] = {}
     tangents = chart.embed(v)
     for block in blocks.values():
         found.update(block.flat({p.name: tangents[p.name] for p in block.parts}))
-    return chart.coordinates(found)
+    return chart.restrict(chart.coordinates(found))
 
 
 def raise_(geometry: Geometry, blocks: Blocks, c: Tensor) -> Tensor:
@@ -179,7 +179,8 @@ def raise_(geometry: Geometry, blocks: Blocks, c: Tensor) -> Tensor:
     Returns:
         Coordinates of a tangent vector.
     """
-    chart, found = geometry.chart, {}
+    chart = geometry.chart
+    found: dict[str, Tensor] = {}
     covectors = chart.covectors(c)
     for block in blocks.values():
         found.update(block.sharp({p.name: covectors[p.name] for p in block.parts}))

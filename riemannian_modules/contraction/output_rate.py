@@ -3,7 +3,7 @@ r"""The rate of the residual: exact, and without second derivatives.
     d/dt 1/2 |y|^2 = -y^T Theta y,   Theta = sum_a M_a (1 + M_a)^-1
 
 for the whitened residual y of a squared error along the flow; for a likelihood
-``-y^T Theta y`` is the speed of the loss. ``M_a = K_a sharp K_a^T`` with the masses absorbed.
+``-y^T Theta y`` is the speed of the loss. ``M_a = K_a sharp K_a^T``, masses absorbed.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -1,12 +1,13 @@
 """The rate of contraction of a model's training at one point."""
 
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from riemannian_modules.contraction import eigen
+from riemannian_modules.contraction.autodiff import jvp
+from riemannian_modules.contraction.derivatives import curvature
 from riemannian_modules.contraction.geometry import Geometry, Loss
 from riemannian_modules.contraction.hessian import Hessian
 from riemannian_modules.contraction.output_rate import output_rate
@@ -36,7 +37,7 @@ def rate(
     weight_decay: float = 0.0,
     dense_limit: int = DENSE_LIMIT,
     tolerance: float = 1e-2,
-    products: int = 40,
+    products: int = 30,
     seed: int = 0,
 ) -> Rate:
     """Return how fast the training of a model contracts, at its parameters as they are.
@@ -108,7 +109,7 @@ def block_rates(
     weight_decay: float = 0.0,
     dense_limit: int = DENSE_LIMIT,
     tolerance: float = 1e-2,
-    products: int = 40,
+    products: int = 30,
     seed: int = 0,
 ) -> dict[str, Rate]:
     """Return the rates of every block's own part of the Hessian.
@@ -172,9 +173,7 @@ def _prepare(
     dim = sum(block.dim for block in replica.blocks.values())
     small = dim <= dense_limit
     how: Method = method or ("dense" if small else "lanczos")
-    geometry = replica.geometry(
-        loss, basis=how != "lanczos", weight_decay=weight_decay
-    )
+    geometry = replica.geometry(loss, basis=how != "lanczos", weight_decay=weight_decay)
     value = geometry.loss(geometry.origin)
     if value.ndim or not bool(value.isfinite()):
         raise ContractionError(
@@ -186,7 +185,11 @@ def _prepare(
 
 
 def _agree(geometry: Geometry, replica: Replica, kind: str) -> None:
-    """Compare the metric as a function with the recorded one, and its derivative."""
+    """Compare the metric as a function with the recorded one, and its derivative.
+
+    Raises:
+        ContractionError: they differ.
+    """
     generator = torch.Generator().manual_seed(0)
     v = torch.randn(geometry.chart.size, generator=generator, dtype=torch.float64)
     v = v.to(geometry.origin)
@@ -210,7 +213,7 @@ def _agree(geometry: Geometry, replica: Replica, kind: str) -> None:
 
 
 def _require_derivative(geometry: Geometry, v: Tensor) -> None:
-    z, dz = torch.func.jvp(geometry.outputs, (geometry.origin,), (v,))
+    z, dz = jvp(geometry.outputs, geometry.origin, v)
     size = max(float(t.abs().max()) for t in dz)
     if size == 0.0:
         return
@@ -223,7 +226,7 @@ def _require_derivative(geometry: Geometry, v: Tensor) -> None:
     ahead = tuple(t + step * d for t, d in zip(z, dz, strict=True))
     behind = tuple(t - step * d for t, d in zip(z, dz, strict=True))
     expected = (measured(ahead) - measured(behind)) / (2.0 * step)
-    found = torch.func.jvp(measured, (z,), (dz,))[1]
+    found = jvp(measured, z, dz)[1]
     allowed = 1e-3 * float(expected.norm()) + 1e-7 * float(measured(z).norm())
     if not float((found - expected).norm()) <= allowed:
         raise ContractionError(
@@ -272,16 +275,11 @@ def _lost(hessian: Hessian, G: Tensor) -> float:
     X = hessian.velocity
     residual = float((G @ X - hessian.gradient).norm())
     smallest = float(torch.linalg.eigvalsh(G)[0])
-    bend = hessian.product(X) - _flat_product(hessian, X)
+    bend = hessian.product(X) - curvature(hessian.geometry, X)
     length = float(X.norm())
     if length == 0.0 or smallest <= 0.0:
         return 0.0
     return residual / smallest / length * float(bend.norm()) / length
-
-
-def _flat_product(hessian: Hessian, v: Tensor) -> Tensor:
-    derivative = torch.func.grad(hessian.geometry.loss)
-    return torch.func.jvp(derivative, (hessian.geometry.origin,), (v,))[1]
 
 
 def _ritz(
@@ -362,9 +360,7 @@ def _output(metric: LayerwiseMetric, loss: Loss, inputs: tuple[Any, ...]) -> Rat
 
 def _check(kind: str, method: str | None, weight_decay: float) -> None:
     if kind not in ("true", "frozen", "output"):
-        raise ContractionError(
-            f"kind={kind!r}; choose 'true', 'frozen' or 'output'"
-        )
+        raise ContractionError(f"kind={kind!r}; choose 'true', 'frozen' or 'output'")
     if method not in (None, "dense", "inertia", "lanczos"):
         raise ContractionError(
             f"method={method!r}; choose 'dense', 'inertia', 'lanczos' or None"
@@ -376,5 +372,3 @@ def _check(kind: str, method: str | None, weight_decay: float) -> None:
             "kind='output' is about the residual: it takes neither a method nor a "
             "weight decay"
         )
-
-

@@ -1,7 +1,7 @@
 """A model with its metric once more, in float64 and out of the user's sight.
 
-What is worked out about rates must not touch the metric, the gradients or the views that
-the user's training goes on with.
+What is worked out about rates must not touch the metric, the gradients or the views
+that the user's training goes on with.
 """
 
 import copy

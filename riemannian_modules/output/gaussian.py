@@ -111,7 +111,9 @@ class Gaussian(OutputMetric):
         if self.learned is None:
             return noise
         spread = (noise.square() - 1.0) * math.sqrt(0.5)
-        return torch.cat([noise, spread], -1) * self._scale(outputs.detach()).unsqueeze(1)
+        return torch.cat([noise, spread], -1) * self._scale(outputs.detach()).unsqueeze(
+            1
+        )
 
     def terms(self, outputs: Tensor) -> int:
         """Return the number of positions (fixed covariance) or of means (learned)."""
