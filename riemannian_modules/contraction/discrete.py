@@ -1,8 +1,8 @@
 r"""The contraction factor of an optimizer's step, instead of the rate of a flow.
 
-    Phi(w) = R_w(-eta X(w)),   q = sup_v |DPhi v|_G(Phi w) / |v|_G(w)
+    Phi(w) = R_w(-eta X(w)),   q(w) = sigma_max(DPhi(w))
 
-The norms are taken at the two points, so that nothing has to be transported.
+The norms are those of the metric at the two points; nothing has to be transported.
 """
 
 from typing import Any, Literal
@@ -79,13 +79,12 @@ def discrete_factor(
         raise ContractionError(f"lr={lr} must be finite and not negative")
     if method not in (None, "dense", "lanczos"):
         raise ContractionError(f"method={method!r}; choose 'dense', 'lanczos' or None")
-    replica = Replica(metric, inputs)
+    replica = Replica(metric, loss, inputs)
     small = sum(block.dim for block in replica.blocks.values()) <= dense_limit
     dense = method == "dense" or (method is None and small)
     step = _Step(
         replica,
         metric,
-        loss,
         lr,
         Default() if retraction is None else retraction,
         dense,
@@ -117,20 +116,19 @@ class _Step:
         self,
         replica: Replica,
         metric: LayerwiseMetric,
-        loss: Loss,
         lr: float,
         retraction: Retraction,
         basis: bool,
     ) -> None:
         self.lr, self.retraction = lr, retraction
         self.here = replica
-        self.geometry = replica.geometry(loss, basis=basis)
+        self.geometry = replica.geometry(basis=basis)
         u = self.geometry.origin
         slope = torch.func.grad(self.geometry.loss)(u)
         self.X = self._raise(slope)
         landed = self._land(u, self.X)
-        self.there = Replica(metric, replica.inputs, landed)
-        self.target = self.there.geometry(loss, basis=basis)
+        self.there = Replica(metric, replica.loss, replica.inputs, landed)
+        self.target = self.there.geometry(basis=basis)
 
     def _raise(self, c: Tensor) -> Tensor:
         return raise_(self.geometry, self.here.blocks, c)

@@ -120,9 +120,9 @@ def lanczos(
 ) -> Smallest:
     """Return a Ritz value of (H, G) by Lanczos' method in the metric.
 
-    It is ARPACK's, on ``G^-1 H`` in the inner product of G. The value is the best one in
-    the space of all vectors that it looked at, an upper bound whether it had converged
-    when the products were used up or not.
+    It is ARPACK's, on ``G^-1 H`` in the inner product of G. The value is the best one
+    in the space of all vectors that it looked at, an upper bound whether it had
+    converged when the products were used up or not.
 
     Args:
         product: ``v -> H v``.

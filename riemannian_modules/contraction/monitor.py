@@ -143,7 +143,7 @@ class Monitor:
             given = {} if kind == "output" else self._given()
             rates[kind] = dict(self._optimizer.contraction_rates(kind, **given))
         self.records.append(
-            Record(self._steps, float(loss), math.hypot(*lengths), rates)
+            Record(self._steps, _number(loss), math.hypot(*lengths), rates)
         )
         for writer, prefix in self._writers:
             _write(writer, prefix, self.records[-1])
@@ -221,6 +221,10 @@ class Monitor:
                     rates.append(rate)
             for block, (steps, rates) in blocks.items():
                 yield kind, block, steps, rates
+
+
+def _number(loss: Tensor | float) -> float:
+    return float(loss.detach() if isinstance(loss, Tensor) else loss)
 
 
 def _certified(rate: Rate) -> bool:

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from riemannian_modules.contraction import eigen
-from riemannian_modules.contraction.autodiff import jvp
+from riemannian_modules.contraction.agreement import require_agreement
 from riemannian_modules.contraction.derivatives import curvature
-from riemannian_modules.contraction.geometry import Geometry, Loss
+from riemannian_modules.contraction.geometry import Loss
 from riemannian_modules.contraction.hessian import Hessian
 from riemannian_modules.contraction.output_rate import output_rate
 from riemannian_modules.contraction.replica import Replica, is_sampled
@@ -25,7 +25,6 @@ Method = Literal["dense", "inertia", "lanczos"]
 DENSE_LIMIT = 256
 
 _WORDS = {"tensor": "tensorwise", "layer": "layerwise", "model": "joint"}
-_AGREEMENT = 1e-6
 
 
 def rate(
@@ -94,8 +93,8 @@ def rate(
     _check(kind, method, weight_decay)
     if kind == "output":
         return _output(metric, loss, inputs)
-    replica = Replica(metric, inputs)
-    hessian, how = _prepare(replica, loss, kind, method, weight_decay, dense_limit)
+    replica = Replica(metric, loss, inputs)
+    hessian, how = _prepare(replica, kind, method, weight_decay, dense_limit)
     found = _smallest(hessian, how, None, tolerance, products, seed)
     return _verdict(found, hessian, replica)
 
@@ -137,8 +136,8 @@ def block_rates(
         ContractionError: as :func:`rate`.
     """
     _check(kind, method, weight_decay)
-    replica = Replica(metric, inputs)
-    hessian, how = _prepare(replica, loss, kind, method, weight_decay, dense_limit)
+    replica = Replica(metric, loss, inputs)
+    hessian, how = _prepare(replica, kind, method, weight_decay, dense_limit)
     matrices = None if how == "lanczos" else hessian.dense()
     rates = {}
     for name, mask in hessian.geometry.masks.items():
@@ -164,7 +163,6 @@ def block_rates(
 
 def _prepare(
     replica: Replica,
-    loss: Loss,
     kind: Literal["true", "frozen"],
     method: Method | None,
     weight_decay: float,
@@ -173,67 +171,15 @@ def _prepare(
     dim = sum(block.dim for block in replica.blocks.values())
     small = dim <= dense_limit
     how: Method = method or ("dense" if small else "lanczos")
-    geometry = replica.geometry(loss, basis=how != "lanczos", weight_decay=weight_decay)
+    geometry = replica.geometry(basis=how != "lanczos", weight_decay=weight_decay)
     value = geometry.loss(geometry.origin)
     if value.ndim or not bool(value.isfinite()):
         raise ContractionError(
             f"the loss has shape {tuple(value.shape)} and is {value.tolist()}; it must "
             "be one finite number"
         )
-    _agree(geometry, replica, kind)
+    require_agreement(geometry, replica, kind)
     return Hessian(geometry, replica.blocks, kind), how
-
-
-def _agree(geometry: Geometry, replica: Replica, kind: str) -> None:
-    """Compare the metric as a function with the recorded one, and its derivative.
-
-    Raises:
-        ContractionError: they differ.
-    """
-    generator = torch.Generator().manual_seed(0)
-    v = torch.randn(geometry.chart.size, generator=generator, dtype=torch.float64)
-    v = v.to(geometry.origin)
-    tangents = geometry.chart.embed(v)
-    recorded = sum(
-        float(block.inner(own, own))
-        for block in replica.blocks.values()
-        for own in [{p.name: tangents[p.name] for p in block.parts}]
-    )
-    u = geometry.origin
-    form = geometry.base_form(u, v, v) + geometry.pullback_form(u, v, v)
-    if not abs(float(form) - recorded) <= _AGREEMENT * recorded:
-        raise ContractionError(
-            f"the model run again has another metric ({float(form):.6g}) than the "
-            f"recorded pass ({recorded:.6g}); look for dropout and other randomness, "
-            "for state that changes from call to call, and for an output metric whose "
-            "apply and factor disagree"
-        )
-    if kind == "true":
-        _require_derivative(geometry, v)
-
-
-def _require_derivative(geometry: Geometry, v: Tensor) -> None:
-    z, dz = jvp(geometry.outputs, geometry.origin, v)
-    size = max(float(t.abs().max()) for t in dz)
-    if size == 0.0:
-        return
-    dz = tuple(t / size for t in dz)
-
-    def measured(w: tuple[Tensor, ...]) -> Tensor:
-        return torch.cat([t.reshape(-1) for t in geometry.measure(w, dz)])
-
-    step = 1e-5
-    ahead = tuple(t + step * d for t, d in zip(z, dz, strict=True))
-    behind = tuple(t - step * d for t, d in zip(z, dz, strict=True))
-    expected = (measured(ahead) - measured(behind)) / (2.0 * step)
-    found = jvp(measured, z, dz)[1]
-    allowed = 1e-3 * float(expected.norm()) + 1e-7 * float(measured(z).norm())
-    if not float((found - expected).norm()) <= allowed:
-        raise ContractionError(
-            "the output metric's derivative is wrong: its apply or factor detaches the "
-            "outputs or cannot be differentiated. Write an apply(outputs, velocity) "
-            "that can, or ask for kind='frozen'"
-        )
 
 
 def _smallest(
@@ -338,7 +284,7 @@ def _verdict(found: eigen.Smallest, hessian: Hessian, replica: Replica) -> Rate:
 
 
 def _output(metric: LayerwiseMetric, loss: Loss, inputs: tuple[Any, ...]) -> Rate:
-    replica = Replica(metric, inputs)
+    replica = Replica(metric, loss, inputs)
     heads = pair(replica.metric.output, replica.returned)
     tensors = [tensor for tensor, _ in heads]
     costates = torch.autograd.grad(

@@ -29,20 +29,20 @@ class Replica:
 
     Args:
         metric: the model's metric; it is left alone.
+        loss: function of what it returns.
         inputs: what the model is called with.
         point: other values of the parameters, by name; None: as they are.
 
     Attributes:
         metric: the metric of the copy, pulled back at the point.
         inputs: the inputs in float64.
-
-    Raises:
-        ContractionError: the output metric is drawn at random.
+        loss: the loss.
     """
 
     def __init__(
         self,
         metric: LayerwiseMetric,
+        loss: Loss,
         inputs: Sequence[Any],
         point: Mapping[str, Tensor] | None = None,
     ) -> None:
@@ -64,7 +64,11 @@ class Replica:
         )
         with self.metric.record():
             self.returned = self.model(*self.inputs)
-        self.metric.pull_back(self.returned)
+        if metric.output is None:  # no rows, so that there must be a loss
+            self.metric.backward(loss(self.returned), self.returned)
+        else:
+            self.metric.pull_back(self.returned)
+        self.loss = loss
 
     @property
     def blocks(self) -> Blocks:
@@ -76,13 +80,10 @@ class Replica:
         """Number of examples."""
         return len(pair(self.metric.output, self.returned)[0][0])
 
-    def geometry(
-        self, loss: Loss, *, basis: bool = True, weight_decay: float = 0.0
-    ) -> Geometry:
+    def geometry(self, *, basis: bool = True, weight_decay: float = 0.0) -> Geometry:
         """Return the metric as a function of coordinates around the point.
 
         Args:
-            loss: scalar function of the outputs.
             basis: whether the coordinates belong to a basis of the tangent space.
             weight_decay: see :class:`Geometry`.
 
@@ -101,7 +102,7 @@ class Replica:
         return Geometry(
             self.model,
             self.inputs,
-            loss,
+            self.loss,
             self.metric.output,
             self.metric.reduction,
             Chart({part.name: part.space for part in parts}, basis=basis),

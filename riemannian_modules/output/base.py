@@ -52,8 +52,9 @@ class OutputMetric(ABC):
     def apply(self, outputs: Tensor, velocity: Tensor) -> Tensor:
         """Return the cotangent ``G_o velocity``, differentiable in both arguments.
 
-        Rates of contraction need its derivative. The default multiplies by the rows of
-        :meth:`factor`, which must not detach the outputs then.
+        Rates of contraction need its derivative; nothing else calls it. The default
+        multiplies by the rows of :meth:`factor`, which must not detach the outputs
+        then.
 
         Args:
             outputs: ``(n, *output)``.

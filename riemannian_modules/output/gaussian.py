@@ -77,7 +77,7 @@ class Gaussian(OutputMetric):
         """Return ``(n, r, *output)``, with r the number of entries of an output."""
         self.validate(outputs)
         if self.learned is not None:
-            return diagonal_rows(self._scale(outputs))
+            return diagonal_rows(self._scale(outputs.detach()))
         d = outputs.shape[-1]
         if self._root is None:
             block = torch.eye(d, dtype=outputs.dtype, device=outputs.device)
@@ -85,6 +85,13 @@ class Gaussian(OutputMetric):
             block = self._inverse_root(outputs)
         blocks = block.expand(outputs.shape[0], outputs.shape[1:-1].numel(), d, d)
         return block_rows(blocks, outputs.shape[1:])
+
+    def apply(self, outputs: Tensor, velocity: Tensor) -> Tensor:
+        """Return the precision times the velocity; see the base class."""
+        if self.learned is None:
+            return super().apply(outputs, velocity)
+        self.validate(outputs)
+        return self._scale(outputs).square() * velocity
 
     def whiten(self, outputs: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor]:
         """Return the residual ``(n, r)`` and the rest; see the base class."""

@@ -37,7 +37,7 @@ class Bernoulli(OutputMetric):
     def factor(self, outputs: Tensor) -> Tensor:
         """Return ``diag(sqrt(p (1 - p)))``, ``(n, d, *output)``; see the base class."""
         self.validate(outputs)
-        return diagonal_rows(_coin_deviation(outputs))
+        return diagonal_rows(_coin_deviation(outputs.detach()))
 
     def apply(self, outputs: Tensor, velocity: Tensor) -> Tensor:
         """Return ``p (1 - p) velocity``; see the base class."""
@@ -83,7 +83,7 @@ class Poisson(OutputMetric):
     def factor(self, outputs: Tensor) -> Tensor:
         """Return ``diag(e^(z/2))``, ``(n, d, *output)``; see the base class."""
         self.validate(outputs)
-        return diagonal_rows((0.5 * outputs).exp())
+        return diagonal_rows((0.5 * outputs.detach()).exp())
 
     def apply(self, outputs: Tensor, velocity: Tensor) -> Tensor:
         """Return ``e^z velocity``; see the base class."""
