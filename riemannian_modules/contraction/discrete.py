@@ -80,7 +80,7 @@ def discrete_factor(
     if method not in (None, "dense", "lanczos"):
         raise ContractionError(f"method={method!r}; choose 'dense', 'lanczos' or None")
     replica = Replica(metric, loss, inputs)
-    small = sum(block.dim for block in replica.blocks.values()) <= dense_limit
+    small = replica.dim <= dense_limit
     dense = method == "dense" or (method is None and small)
     step = _Step(
         replica,

@@ -76,6 +76,11 @@ class Geometry:
         """Whether the base metric changes with the coordinates."""
         return not all(self.chart.is_flat(name) for name in self.chart.slices)
 
+    @property
+    def has_decay(self) -> bool:
+        """Whether weight decay is part of the loss."""
+        return self._decay > 0.0
+
     # --- the model in coordinates
 
     def outputs(self, u: Tensor) -> Tensors:

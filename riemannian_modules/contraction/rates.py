@@ -71,8 +71,9 @@ def rate(
     Returns:
         The rate at this point; ``rate.cost`` says what it took. "certified" if it is
         positive by more than a bound on rounding, which is subtracted; "refuted" if
-        it is negative by more than that; "evidence" for a positive Ritz value; else
-        "not certified".
+        it is negative by more than that; "evidence" for a positive Ritz value, and
+        for any positive value where the parameters have more dimensions than the
+        outputs have directions and there is no weight decay; else "not certified".
 
     Raises:
         ContractionError: a negative weight decay, an unknown kind or method, an output
@@ -168,8 +169,7 @@ def _prepare(
     weight_decay: float,
     dense_limit: int,
 ) -> tuple[Hessian, Method]:
-    dim = sum(block.dim for block in replica.blocks.values())
-    small = dim <= dense_limit
+    small = replica.dim <= dense_limit
     how: Method = method or ("dense" if small else "lanczos")
     geometry = replica.geometry(basis=how != "lanczos", weight_decay=weight_decay)
     value = geometry.loss(geometry.origin)
@@ -261,10 +261,18 @@ def _ritz(
 def _verdict(found: eigen.Smallest, hessian: Hessian, replica: Replica) -> Rate:
     value, side = found.value, found.side
     proves = side is not Side.UPPER
+    source = f"{found.how}, rounding within {found.noise:.1e}"
     if value < -found.noise and side is not Side.LOWER:
         verdict = Verdict.REFUTED
     elif value > found.noise:
         verdict = Verdict.CERTIFIED if proves else Verdict.EVIDENCE
+        if not hessian.geometry.has_decay and 0 < (rank := replica.rank) < replica.dim:
+            # True at this point, but in no region around a point that fits exactly.
+            verdict = Verdict.EVIDENCE
+            source += (
+                f"; {replica.dim} dimensions move the outputs in {rank} directions "
+                "only: where all is fitted the rate is zero without weight decay"
+            )
     else:
         verdict = Verdict.NOT_CERTIFIED
     if proves and verdict is not Verdict.REFUTED:
@@ -278,7 +286,7 @@ def _verdict(found: eigen.Smallest, hessian: Hessian, replica: Replica) -> Rate:
         where=f"at this point, {replica.examples} examples",
         side=side,
         verdict=verdict,
-        source=f"{found.how}, rounding within {found.noise:.1e}",
+        source=source,
         cost=dict(hessian.geometry.cost),
     )
 

@@ -23,6 +23,8 @@ __all__ = ["Replica", "is_sampled"]
 
 Blocks = Mapping[str, LayerMetric]
 
+_ROWS = 2048
+
 
 class Replica:
     """The geometry of a model at one point, evaluated in float64.
@@ -79,6 +81,25 @@ class Replica:
     def examples(self) -> int:
         """Number of examples."""
         return len(pair(self.metric.output, self.returned)[0][0])
+
+    @property
+    def dim(self) -> int:
+        """Dimension of the product manifold of all blocks."""
+        return sum(block.dim for block in self.blocks.values())
+
+    @property
+    def rank(self) -> int:
+        """Number of independent directions in which the parameters move the outputs.
+
+        Cost: eigenvalues of the Gram matrix of all rows, O(rows^3), up to 2,048 rows;
+        beyond that the number of rows, which may be more.
+        """
+        blocks = [block for block in self.blocks.values() if block.rank]
+        if not blocks or blocks[0].rank > _ROWS:
+            return blocks[0].rank if blocks else 0
+        grams = [block.inverse.block.gram(torch.float64).tril() for block in blocks]
+        values = torch.linalg.eigvalsh(torch.stack(grams).sum(0))
+        return int((values > 1e-10 * values[-1]).sum())
 
     def geometry(self, *, basis: bool = True, weight_decay: float = 0.0) -> Geometry:
         """Return the metric as a function of coordinates around the point.
