@@ -21,7 +21,6 @@ __all__ = [
     "hessian_product",
     "image",
     "joint_product",
-    "output_is_curved",
 ]
 
 Form = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -58,11 +57,44 @@ def gradient(geometry: Geometry) -> Tensor:
     return torch.func.grad(geometry.loss)(geometry.origin)
 
 
-def curvature(geometry: Geometry, v: Tensor) -> Tensor:
-    """Return ``D2f v`` of the loss in coordinates: one Hessian-vector product."""
-    geometry.cost["gradients"] += 2
-    derivative = torch.func.grad(geometry.loss)
-    return jvp(derivative, geometry.origin, v)[1]
+def curvature(
+    geometry: Geometry,
+    v: Tensor,
+    held: Tensors | None = None,
+    bent: Callable[[Tensors], Tensors] | None = None,
+) -> Tensor:
+    """Return ``D2f v`` of the loss in coordinates: one Hessian-vector product.
+
+    Args:
+        geometry: model and loss in coordinates.
+        v: tangent vector in coordinates.
+        held: cotangents c of the outputs; then it is the Hessian of ``f - <c, z>``.
+        bent: function of ``J v``; then ``J^T bent(J v)`` is taken off.
+
+    Returns:
+        A covector. Cost: two gradients and a vjp.
+    """
+    u = geometry.origin
+    z, pull = vjp(geometry.outputs, u)
+    # Twice in reverse mode: some losses of torch have no derivative in forward mode.
+    slope, bend = vjp(torch.func.grad(geometry.loss_of), z)
+    rest = slope
+    if held is not None:
+        rest = tuple(s - c for s, c in zip(slope, held, strict=True))
+
+    def costate(w: Tensor) -> tuple[Tensor, Tensors]:
+        outputs, back = vjp(geometry.outputs, w)
+        return back(rest), outputs
+
+    _, (curved, dz) = jvp(costate, u, v)
+    turned = bend(dz)
+    if bent is not None:
+        turned = tuple(t - e for t, e in zip(turned, bent(dz), strict=True))
+    geometry.cost["gradients"] += 3
+    product = curved + pull(turned)
+    if geometry.has_decay:
+        product = product + jvp(torch.func.grad(geometry.decay), u, v)[1]
+    return product
 
 
 def hessian_product(geometry: Geometry, v: Tensor, X: Tensor) -> Tensor:
@@ -95,12 +127,7 @@ def image(geometry: Geometry, X: Tensor) -> Image:
 
 
 def joint_product(
-    geometry: Geometry,
-    v: Tensor,
-    X: Tensor,
-    known: Image | None = None,
-    *,
-    bent: bool = True,
+    geometry: Geometry, v: Tensor, X: Tensor, known: Image | None = None
 ) -> Tensor:
     """Return ``Hess_G f v`` for a metric with one block, as cheap as a plain product.
 
@@ -111,51 +138,18 @@ def joint_product(
         v: tangent vector in coordinates.
         X: the Riemannian gradient in coordinates.
         known: what :func:`image` returns for X.
-        bent: whether the output metric changes with the outputs; see
-            :func:`output_is_curved`.
 
     Returns:
         A covector, equal to that of :func:`hessian_product`. Cost: one
-        Hessian-vector product and, where the output metric is not constant, one vjp.
+        Hessian-vector product.
     """
-    u = geometry.origin
     z, dX = image(geometry, X) if known is None else known
-    held = geometry.measure(z, dX)
 
-    def costate(w: Tensor) -> tuple[Tensor, Tensors]:
-        outputs, pull = vjp(geometry.outputs, w)
-        slope = torch.func.grad(geometry.loss_of)(outputs)
-        rest = tuple(s - c for s, c in zip(slope, held, strict=True))
-        return pull(rest) + torch.func.grad(geometry.decay)(w), outputs
+    def turn(dv: Tensors) -> Tensors:
+        return _output_christoffel(geometry, z, dv, dX)
 
-    geometry.cost["gradients"] += 2
-    _, (turned_costate, dv) = jvp(costate, u, v)
-    result = turned_costate - _base_christoffel(geometry, v, X)
-    if not bent:
-        return result
-    turned = _output_christoffel(geometry, z, dv, dX)
-    geometry.cost["gradients"] += 1
-    return result - vjp(geometry.outputs, u)[1](turned)
-
-
-def output_is_curved(geometry: Geometry, known: Image) -> bool:
-    """Return whether the output metric changes with the outputs.
-
-    Args:
-        geometry: gives the output metric.
-        known: outputs, and any velocity of them.
-
-    Returns:
-        False if its derivative in a random direction is exactly zero.
-    """
-    z, _ = known
-    generator = torch.Generator().manual_seed(0)
-    a, b = (
-        tuple(torch.randn(t.shape, generator=generator).to(t) for t in z)
-        for _ in range(2)
-    )
-    turned = jvp(lambda w: geometry.measure(w, a), z, b)[1]
-    return any(bool(t.any()) for t in turned)
+    product = curvature(geometry, v, geometry.measure(z, dX), turn)
+    return product - _base_christoffel(geometry, v, X)
 
 
 def frozen_product(geometry: Geometry, v: Tensor, X0: Tensor) -> Tensor:

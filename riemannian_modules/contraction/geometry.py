@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from riemannian_modules.contraction.autodiff import jvp, vjp
 from riemannian_modules.contraction.chart import Chart
-from riemannian_modules.contraction.smooth import base_inner, horizontal
+from riemannian_modules.contraction.smooth import base_inner
 from riemannian_modules.heads import Head, OutputLike, OutputMetricLike, Reduction, pair
 
 __all__ = ["Geometry", "Loss"]
@@ -188,7 +188,6 @@ class Geometry:
 
             point, da = jvp(move, u[at], a[at])
             db = jvp(move, u[at], b[at])[1]
-            da, db = (horizontal(space.manifold, point, d) for d in (da, db))
             inner = base_inner(space.manifold, point, da, db)
             total = total + space.mass.scalar * inner
         return total

@@ -13,7 +13,6 @@ from riemannian_modules.contraction.derivatives import (
     hessian_product,
     image,
     joint_product,
-    output_is_curved,
 )
 from riemannian_modules.contraction.geometry import Geometry
 from riemannian_modules.contraction.replica import Blocks
@@ -46,7 +45,6 @@ class Hessian:
         self.gradient = gradient(geometry)
         self._velocity: Tensor | None = None
         self._image: Image | None = None
-        self._bent: bool | None = None
 
     @property
     def size(self) -> int:
@@ -80,9 +78,7 @@ class Hessian:
             return hessian_product(geometry, v, X)
         if self._image is None:
             self._image = image(geometry, X)
-        if self._bent is None:
-            self._bent = output_is_curved(geometry, self._image)
-        return joint_product(geometry, v, X, self._image, bent=self._bent)
+        return joint_product(geometry, v, X, self._image)
 
     def metric(self, v: Tensor) -> Tensor:
         """Return ``G v`` at the point, from the factors of the recorded pass."""

@@ -81,8 +81,8 @@ def rate(
             second derivatives are not symmetric.
 
     Cost of ``"dense"``: as many products with the Hessian as dimensions. A product
-    takes 2 gradients ("frozen"), 2 to 3 ("true" with one block) or about 9 for each
-    block ("true" with several).
+    takes 3 gradients ("frozen", and "true" with one block) or about 6 for each block
+    and 2 more ("true" with several).
 
     >>> import riemannian_modules as rm
     >>> model = torch.nn.Linear(1, 1, bias=False)

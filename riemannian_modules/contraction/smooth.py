@@ -13,7 +13,7 @@ from torch import Tensor
 
 from riemannian_modules import manifolds as rm_manifolds
 
-__all__ = ["base_inner", "chart_step", "horizontal"]
+__all__ = ["base_inner", "chart_step"]
 
 
 @singledispatch
@@ -142,44 +142,6 @@ def _(manifold: geoopt.ProductManifold, x: Tensor, a: Tensor, b: Tensor) -> Tens
             u = manifold.masses[i].multiply(u)
         total = total + base_inner(part, p, u, v)
     return total
-
-
-@singledispatch
-def horizontal(manifold: geoopt.Manifold, x: Tensor, v: Tensor) -> Tensor:
-    """Return the part of a velocity that the metric measures.
-
-    On a quotient this leaves out what only changes the tensor that stands for a point.
-
-    Args:
-        manifold: base manifold.
-        x: point.
-        v: velocity of a curve of points there.
-
-    Returns:
-        The velocity itself, but for quotients.
-    """
-    return v
-
-
-@horizontal.register(rm_manifolds.Grassmann)
-def _(manifold: rm_manifolds.Grassmann, x: Tensor, v: Tensor) -> Tensor:
-    return manifold.proju(x, v)
-
-
-@horizontal.register(rm_manifolds.Scaled)
-def _(manifold: rm_manifolds.Scaled, x: Tensor, v: Tensor) -> Tensor:
-    return horizontal(manifold.base, x, v)
-
-
-@horizontal.register(rm_manifolds.Reshaped)
-def _(manifold: rm_manifolds.Reshaped, x: Tensor, v: Tensor) -> Tensor:
-    inside = horizontal(manifold.base, manifold._in(x), manifold._in(v))
-    return manifold._out(inside)
-
-
-@horizontal.register(geoopt.ProductManifold)
-def _(manifold: geoopt.ProductManifold, x: Tensor, v: Tensor) -> Tensor:
-    return _by_part(horizontal, manifold, x, v)
 
 
 def _by_part(
