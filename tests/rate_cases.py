@@ -56,7 +56,8 @@ def written_metric(geometry: Geometry, replica: Replica) -> Function:
             point = move(u[at])
             frame = torch.func.jacrev(move)(u[at]).movedim(-1, 0)
             if isinstance(space.manifold, rm.manifolds.Grassmann):
-                frame = space.manifold.proju(point, frame)
+                # Without what only changes the basis of the subspace.
+                frame = torch.stack([space.manifold.proju(point, a) for a in frame])
             rows = [
                 torch.stack(
                     [
@@ -75,9 +76,8 @@ def written_metric(geometry: Geometry, replica: Replica) -> Function:
         G = base(u)
         jacobians = torch.func.jacrev(geometry.outputs)(u)
         heads = pair(replica.metric.output, replica.returned)
-        for z, J, (_, output) in zip(
-            geometry.outputs(u), jacobians, heads, strict=True
-        ):
+        found = zip(geometry.outputs(u), jacobians, heads, strict=True)
+        for z, J, (_, output) in found:
             if output is None:
                 continue
             mean = replica.metric.reduction == "mean"
@@ -92,8 +92,10 @@ def written_metric(geometry: Geometry, replica: Replica) -> Function:
     return metric
 
 
-def half_lie_derivative(geometry: Geometry, replica: Replica) -> tuple[Tensor, Tensor]:
-    """Return ``1/2 L_X G`` and G at the point, by differences."""
+def half_lie_derivative(
+    geometry: Geometry, replica: Replica, vectors: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return ``1/2 L_X G`` between the rows of ``vectors``, by differences, and G."""
     metric = written_metric(geometry, replica)
     slope = torch.func.grad(geometry.loss)
 
@@ -102,8 +104,9 @@ def half_lie_derivative(geometry: Geometry, replica: Replica) -> tuple[Tensor, T
 
     u = geometry.origin
     G, X = metric(u), velocity(u)
-    DX = torch.stack([differences(velocity, e) for e in torch.eye(len(u))], 1)
-    return 0.5 * (differences(metric, X) + G @ DX + DX.mT @ G), G
+    along = differences(metric, X)
+    turned = vectors @ G @ torch.stack([differences(velocity, v) for v in vectors], 1)
+    return 0.5 * (vectors @ along @ vectors.mT + turned + turned.mT), G
 
 
 class One(nn.Module):
@@ -164,9 +167,7 @@ def flow(
         )
         return {name: -value for name, value in found.items()}
 
-    def ahead(
-        w: dict[str, Tensor], k: dict[str, Tensor], h: float
-    ) -> dict[str, Tensor]:
+    def ahead(w, k, h: float) -> dict[str, Tensor]:
         return {name: w[name] + h * k[name] for name in w}
 
     w, h = start, time / steps

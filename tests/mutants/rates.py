@@ -59,11 +59,6 @@ def one_block(self, u, v):
     return pull(self.measure(z, image))[0]
 
 
-def measures_all(manifold, x, v):
-    """Measure what only changes the basis of a subspace, too."""
-    return v
-
-
 def ritz_as_exact(*args: Any, **kwargs: Any) -> eigen.Smallest:
     return replace(LANCZOS(*args, **kwargs), side=Side.EXACT)
 
@@ -90,7 +85,6 @@ RATES: list[tuple[str, str, Callable[..., Any]]] = [
     ("lie", f"{_GEOMETRY}.pullback", one_block),
     ("joint", f"{_DERIVATIVES}._output_christoffel", of_constant_outputs),
     ("joint", f"{_DERIVATIVES}._base_christoffel", lambda geometry, v, X: 0.0 * v),
-    ("manifold", "riemannian_modules.contraction.geometry.horizontal", measures_all),
     ("verdict", "riemannian_modules.contraction.eigen.lanczos", ritz_as_exact),
     ("verdict", "riemannian_modules.contraction.eigen.dense", no_rounding),
 ]
