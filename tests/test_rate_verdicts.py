@@ -1,8 +1,9 @@
-"""What is called proved, seen or refuted; steps; rates on the optimizer; the monitor."""
+"""What is called proved, seen or refuted; steps; the optimizer; the monitor."""
 
 import builtins
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -165,7 +166,7 @@ def test_ritz_values_are_upper_bounds(d, products, seed) -> None:
     )
     assert found.side is Side.UPPER
     assert found.value >= exact.value - 1e-9
-    if products >= 3 * d + 3:
+    if products >= 3 * d + 4:
         assert abs(found.value - exact.value) <= 1e-7
     bound = eigen.inertia(H, G, exact.value)
     assert bound.value <= exact.value
@@ -360,7 +361,7 @@ def test_factor_of_a_quadratic(d, seed, share) -> None:
         losses.append(loss(z))
         metric.backward(losses[-1], z)
         optimizer.step()
-    assert all(b <= a * (1 + 1e-12) for a, b in zip(losses, losses[1:], strict=False))
+    assert all(b <= a * (1 + 1e-12) for a, b in pairwise(losses))
 
 
 @pytest.mark.parametrize(
@@ -595,18 +596,6 @@ class Detached(rm.output.OutputMetric):
         return (0.5 * outputs.detach()).exp().diag_embed()
 
 
-class Solved(nn.Module):
-    """torch.linalg.solve, differentiated twice in forward mode, is wrong."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.w = nn.Parameter(torch.eye(2) + 0.1 * torch.randn(2, 2))
-        self.v = nn.Parameter(torch.randn(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.linalg.solve(self.w, (x * self.v).mT).mT
-
-
 def test_what_cannot_be_right_is_refused() -> None:
     metric, loss, x = regression()
     for options in (
@@ -643,7 +632,9 @@ def test_dropout_is_refused() -> None:
         rate(metric, halves(0.0), torch.randn(8, 3))
 
 
-def test_wrong_second_derivatives_are_refused() -> None:
-    metric = rm.LayerwiseMetric(Solved(), rm.output.Euclidean(), mass=0.1)
+def test_wrong_second_derivatives_are_refused(monkeypatch) -> None:
+    metric, loss, x = problem("euclidean", "euclidean", "layer")
+    target = "riemannian_modules.contraction.hessian.hessian_product"
+    monkeypatch.setattr(target, lambda geometry, v, X: v.cumsum(0))
     with pytest.raises(ContractionError, match="not symmetric"):
-        rate(metric, halves(0.7), torch.randn(3, 2))
+        rate(metric, loss, x)

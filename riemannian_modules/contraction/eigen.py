@@ -142,7 +142,7 @@ def lanczos(
         return torch.from_numpy(np.array(array).reshape(-1)).to(start)
 
     def multiply(array: Vector) -> Vector:
-        if len(seen) >= products:
+        if len(seen) >= max(products - 1, 1):  # one is for the Ritz vector
             raise _ExhaustedError
         v = lift(array)
         Hv = product(v)
@@ -152,9 +152,9 @@ def lanczos(
     n = len(start)
     if n <= 2:
         # ARPACK wants more coordinates than eigenvalues.
-        for v in torch.eye(n, dtype=start.dtype, device=start.device):
-            multiply(v.cpu().numpy())
-        return _ritz(seen, metric)
+        eye = torch.eye(n, dtype=start.dtype, device=start.device)
+        seen += [(v, product(v)) for v in eye]
+        return _ritz(seen, product, metric)
     shape = {"shape": (n, n), "dtype": np.float64}
     operators = [
         LinearOperator(matvec=lambda a: metric(lift(a)).cpu().numpy(), **shape),
@@ -172,26 +172,33 @@ def lanczos(
             ncv=min(n, _KRYLOV),
             tol=tolerance,
         )
-    return _ritz(seen, metric)
+    return _ritz(seen, product, metric)
 
 
-def _ritz(seen: list[tuple[Tensor, Tensor]], metric: Product) -> Smallest:
-    """Return the smallest Ritz value in the span of the vectors seen."""
+def _ritz(
+    seen: list[tuple[Tensor, Tensor]], product: Product, metric: Product
+) -> Smallest:
+    """Return the smallest Ritz value in the span of the vectors seen.
+
+    It is evaluated anew at the Ritz vector, so that what the combination of nearly
+    dependent vectors loses costs convergence, but not the side of the value.
+    """
     V = torch.stack([v for v, _ in seen])
     HV = torch.stack([Hv for _, Hv in seen])
     GV = torch.stack([metric(v) for v, _ in seen])
     squares = (V * GV).sum(1)
     # Vectors without length: across the tangent space, or nothing but rounding.
-    long = squares > 1e-20 * squares.max()
+    ratios = squares / V.square().sum(1)
+    long = ratios > 1e-8 * ratios.max()
     scale = squares[long].rsqrt().unsqueeze(1)
     V, HV, GV = scale * V[long], scale * HV[long], scale * GV[long]
     H, G = V @ HV.mT, V @ GV.mT
-    # Directions that rounding has made dependent are left out.
     weights, mix = torch.linalg.eigh(0.5 * (G + G.mT))
-    kept = weights > 1e-10 * weights[-1]
+    kept = weights > 1e-8 * weights[-1]
     T = mix[:, kept] * weights[kept].rsqrt()
     values, turns = torch.linalg.eigh(T.mT @ (0.5 * (H + H.mT)) @ T)
     vector = V.mT @ (T @ turns[:, 0])
+    value = float(vector @ product(vector)) / float(vector @ metric(vector))
     noise = 1e-10 * float(values.abs().max())
     how = f"Ritz value of {len(seen)} products"
-    return Smallest(float(values[0]), Side.UPPER, noise, vector, how)
+    return Smallest(value, Side.UPPER, noise, vector, how)
