@@ -6,6 +6,7 @@ import math
 from itertools import pairwise
 from pathlib import Path
 
+import geoopt
 import pytest
 import scipy.linalg
 import torch
@@ -638,3 +639,22 @@ def test_wrong_second_derivatives_are_refused(monkeypatch) -> None:
     monkeypatch.setattr(target, lambda geometry, v, X: v.cumsum(0))
     with pytest.raises(ContractionError, match="not symmetric"):
         rate(metric, loss, x)
+
+
+class Hyperbolic(nn.Module):
+    """geoopt's conformal factor is scripted; torch.func gets its curvature wrong."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(0.3 * torch.randn(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        ball = geoopt.PoincareBall()
+        return x * ball.lambda_x(self.w, keepdim=True).square()
+
+
+def test_scripted_functions_are_found() -> None:
+    metric = rm.LayerwiseMetric(Hyperbolic(), rm.output.Euclidean(), mass=0.1)
+    for kind in ("true", "frozen"):
+        with pytest.raises(ContractionError, match="second derivative"):
+            rate(metric, halves(1.0), torch.randn(3, 1), kind=kind)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from riemannian_modules.contraction.autodiff import jvp
+from riemannian_modules.contraction.derivatives import curvature
 from riemannian_modules.contraction.geometry import Geometry
 from riemannian_modules.contraction.replica import Replica
 from riemannian_modules.errors import ContractionError
@@ -11,10 +12,14 @@ from riemannian_modules.errors import ContractionError
 __all__ = ["require_agreement"]
 
 _AGREEMENT = 1e-6
+_STEP = 1e-5
 
 
 def require_agreement(geometry: Geometry, replica: Replica, kind: str) -> None:
     """Compare the metric as a function with the recorded one, and its derivative.
+
+    The loss's Hessian is compared with differences of its gradient, in one direction:
+    scripted functions in a model have wrong second derivatives under torch.func.
 
     Args:
         geometry: the metric as a function of coordinates.
@@ -44,6 +49,7 @@ def require_agreement(geometry: Geometry, replica: Replica, kind: str) -> None:
         )
     if kind == "true":
         _require_derivative(geometry, v)
+    _require_second_derivative(geometry, geometry.chart.coordinates(tangents))
 
 
 def _require_derivative(geometry: Geometry, v: Tensor) -> None:
@@ -67,4 +73,22 @@ def _require_derivative(geometry: Geometry, v: Tensor) -> None:
             "the output metric's derivative is wrong: its apply or factor detaches the "
             "outputs or cannot be differentiated. Write an apply(outputs, velocity) "
             "that can, or ask for kind='frozen'"
+        )
+
+
+def _require_second_derivative(geometry: Geometry, v: Tensor) -> None:
+    v = v / v.norm()
+    slope = torch.func.grad(geometry.loss)
+    u, step = geometry.origin, _STEP * v
+    ahead, behind = slope(u + step), slope(u - step)
+    geometry.cost["gradients"] += 2
+    expected = (ahead - behind) / (2.0 * _STEP)
+    error = float((curvature(geometry, v) - expected).norm())
+    allowed = 1e-5 * float(expected.norm()) + 1e-7 * (1.0 + float(ahead.norm()))
+    if not error <= allowed:
+        raise ContractionError(
+            f"the loss's second derivative along a direction is off by {error:.1e}"
+            f" (norm {float(expected.norm()):.1e}) from differences of the gradient. Look "
+            "for torch.jit.script, as in geoopt's functions of the Poincare ball, for "
+            "custom autograd functions, and for kinks next to this point"
         )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from riemannian_modules.contraction import eigen
+from riemannian_modules.contraction.agreement import require_agreement
 from riemannian_modules.contraction.autodiff import jvp, vjp
 from riemannian_modules.contraction.derivatives import curvature
 from riemannian_modules.contraction.geometry import Geometry, Loss
@@ -123,6 +124,7 @@ class _Step:
         self.lr, self.retraction = lr, retraction
         self.here = replica
         self.geometry = replica.geometry(basis=basis)
+        require_agreement(self.geometry, replica, "true")
         u = self.geometry.origin
         slope = torch.func.grad(self.geometry.loss)(u)
         self.X = self._raise(slope)

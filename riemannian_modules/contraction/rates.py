@@ -36,7 +36,7 @@ def rate(
     weight_decay: float = 0.0,
     dense_limit: int = DENSE_LIMIT,
     tolerance: float = 1e-2,
-    products: int = 30,
+    products: int = 28,
     seed: int = 0,
 ) -> Rate:
     """Return how fast the training of a model contracts, at its parameters as they are.
@@ -109,7 +109,7 @@ def block_rates(
     weight_decay: float = 0.0,
     dense_limit: int = DENSE_LIMIT,
     tolerance: float = 1e-2,
-    products: int = 30,
+    products: int = 28,
     seed: int = 0,
 ) -> dict[str, Rate]:
     """Return the rates of every block's own part of the Hessian.
