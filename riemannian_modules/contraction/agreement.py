@@ -18,8 +18,7 @@ _STEP = 1e-5
 def require_agreement(geometry: Geometry, replica: Replica, kind: str) -> None:
     """Compare the metric as a function with the recorded one, and its derivative.
 
-    The loss's Hessian is compared with differences of its gradient, in one direction:
-    scripted functions in a model have wrong second derivatives under torch.func.
+    The loss's Hessian is compared with differences of its gradient, in one direction.
 
     Args:
         geometry: the metric as a function of coordinates.
@@ -88,7 +87,6 @@ def _require_second_derivative(geometry: Geometry, v: Tensor) -> None:
     if not error <= allowed:
         raise ContractionError(
             f"the loss's second derivative along a direction is off by {error:.1e}"
-            f" (norm {float(expected.norm()):.1e}) from differences of the gradient. Look "
-            "for torch.jit.script, as in geoopt's functions of the Poincare ball, for "
-            "custom autograd functions, and for kinks next to this point"
+            f" (norm {float(expected.norm()):.1e}) from differences of gradients. Look "
+            "for custom autograd functions and for kinks next to this point"
         )

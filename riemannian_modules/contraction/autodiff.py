@@ -1,14 +1,38 @@
 """Derivatives of functions, with the types that torch.func leaves open."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import torch
+from torch.jit._fuser import optimized_execution
 
-__all__ = ["jvp", "vjp"]
+__all__ = ["exact_derivatives", "jvp", "vjp"]
 
+P = ParamSpec("P")
 A = TypeVar("A")
 B = TypeVar("B")
+
+
+def exact_derivatives(function: Callable[P, B]) -> Callable[P, B]:
+    """Let a function see scripted code without TorchScript's optimiser.
+
+    Once that has optimised a function, after its first call or two, ``torch.func`` gets
+    wrong second derivatives of it. Those of geoopt for the Poincare ball are scripted.
+
+    Args:
+        function: what differentiates a user's model.
+
+    Returns:
+        The same function with the optimiser switched off while it runs.
+    """
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> B:
+        with optimized_execution(False):
+            return function(*args, **kwargs)
+
+    return run
 
 
 def jvp(function: Callable[[A], B], at: A, along: A) -> tuple[B, B]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from riemannian_modules.contraction import eigen
 from riemannian_modules.contraction.agreement import require_agreement
-from riemannian_modules.contraction.autodiff import jvp, vjp
+from riemannian_modules.contraction.autodiff import exact_derivatives, jvp, vjp
 from riemannian_modules.contraction.derivatives import curvature
 from riemannian_modules.contraction.geometry import Geometry, Loss
 from riemannian_modules.contraction.hessian import lower, raise_
@@ -26,6 +26,7 @@ from riemannian_modules.retractions import Default, Retraction
 __all__ = ["discrete_factor"]
 
 
+@exact_derivatives
 def discrete_factor(
     metric: LayerwiseMetric,
     loss: Loss,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from riemannian_modules.contraction import eigen
 from riemannian_modules.contraction.agreement import require_agreement
+from riemannian_modules.contraction.autodiff import exact_derivatives
 from riemannian_modules.contraction.derivatives import curvature
 from riemannian_modules.contraction.geometry import Loss
 from riemannian_modules.contraction.hessian import Hessian
@@ -27,6 +28,7 @@ DENSE_LIMIT = 256
 _WORDS = {"tensor": "tensorwise", "layer": "layerwise", "model": "joint"}
 
 
+@exact_derivatives
 def rate(
     metric: LayerwiseMetric,
     loss: Loss,
@@ -100,6 +102,7 @@ def rate(
     return _verdict(found, hessian, replica)
 
 
+@exact_derivatives
 def block_rates(
     metric: LayerwiseMetric,
     loss: Loss,
