@@ -44,6 +44,7 @@ class LayerwiseMetric(ModelMetric):
             float32 where that costs a float32 model no accuracy.
 
     Attributes:
+        grouping: the ``blocks`` that it was made with.
         version: number of pull-backs so far.
         passes: number of backward passes so far (frozen ones count).
         blocks: ``{block name: LayerMetric}`` of the last one.
@@ -80,10 +81,13 @@ class LayerwiseMetric(ModelMetric):
         precision: torch.dtype | None = None,
     ) -> None:
         super().__init__(
-            model, mass=mass, blocks=blocks, reduction=reduction, precision=precision
+            model,
+            output,
+            mass=mass,
+            blocks=blocks,
+            reduction=reduction,
+            precision=precision,
         )
-        self.output = output
-        self._partition: Blocks = blocks
         self._recorder = Recorder(model, self.parameters)
 
     def __repr__(self) -> str:
@@ -102,7 +106,7 @@ class LayerwiseMetric(ModelMetric):
             model,
             self.output,
             mass={declared.name: declared.mass for declared in self.parameters},
-            blocks=self._partition,
+            blocks=self.grouping,
             reduction=self.reduction,
             precision=self.precision,
         )

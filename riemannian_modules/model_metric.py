@@ -18,7 +18,7 @@ from riemannian_modules.assembly import (
 )
 from riemannian_modules.declared import Blocks, DeclaredParameters
 from riemannian_modules.errors import MassError, NotRecordedError, ShapeError
-from riemannian_modules.heads import Reduction
+from riemannian_modules.heads import OutputMetricLike, Reduction
 from riemannian_modules.linearize import Linearization
 from riemannian_modules.manifolds import Product
 from riemannian_modules.mass import Mass, MassLike
@@ -37,12 +37,14 @@ class ModelMetric:
 
     Args:
         model: the model.
+        output: metric on the outputs.
         mass: as in :class:`riemannian_modules.LayerwiseMetric`, like all others.
         blocks: which tensors are solved together.
         reduction: how the loss sums over examples.
         precision: data type of the small matrices.
 
     Attributes:
+        grouping: the ``blocks`` that it was made with.
         version: number of pull-backs so far.
         passes: number of backward passes so far (frozen ones count).
         blocks: ``{block name: LayerMetric}`` of the last one.
@@ -52,6 +54,7 @@ class ModelMetric:
     def __init__(
         self,
         model: nn.Module,
+        output: OutputMetricLike,
         *,
         mass: MassLike | Mapping[str, MassLike],
         blocks: Blocks,
@@ -63,6 +66,8 @@ class ModelMetric:
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction={reduction!r}; choose 'mean' or 'sum'")
         self.model = model
+        self.output = output
+        self.grouping: Blocks = blocks
         self.reduction = reduction
         self.precision = precision
         self.parameters = DeclaredParameters(model, mass)

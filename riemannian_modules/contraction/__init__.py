@@ -10,6 +10,7 @@ from riemannian_modules.contraction.data_metric import (
     metric_sampling_bound,
     stability_bound_data_metric,
 )
+from riemannian_modules.contraction.discrete import discrete_factor
 from riemannian_modules.contraction.estimates import (
     example_norms,
     loss_lipschitz,
@@ -28,7 +29,9 @@ from riemannian_modules.contraction.generalization import (
 )
 from riemannian_modules.contraction.hierarchy import hierarchy, hierarchy_epsilon
 from riemannian_modules.contraction.interval import Interval
+from riemannian_modules.contraction.monitor import Monitor, Record
 from riemannian_modules.contraction.networks import shared_loss, small_gain
+from riemannian_modules.contraction.rates import block_rates, rate
 from riemannian_modules.contraction.result import Gain, Rate, Side, Verdict, weakest
 from riemannian_modules.contraction.rules import (
     feedback,
@@ -54,16 +57,20 @@ __all__ = [
     "Constant",
     "Gain",
     "Interval",
+    "Monitor",
     "Order",
     "Rate",
+    "Record",
     "Side",
     "Simulation",
     "Step",
     "System",
     "Verdict",
     "audit",
+    "block_rates",
     "chain_sensitivity",
     "discrete",
+    "discrete_factor",
     "distance_bound",
     "example_norms",
     "feedback",
@@ -80,6 +87,7 @@ __all__ = [
     "paper_order",
     "parallel",
     "product",
+    "rate",
     "register_lipschitz",
     "residual_norm",
     "sensitivity",

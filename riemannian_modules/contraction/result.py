@@ -111,8 +111,13 @@ class Rate:
 
     @property
     def contracts(self) -> bool:
-        """Whether contraction is proved: certified, and positive."""
-        return self.verdict is Verdict.CERTIFIED and self.value > 0
+        """Whether contraction is proved: certified, and positive.
+
+        A rate of the kind "output" is about the residual and never about two
+        trajectories, so it proves none.
+        """
+        about_states = self.kind != "output"
+        return about_states and self.verdict is Verdict.CERTIFIED and self.value > 0
 
     def __str__(self) -> str:
         what = f"{self.kind}, {self.side}, {self.verdict}"

@@ -169,7 +169,7 @@ def discrete(
 ) -> Certificate:
     """Return maps that act on each other: ``x_i <- f_i(x_1, ..., x_n)``.
 
-    Implements :eq:`discrete-factor`. All modules take their steps at once.
+    Implements :eq:`composed-factor`. All modules take their steps at once.
 
     Args:
         factors: Lipschitz constants ``q_i`` of the modules in their own states, each

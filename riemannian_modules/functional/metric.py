@@ -103,9 +103,6 @@ class FunctionalMetric(ModelMetric):
         precision: torch.dtype | None = None,
         chunk_size: int | None = None,
     ) -> None:
-        super().__init__(
-            model, mass=mass, blocks=blocks, reduction=reduction, precision=precision
-        )
         functions = function if isinstance(function, Mapping) else {_ONLY: function}
         if output is None:
             output = {name: Euclidean() for name in functions}
@@ -116,7 +113,14 @@ class FunctionalMetric(ModelMetric):
                 f"there are functions {sorted(functions)} and output metrics "
                 f"{sorted(outputs)}; give a dictionary with the same keys for both"
             )
-        self.output = output
+        super().__init__(
+            model,
+            output,
+            mass=mass,
+            blocks=blocks,
+            reduction=reduction,
+            precision=precision,
+        )
         self.chunk_size = chunk_size
         self._functions = {
             name: Pointwise(model, each, name, chunk_size)

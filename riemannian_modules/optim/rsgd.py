@@ -1,16 +1,24 @@
 """Riemannian stochastic gradient descent in the layer metric."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 
+from riemannian_modules.contraction.geometry import Loss
+from riemannian_modules.contraction.output_rate import LazyRates, block_output_rate
+from riemannian_modules.contraction.rates import Kind, block_rates
+from riemannian_modules.contraction.replica import is_sampled
+from riemannian_modules.contraction.result import Rate
 from riemannian_modules.errors import (
+    ContractionError,
     NonFiniteError,
     NotPositiveDefiniteError,
     NotRecordedError,
 )
+from riemannian_modules.layerwise import LayerwiseMetric
 from riemannian_modules.metric import Solution
 from riemannian_modules.model_metric import ModelMetric
 from riemannian_modules.optim.plan import Plan
@@ -142,6 +150,61 @@ class RiemannianSGD(torch.optim.Optimizer):
                 "the mass or lower the learning rate"
             )
         return self._report
+
+    def contraction_rates(
+        self,
+        kind: Kind = "output",
+        *,
+        loss: Loss | None = None,
+        inputs: Sequence[Any] | None = None,
+        **options: Any,
+    ) -> Mapping[str, Rate]:
+        """Return the rate of contraction of every block.
+
+        Args:
+            kind: ``"output"``: of the residual, when the block moves alone, at the
+                point where the last step began and for its batch; exact. ``"true"`` or
+                ``"frozen"``: of the parameters, as they are now; see
+                :func:`riemannian_modules.contraction.block_rates`.
+            loss: for ``"true"`` and ``"frozen"``, the loss as a function of what the
+                model returns.
+            inputs: for these, the sequence of what the model is called with.
+            **options: for these, as in
+                :func:`riemannian_modules.contraction.block_rates`.
+
+        Returns:
+            ``{block: rate}``. Rates of the kind ``"output"`` are worked out when they
+            are read, from the matrix that the step factorised: O(rank^3) each.
+
+        Raises:
+            ContractionError: ``"true"`` or ``"frozen"`` without loss and inputs, or of
+                another metric than a LayerwiseMetric.
+            NotRecordedError: ``"output"`` before the first step.
+        """
+        if kind == "output":
+            return LazyRates(
+                {
+                    block.name: partial(
+                        block_output_rate,
+                        block.metric,
+                        where=f"where the last step began, block '{block.name}' alone",
+                        explained=not is_sampled(self.metric.output),
+                    )
+                    for block in self.report
+                }
+            )
+        if loss is None or inputs is None:
+            raise ContractionError(
+                f"kind={kind!r} differentiates the loss anew, which a step does not "
+                "keep; pass loss=<function of the model's outputs> and "
+                "inputs=(x, ...), or ask for kind='output'"
+            )
+        if not isinstance(self.metric, LayerwiseMetric):
+            raise ContractionError(
+                f"kind={kind!r} needs a LayerwiseMetric, which knows the forward pass; "
+                f"a {type(self.metric).__name__} has rates of the kind 'output' only"
+            )
+        return block_rates(self.metric, loss, *inputs, kind=kind, **options)
 
     @overload
     def step(self, closure: None = None) -> None: ...

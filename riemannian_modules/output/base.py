@@ -49,6 +49,24 @@ class OutputMetric(ABC):
             into it.
         """
 
+    def apply(self, outputs: Tensor, velocity: Tensor) -> Tensor:
+        """Return the cotangent ``G_o velocity``, differentiable in both arguments.
+
+        Rates of contraction need its derivative; nothing else calls it. The default
+        multiplies by the rows of :meth:`factor`, which must not detach the outputs
+        then.
+
+        Args:
+            outputs: ``(n, *output)``.
+            velocity: ``(n, *output)``.
+
+        Returns:
+            ``(n, *output)``, not weighted by ``1/n``.
+        """
+        rows = self.factor(outputs).flatten(2)
+        image = torch.einsum("nro,no->nr", rows, velocity.flatten(1))
+        return torch.einsum("nro,nr->no", rows, image).view_as(outputs)
+
     def whiten(
         self, outputs: Tensor, cotangent: Tensor
     ) -> tuple[Tensor | None, Tensor]:
@@ -70,7 +88,7 @@ class OutputMetric(ABC):
             metric offers no such combination; ``rest`` is the cotangent then.
         """
         self.validate_cotangent(outputs, cotangent)
-        rows = self.factor(outputs).double()
+        rows = self.factor(outputs.detach()).double()
         rows = rows.reshape(*rows.shape[:2], -1)
         target = cotangent.detach().reshape(len(rows), -1).double()
         left, values, right = torch.linalg.svd(rows, full_matrices=False)

@@ -88,6 +88,12 @@ class Categorical(OutputMetric):
         blocks = rows.to(outputs.dtype).view(len(outputs), -1, classes - 1, classes)
         return block_rows(blocks, outputs.shape[1:])
 
+    def apply(self, outputs: Tensor, velocity: Tensor) -> Tensor:
+        """Return ``p (velocity - <p, velocity>)``, O(n positions C); see the base."""
+        self.validate(outputs)
+        p = outputs.softmax(-1)
+        return p * (velocity - (p * velocity).sum(-1, keepdim=True))
+
     def whiten(self, outputs: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor]:
         """Return the residual ``(n, positions * (C - 1))`` and the rest."""
         self.validate_cotangent(outputs, cotangent)

@@ -59,6 +59,11 @@ class Euclidean(OutputMetric):
         root = root if self.scale == 1.0 else root * math.sqrt(self.scale)
         return root.view(d, *output).expand(n, d, *output)
 
+    def apply(self, outputs: Tensor, velocity: Tensor) -> Tensor:
+        """Return ``scale * velocity``; see the base class."""
+        self.validate(outputs)
+        return self.scale * velocity
+
     def whiten(self, outputs: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``cotangent / sqrt(scale)`` and zero; see the base class."""
         self.validate_cotangent(outputs, cotangent)

@@ -77,7 +77,7 @@ class Gaussian(OutputMetric):
         """Return ``(n, r, *output)``, with r the number of entries of an output."""
         self.validate(outputs)
         if self.learned is not None:
-            return diagonal_rows(self._scale(outputs))
+            return diagonal_rows(self._scale(outputs.detach()))
         d = outputs.shape[-1]
         if self._root is None:
             block = torch.eye(d, dtype=outputs.dtype, device=outputs.device)
@@ -86,12 +86,19 @@ class Gaussian(OutputMetric):
         blocks = block.expand(outputs.shape[0], outputs.shape[1:-1].numel(), d, d)
         return block_rows(blocks, outputs.shape[1:])
 
+    def apply(self, outputs: Tensor, velocity: Tensor) -> Tensor:
+        """Return the precision times the velocity; see the base class."""
+        if self.learned is None:
+            return super().apply(outputs, velocity)
+        self.validate(outputs)
+        return self._scale(outputs).square() * velocity
+
     def whiten(self, outputs: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor]:
         """Return the residual ``(n, r)`` and the rest; see the base class."""
         self.validate_cotangent(outputs, cotangent)
         v = cotangent.detach()
         if self.learned is not None:
-            return divide(v, self._scale(outputs))
+            return divide(v, self._scale(outputs.detach()))
         if self._root is not None:
             v = v @ self._on(outputs, self._root)
         return v.reshape(v.shape[0], -1), torch.zeros_like(outputs)
@@ -111,7 +118,9 @@ class Gaussian(OutputMetric):
         if self.learned is None:
             return noise
         spread = (noise.square() - 1.0) * math.sqrt(0.5)
-        return torch.cat([noise, spread], -1) * self._scale(outputs).unsqueeze(1)
+        return torch.cat([noise, spread], -1) * self._scale(outputs.detach()).unsqueeze(
+            1
+        )
 
     def terms(self, outputs: Tensor) -> int:
         """Return the number of positions (fixed covariance) or of means (learned)."""
@@ -156,7 +165,7 @@ class Gaussian(OutputMetric):
 
     def _scale(self, outputs: Tensor) -> Tensor:
         assert self.learned is not None
-        spread = outputs.detach()[..., outputs.shape[-1] // 2 :]
+        spread = outputs[..., outputs.shape[-1] // 2 :]
         means = (spread * (-0.5 if self.learned == "log_variance" else -1.0)).exp()
         spread = torch.full_like(means, _SPREAD_ROOT[self.learned])
         return torch.cat([means, spread], -1)

@@ -39,6 +39,11 @@ class Bernoulli(OutputMetric):
         self.validate(outputs)
         return diagonal_rows(_coin_deviation(outputs.detach()))
 
+    def apply(self, outputs: Tensor, velocity: Tensor) -> Tensor:
+        """Return ``p (1 - p) velocity``; see the base class."""
+        self.validate(outputs)
+        return _coin_deviation(outputs).square() * velocity
+
     def whiten(self, outputs: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``cotangent / sqrt(p (1 - p))`` and the rest; see the base class."""
         self.validate_cotangent(outputs, cotangent)
@@ -79,6 +84,11 @@ class Poisson(OutputMetric):
         """Return ``diag(e^(z/2))``, ``(n, d, *output)``; see the base class."""
         self.validate(outputs)
         return diagonal_rows((0.5 * outputs.detach()).exp())
+
+    def apply(self, outputs: Tensor, velocity: Tensor) -> Tensor:
+        """Return ``e^z velocity``; see the base class."""
+        self.validate(outputs)
+        return outputs.exp() * velocity
 
     def whiten(self, outputs: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``cotangent / e^(z/2)`` and the rest; see the base class."""

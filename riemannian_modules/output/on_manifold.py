@@ -75,6 +75,28 @@ class OnManifold(OutputMetric):
             return self._project(x.unsqueeze(1), unit)
         return self._numeric(x)
 
+    def apply(self, outputs: Tensor, velocity: Tensor) -> Tensor:
+        """Return ``g(P velocity, P .)`` in closed form; see the base class."""
+        self.validate(outputs)
+        manifold = self.manifold
+        if isinstance(manifold, geoopt.Stereographic):
+            # geoopt's conformal factor is scripted: its second derivative is wrong.
+            square = outputs.square().sum(-1, keepdim=True)
+            k = manifold.k.detach().to(outputs)
+            return (2.0 / (1.0 + k * square)).square() * velocity
+        if isinstance(manifold, geoopt.SymmetricPositiveDefinite) and outputs.ndim == 3:
+            inverse = torch.linalg.inv(outputs)
+            return inverse @ (0.5 * (velocity + velocity.mT)) @ inverse
+        if isinstance(manifold, _EMBEDDED):
+            return self._project(outputs, velocity)
+
+        def half_square(v: Tensor) -> Tensor:
+            tangent = self._project(outputs, v)
+            total: Tensor = manifold.inner(outputs, tangent, tangent, keepdim=True)
+            return 0.5 * total.sum()
+
+        return torch.func.grad(half_square)(velocity)
+
     def whiten(
         self, outputs: Tensor, cotangent: Tensor
     ) -> tuple[Tensor | None, Tensor]:
