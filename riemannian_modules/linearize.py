@@ -189,6 +189,7 @@ def assemble(
                 use.label,
                 use.values,
                 memo,
+                watch.name_of,
             )
             if not (use.plain or job.entry is GENERIC):
                 reason = f"{use.label} ran another forward than that of its class"

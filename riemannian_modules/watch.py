@@ -44,6 +44,7 @@ class Watch:
     Attributes:
         jobs: by path of a module, what its calls explain.
         generation: counts the changes of ``jobs`` between passes.
+        name_of: the name of a trainable parameter, None for any other tensor.
     """
 
     def __init__(self, model: nn.Module, parameters: DeclaredParameters) -> None:
@@ -55,6 +56,7 @@ class Watch:
         self._recorded: dict[bool, list[tuple[str, nn.Module, bool]]] = {}
         self.generation = 0
         self.jobs: dict[str, list[Job]] = {}
+        self.name_of = parameters.name_of
         self._assign()
 
     def _assign(self) -> None:

@@ -366,7 +366,110 @@ class Slope(Model):
             return torch.autograd.grad(u, x, create_graph=True)[0]
 
 
-CASES["the derivative of an inner network"] = Case(Slope)
+CASES["the derivative of an inner network"] = Case(Slope, right=True)
+
+
+@case("a derivative without enable_grad", right=True)
+class PlainSlope(Slope):
+    def slope(self, x: Tensor) -> Tensor:
+        x = x.clone().requires_grad_()
+        u = self.inner(x).sum()
+        return torch.autograd.grad(u, x, create_graph=True)[0]
+
+
+@case("the residual of a differential equation", right=True)
+class Curvature(Slope):
+    """Value, first and second derivatives, also by a parameter of the inner layer."""
+
+    def slope(self, x: Tensor) -> Tensor:
+        x = x.clone().requires_grad_()
+        u = self.inner(x)
+        (g,) = torch.autograd.grad(u.sum(), x, create_graph=True)
+        (h,) = torch.autograd.grad(g[:, 0].sum(), x, create_graph=True)
+        return u * g - h + self.first.bias
+
+
+@case("a derivative by a leaf made inside", right=True)
+class LeafSlope(Slope):
+    """The direction is the leaf, which a function transform does not see."""
+
+    def slope(self, x: Tensor) -> Tensor:
+        step = torch.zeros(len(x), 1, dtype=x.dtype, requires_grad=True)
+        u = self.inner(x + step).sum()
+        return x * torch.autograd.grad(u, step, create_graph=True)[0]
+
+
+@case("a derivative by a hidden value", right=True)
+class HiddenSlope(Slope):
+    def slope(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        u = self.inner(h).square().sum()
+        return torch.autograd.grad(u, h, create_graph=True)[0]
+
+
+@case("a derivative by a detached weight", right=True)
+class WeightSlope(Slope):
+    """The leaf has the value of a parameter and is none."""
+
+    def slope(self, x: Tensor) -> Tensor:
+        weight = self.first.weight.detach().clone().requires_grad_()
+        u = self.inner(F.linear(x, weight))
+        rows = [
+            torch.autograd.grad(e, weight, create_graph=True)[0].sum(0) for e in u[:, 0]
+        ]
+        return x + torch.stack(rows)
+
+
+@case("a derivative that is no part of the graph", right=True)
+class ConstantSlope(Slope):
+    def slope(self, x: Tensor) -> Tensor:
+        x = x.clone().requires_grad_()
+        return torch.autograd.grad(self.inner(x).sum(), x)[0] + self.inner(x)
+
+
+@case("the derivative of a mean over the batch")
+class MeanSlope(Slope):
+    """Each example's derivative depends on the size of the batch."""
+
+    def slope(self, x: Tensor) -> Tensor:
+        x = x.clone().requires_grad_()
+        u = self.inner(x).mean()
+        return torch.autograd.grad(u, x, create_graph=True)[0]
+
+
+@case("a derivative that sees the other examples")
+class MixedSlope(Slope):
+    def slope(self, x: Tensor) -> Tensor:
+        x = x.clone().requires_grad_()
+        u = self.inner(x).square().sum() + 1e-3 * self.inner(x).sum().square()
+        return torch.autograd.grad(u, x, create_graph=True)[0]
+
+
+@case("a derivative with an alias in a list, behind a gate")
+class AliasSlope(Slope):
+    """Beside a leaf that is no parameter, one that is and cannot be replaced."""
+
+    def build(self) -> None:
+        super().build()
+        self.alias = [self.inner[0].weight]
+
+    def slope(self, x: Tensor) -> Tensor:
+        x = x.clone().requires_grad_()
+        u = self.inner(x) + 0.0 * F.linear(x, self.alias[0])[:, :1]
+        return torch.autograd.grad(u.sum(), x, create_graph=True)[0]
+
+
+@case("a derivative with a cached product of a weight", copies=False)
+class CacheSlope(Slope):
+    def build(self) -> None:
+        super().build()
+        self.cache: Tensor | None = None
+
+    def slope(self, x: Tensor) -> Tensor:
+        x = x.clone().requires_grad_()
+        (g,) = torch.autograd.grad(self.inner(x).sum(), x, create_graph=True)
+        self.cache = 2.0 * self.inner[0].weight if self.cache is None else self.cache
+        return g + F.linear(x, self.cache)[:, :1]
 
 
 @case("the derivative of an inner network by torch.func")

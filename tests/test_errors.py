@@ -728,6 +728,33 @@ def assert_dense(metric: rm.LayerwiseMetric, x: Tensor) -> None:
         torch.testing.assert_close(found[name], vector, rtol=1e-8, atol=1e-9)
 
 
+class Stray(nn.Module):
+    """Differentiates by its input, and uses a weight that its own list holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(5, 3)
+        self.alias = [self.net.weight]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.clone().requires_grad_()
+        u = F.linear(x, self.alias[0]).square()
+        (slope,) = torch.autograd.grad(u.sum(), x, create_graph=True)
+        return self.net(slope)
+
+
+def test_a_parameter_that_a_replay_cannot_replace() -> None:
+    metric = rm.LayerwiseMetric(Stray(), output=rm.output.Categorical())
+    with refused(
+        errors.LinearizationError,
+        "the model uses",
+        "'net.weight'",
+        "a list",
+        metric=metric,
+    ):
+        backward(metric)
+
+
 def test_weight_decay_in_the_loss() -> None:
     model = chain()
     metric = rm.LayerwiseMetric(model, output=rm.output.Categorical())
