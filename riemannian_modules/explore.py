@@ -235,6 +235,8 @@ def _explain_paths(
             for name in (d.name for d in parameters if d.name in reached):
                 if name in names or name not in known:
                     watch.raise_up(name, tape, _OUTSIDE)
+                    # The other families meet what nothing explains as well.
+                    known.add(name)
                     waiting = True
         for use in watch.explaining(tape):
             if watch.is_leaf(use):

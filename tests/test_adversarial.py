@@ -297,6 +297,77 @@ def replaced_first(model: Model, x: Tensor) -> Tensor:
     return torch.func.functional_call(layer, values, (x,))
 
 
+class Swap(Model):
+    """A child runs with a tensor in the place of its weight; ``bad`` says which."""
+
+    def build(self) -> None:
+        self.scale = nn.Parameter(torch.ones(1))
+        self.maker = nn.Linear(1, 25)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.swapped(x) if self.bad else self.first(x)
+        return self.last(torch.tanh(h * self.scale + self.maker.bias[:5]))
+
+    def swapped(self, x: Tensor) -> Tensor:
+        return torch.func.functional_call(self.first, {"weight": self.weight()}, (x,))
+
+    def weight(self) -> Tensor:
+        return self.first.weight * self.scale
+
+
+CASES["functional_call of a child with a scaled weight"] = Case(Swap, right=True)
+
+
+@case("functional_call of a child with a weight that is made", right=True)
+class Made(Swap):
+    def weight(self) -> Tensor:
+        return self.maker(self.scale).view(5, 5)
+
+
+@case("functional_call of a child with another layer's weight", right=True)
+class Lent(Swap):
+    def build(self) -> None:
+        super().build()
+        self.other = nn.Linear(5, 5)
+
+    def weight(self) -> Tensor:
+        return self.other.weight
+
+
+@case("functional_call of a child with a constant", right=True)
+class Constant(Swap):
+    """The value of the weight, which the graph does not reach."""
+
+    def weight(self) -> Tensor:
+        return self.first.weight.detach()
+
+
+@case("functional_call of a block with a scaled weight", right=True)
+class SwapBlock(Swap):
+    def build(self) -> None:
+        super().build()
+        self.block = nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5))
+
+    def swapped(self, x: Tensor) -> Tensor:
+        values = {"2.weight": self.block[2].weight * self.scale}
+        return torch.func.functional_call(self.block, values, (self.first(x),))
+
+
+@case("functional_call of attention with a scaled weight", right=True)
+class SwapAttention(Swap):
+    """The rule of attention explains the weights of its child, too."""
+
+    def build(self) -> None:
+        super().build()
+        self.attention = nn.MultiheadAttention(5, 1, batch_first=True)
+
+    def swapped(self, x: Tensor) -> Tensor:
+        h = self.first(x).unsqueeze(1).expand(-1, 2, -1)
+        values = {"out_proj.weight": self.attention.out_proj.weight * self.scale}
+        found = torch.func.functional_call(self.attention, values, (h, h, h))
+        return found[0].sum(1)
+
+
 # --- custom functions and derivatives inside the model
 
 
