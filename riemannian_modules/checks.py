@@ -95,8 +95,17 @@ def recorded_tape(tape: Tape | None, outputs: Sequence[Tensor]) -> Tape:
 
     Raises:
         NotRecordedError: nothing was recorded, or without gradients.
+        LinearizationError: everything ran inside a function transform.
         NonFiniteError: NaN or infinity in the outputs or in a layer's input.
     """
+    if tape is not None and tape.hidden and not tape.uses:
+        names = ", ".join(f"'{name}'" for name in sorted(tape.hidden))
+        raise LinearizationError(
+            f"the layers of {names} ran inside a function transform of torch.func "
+            "(vmap, grad, jacrev, jvp, ...) only, which leaves nothing to linearise: "
+            "put the transform into the forward of a module, build the metric from "
+            "that module, and call it inside metric.record()"
+        )
     if tape is None or not tape.uses or not any(z.requires_grad for z in outputs):
         raise NotRecordedError(
             "no recorded forward pass leads to these outputs: run the model inside "

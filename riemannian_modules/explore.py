@@ -27,6 +27,7 @@ from riemannian_modules.watch import Watch
 __all__ = ["explore"]
 
 _OUTSIDE = "it is used outside its layer, or outside the recorded scope"
+_HIDDEN = "its layer ran inside a function transform of torch.func"
 
 
 def explore(
@@ -226,7 +227,8 @@ def _explain_paths(
     waiting = True
     while waiting:
         waiting = False
-        families = _families(watch, tape)
+        # Without any call that explains something, nothing is explained.
+        families = _families(watch, tape) or {(): set[str]()}
         known = set[str]().union(*families.values())
         for uses, names in families.items():
             starts = [*ends, *(node for use in uses for node in use.origins)]
@@ -234,7 +236,7 @@ def _explain_paths(
             reached = parameters_reached(starts, stops, parameters)
             for name in (d.name for d in parameters if d.name in reached):
                 if name in names or name not in known:
-                    watch.raise_up(name, tape, _OUTSIDE)
+                    watch.raise_up(name, tape, _outside(name, tape))
                     # The other families meet what nothing explains as well.
                     known.add(name)
                     waiting = True
@@ -244,8 +246,12 @@ def _explain_paths(
                 inside = parameters_reached(ends_here, use.origins, parameters)
                 for name in sorted(inside - set(watch.names_of(use))):
                     if not watch.covers(use, name):
-                        watch.raise_up(name, tape, _OUTSIDE)
+                        watch.raise_up(name, tape, _outside(name, tape))
                         waiting = True
+
+
+def _outside(name: str, tape: Tape) -> str:
+    return _HIDDEN if name in tape.hidden else _OUTSIDE
 
 
 def _families(watch: Watch, tape: Tape) -> dict[tuple[Use, ...], set[str]]:

@@ -78,6 +78,12 @@ class Watched:
             for owner, attribute, tensor in self.held
         )
 
+    def own_names(self) -> Iterator[str]:
+        """Yield the names in the model of the parameters that it holds itself."""
+        for owner, attribute, _ in self.held:
+            if owner is self.module:
+                yield f"{self.name}.{attribute}" if self.name else attribute
+
 
 @dataclass(eq=False, slots=True)
 class Use:
@@ -145,9 +151,16 @@ class Use:
 
 @dataclass
 class Tape:
-    """The uses of one recorded scope, in the order in which they ended."""
+    """What happened in one recorded scope.
+
+    Attributes:
+        uses: calls of watched modules, in the order in which they ended.
+        hidden: parameters of modules that ran in a function transform of torch.func,
+            which leaves no graph behind at their outputs.
+    """
 
     uses: list[Use] = field(default_factory=list)
+    hidden: set[str] = field(default_factory=set)
 
     def watch(self, modules: Iterable[Watched]) -> list[RemovableHandle]:
         """Append a use to the tape at every call of one of ``modules``.
@@ -173,9 +186,14 @@ class Tape:
             every = [output] if isinstance(output, Tensor) else [*tensors_in(output)]
             outputs = [t for t in every if t.requires_grad]
             # A copy of the module, made meanwhile, has a copy of this hook.
-            if module is not watched.module or not outputs:
+            if module is not watched.module:
                 return
-            if _without_graph(outputs[0]):
+            if any(map(torch._C._functorch.is_functorch_wrapped_tensor, every)):
+                # Gone when the function that is transformed returns.
+                self.hidden.update(watched.own_names())
+                return
+            # Under no_grad a view of a parameter asks for a gradient without a graph.
+            if not outputs or not torch.is_grad_enabled():
                 return
             given = [*tensors_in(args), *tensors_in(kwargs)]
             inputs = [t.detach() for t in given]
@@ -255,10 +273,3 @@ class Tape:
 
 def _finite(value: Tensor) -> bool:
     return not value.is_floating_point() or looks_finite(value)
-
-
-def _without_graph(value: Tensor) -> bool:
-    # Under no_grad a view of a parameter asks for a gradient and has no graph; a tensor
-    # of a function transform is gone when the function returns.
-    wrapped: bool = torch._C._functorch.is_functorch_wrapped_tensor(value)
-    return wrapped or not torch.is_grad_enabled()

@@ -543,16 +543,54 @@ class CacheSlope(Slope):
         return g + F.linear(x, self.cache)[:, :1]
 
 
-@case("the derivative of an inner network by torch.func")
+@case("the derivative of an inner network by torch.func", right=True)
 class FuncSlope(Slope):
     def slope(self, x: Tensor) -> Tensor:
         return torch.func.vmap(torch.func.grad(lambda e: self.inner(e).sum()))(x)
 
 
-@case("the tangent of an inner network by torch.func")
+@case("the tangent of an inner network by torch.func", right=True)
 class FuncTangent(Slope):
     def slope(self, x: Tensor) -> Tensor:
         return x * torch.func.jvp(self.inner, (x,), (torch.ones_like(x),))[1]
+
+
+@case("every layer under vmap", right=True)
+class UnderVmap(Model):
+    def forward(self, x: Tensor) -> Tensor:
+        run = super().forward
+        return torch.func.vmap(run)(x) if self.bad else run(x)
+
+
+@case("every layer under vmap over features")
+class VmapOverFeatures(Model):
+    """The examples are not what is mapped over: one sees the batch."""
+
+    def middle(self, h: Tensor) -> Tensor:
+        if not self.bad:
+            return h
+        centred = torch.func.vmap(lambda c: c - c.mean(), in_dims=1, out_dims=1)
+        return torch.func.vmap(self.first)(centred(h))
+
+
+@case("an ensemble under vmap", right=True)
+class Ensemble(Model):
+    """Stacked weights that a template runs with, as torch.func.stack_module_state."""
+
+    def build(self) -> None:
+        self.template = [nn.Linear(5, 5)]
+        self.weights = nn.Parameter(torch.randn(3, 5, 5))
+        self.biases = nn.Parameter(torch.randn(3, 5))
+
+    def middle(self, h: Tensor) -> Tensor:
+        if not self.bad:
+            return h
+
+        def member(weight: Tensor, bias: Tensor) -> Tensor:
+            values = {"weight": weight, "bias": bias}
+            return torch.func.functional_call(self.template[0], values, (h,))
+
+        return torch.func.vmap(member)(self.weights, self.biases).sum(0)
 
 
 # --- randomness and state
@@ -716,6 +754,18 @@ CASES["a checkpoint"] = Case(Checkpointed, right=True)
 @case("a reentrant checkpoint", same=True)
 class Reentrant(Checkpointed):
     reentrant = True
+
+
+@case("a reentrant checkpoint at the input", same=True)
+class ReentrantFirst(Model):
+    """Nothing trainable lies behind it, so that torch does not complain."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.bad:
+            return super().forward(x)
+        x = x.clone().requires_grad_()
+        h = checkpoint(self.first, x, use_reentrant=True)
+        return self.last(torch.tanh(h))
 
 
 class Compiled(Model):
@@ -1592,7 +1642,6 @@ KNOWN = {
     "an alias in a list, behind a gate": (STRAY, "BB BO BP GB"),
     "a tensor hook that normalises the cotangent": (LATER, "BB BO BP GB"),
     "a parameter without a rule changed after its use": (EFFECTS, "BB BO BP"),
-    "a reentrant checkpoint": (FOREIGN, "BB BO BP GB"),
     "a checkpoint with dropout": (FOREIGN, "GB"),
 }
 

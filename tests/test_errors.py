@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import riemannian_modules as rm
 from riemannian_modules import errors
@@ -753,6 +754,72 @@ def test_a_parameter_that_a_replay_cannot_replace() -> None:
         metric=metric,
     ):
         backward(metric)
+
+
+def test_a_function_transform_outside_of_the_model(state: State) -> None:
+    model, metric, optimizer = state
+    with metric.record():
+        outputs = torch.func.vmap(model)(X)
+    with refused(
+        errors.LinearizationError,
+        "'0.weight'",
+        "vmap",
+        "forward of a module",
+        metric=metric,
+        optimizer=optimizer,
+    ):
+        metric.backward(F.cross_entropy(outputs, TARGET), outputs)
+    with metric.record():
+        outputs = model[2](torch.func.vmap(model[0])(X))
+    with refused(
+        errors.LinearizationError,
+        "'0.weight'",
+        "function transform",
+        metric=metric,
+        optimizer=optimizer,
+    ):
+        metric.backward(F.cross_entropy(outputs, TARGET), outputs)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 5), nn.Linear(5, 3)
+        self.reentrant: bool | None = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.clone().requires_grad_()
+        if self.reentrant is not None:
+            h = checkpoint(self.first, h, use_reentrant=self.reentrant)
+        return self.last(h)
+
+
+def test_a_reentrant_checkpoint() -> None:
+    model = Checkpointed()
+    metric = rm.LayerwiseMetric(model, output=rm.output.Categorical(), mass=0.1)
+    with refused(errors.LinearizationError, "use_reentrant=False", metric=metric):
+        backward(metric)
+    model.reentrant = False
+    backward(metric)
+    expected = torch.autograd.grad(
+        F.cross_entropy(model(X), TARGET), [*model.parameters()]
+    )
+    for p, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, gradient)
+
+
+def test_a_reentrant_checkpoint_in_the_loss(state: State) -> None:
+    model, metric, optimizer = state
+    with metric.record():
+        outputs = model(X)
+    loss = checkpoint(F.cross_entropy, outputs, TARGET, use_reentrant=True)
+    with refused(
+        errors.LinearizationError,
+        "use_reentrant=False",
+        metric=metric,
+        optimizer=optimizer,
+    ):
+        metric.backward(loss, outputs)
 
 
 def test_weight_decay_in_the_loss() -> None:

@@ -1063,6 +1063,38 @@ def test_a_derivative_by_the_input_inside_the_model(way: str, blocks: str) -> No
         optimizer.step()
 
 
+class Transformed(nn.Module):
+    """A network that runs under function transforms only."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+        self.way = way
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.way == "vmap":
+            return torch.func.vmap(self.net)(x)
+        if self.way == "jvp":
+            u, du = torch.func.jvp(self.net, (x,), (torch.ones_like(x),))
+            return u + du
+        jacobian = torch.func.vmap(torch.func.jacrev(self.net))(x)
+        return torch.func.vmap(self.net)(x) + jacobian.square().sum(-1)
+
+
+@pytest.mark.parametrize("way", ["vmap", "jvp", "jacrev"])
+def test_layers_that_run_under_function_transforms_only(way: str) -> None:
+    model = Transformed(way)
+    metric = layer_metric(model)
+    optimizer = rm.optim.RiemannianSGD(metric, lr=0.1)
+    for _ in range(3):
+        backward(metric)
+        expected = dense_natural_gradient(
+            model, metric.output, X, cross_entropy, mass=0.1
+        )
+        assert_close(metric.natural_gradient(), expected, 1e-10)
+        optimizer.step()
+
+
 def test_positions_first_are_found_even_where_there_are_as_many_examples() -> None:
     model, x = (
         nn.Sequential(Swapped(), nn.Tanh(), nn.Linear(5, 3)),
