@@ -1633,7 +1633,6 @@ def visit(
 
 STRAY = "what a plain list holds cannot be replaced in a replay: refused, right or not"
 LATER = "a tensor hook that comes later leaves no trace in the graph"
-EFFECTS = "a forward that changes its own parameters changes them in the next passes"
 FOREIGN = "an error of torch comes through"
 
 # What the library does wrong: name of the case, reason, and the runs: order (good or
@@ -1641,7 +1640,6 @@ FOREIGN = "an error of torch comes through"
 KNOWN = {
     "an alias in a list, behind a gate": (STRAY, "BB BO BP GB"),
     "a tensor hook that normalises the cotangent": (LATER, "BB BO BP GB"),
-    "a parameter without a rule changed after its use": (EFFECTS, "BB BO BP"),
     "a checkpoint with dropout": (FOREIGN, "GB"),
 }
 

@@ -128,8 +128,9 @@ class _Replay:
             for x, layout in zip(inputs, slicing, strict=True)
             if layout is not None
         )
+        # Copies: a module may write into what it holds.
         self.theta = {
-            name: call.module.get_parameter(name).detach().as_subclass(Tensor)
+            name: call.module.get_parameter(name).detach().as_subclass(Tensor).clone()
             for name in call.wanted
         }
         self.stand_in = StandIn(call.module, call.wanted)
