@@ -101,6 +101,7 @@ class DeclaredParameters:
         mass: see :class:`riemannian_modules.LayerwiseMetric`.
 
     Raises:
+        TypeError: the model is no module, or a scripted one.
         MassError: a mass is invalid, or a mapping misses or misspells a name.
         LostManifoldError: a layer declares a manifold that its parameter lost.
         NotOnManifoldError: a parameter lies off its manifold.
@@ -109,6 +110,7 @@ class DeclaredParameters:
     def __init__(
         self, model: nn.Module, mass: MassLike | Mapping[str, MassLike]
     ) -> None:
+        _require_module(model)
         named = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if not named:
             raise MassError("the model has no trainable parameters to give a metric to")
@@ -262,6 +264,19 @@ class DeclaredParameters:
                     "so its gradient belongs to another point; record and go backward "
                     "anew"
                 )
+
+
+def _require_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"the model is a {type(model).__name__}; pass a torch.nn.Module, whose "
+            "calls can be recorded: wrap a function in one"
+        )
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise TypeError(
+            "the model, or a part of it, is compiled by torch.jit, which hides its "
+            "calls; pass the module that it was made from (torch.compile is fine)"
+        )
 
 
 def _require_own_memory(named: Mapping[str, Tensor]) -> None:

@@ -206,14 +206,28 @@ def _layouts(
                 )
             if layout is None:
                 raise UnexplainedError(
-                    watch.names_of(use),
-                    f"at {use.label} the examples of the batch interact, or share its "
-                    f"output, of shape {tuple(each.shape[1:])} in a batch of "
-                    f"{examples}",
+                    watch.names_of(use), _apart_no_more(use, uses, each, examples)
                 )
             layouts.append(layout)
         found.append(tuple(layouts))
     return found, certain
+
+
+def _apart_no_more(
+    use: Use, uses: Sequence[Use], cotangent: Tensor, examples: int
+) -> str:
+    """Return why the examples are nowhere in the output of a use."""
+    sizes = [u.shapes[0][0] for u in uses if u.name == use.name and u.shapes[0]]
+    if len(sizes) > 1 and sum(sizes) == examples:
+        return (
+            f"{use.label} was called {len(sizes)} times, with "
+            f"{' + '.join(map(str, sizes))} examples, and the outputs put them "
+            f"together: call the model once, with all {examples} examples"
+        )
+    return (
+        f"at {use.label} the examples of the batch interact, or share its output, of "
+        f"shape {tuple(cotangent.shape[1:])} in a batch of {examples}"
+    )
 
 
 def _explain_paths(

@@ -23,9 +23,17 @@ from riemannian_modules.assembly import (
     moved,
     zero_covectors,
 )
+from riemannian_modules.checks import unfreed
 from riemannian_modules.declared import Blocks, DeclaredParameters
 from riemannian_modules.errors import NotRecordedError, ShapeError
-from riemannian_modules.heads import OutputLike, OutputMetricLike, Reduction, pair
+from riemannian_modules.heads import (
+    OutputLike,
+    OutputMetricLike,
+    Reduction,
+    pair,
+    require_loss,
+    require_output_metrics,
+)
 from riemannian_modules.linearize import Linearization
 from riemannian_modules.manifolds import Product
 from riemannian_modules.mass import Mass, MassLike
@@ -65,6 +73,7 @@ class LayerwiseMetric:
         NotOnManifoldError: a parameter's value is off its manifold.
         LostManifoldError: a layer declares a manifold that its parameter lost.
         ValueError: unknown ``blocks`` or ``reduction``.
+        TypeError: ``model`` is no module, or ``output`` no output metric.
 
     Cost of a step with n examples, r rows each and R = n r: one reverse pass with
     r + 1 cotangents, R^2 (layer outputs) for the Gram matrices and R^3 / 3 for each
@@ -93,8 +102,7 @@ class LayerwiseMetric:
     ) -> None:
         if blocks not in ("tensor", "layer", "model"):
             raise ValueError(f"blocks={blocks!r}; choose 'tensor', 'layer' or 'model'")
-        if reduction not in ("mean", "sum"):
-            raise ValueError(f"reduction={reduction!r}; choose 'mean' or 'sum'")
+        require_output_metrics(output, reduction)
         self.model = model
         self.output = output
         self.reduction = reduction
@@ -203,12 +211,15 @@ class LayerwiseMetric:
 
         Raises:
             NotRecordedError: no recorded pass leads to ``outputs``, or ``loss`` does
-                not depend on them.
+                not depend on them, or the graph is freed.
+            ShapeError: the loss is no scalar; or it and the outputs are swapped.
+            TypeError: the loss is no tensor.
             LinearizationError: the recorded uses do not explain the gradient, or
                 examples of the batch interact.
             NonFiniteError: NaN or infinity in the loss or the outputs.
             EmptyBatchError: no examples.
         """
+        require_loss(loss, outputs)
         self._pass(outputs, loss)
 
     def pull_back(self, outputs: OutputLike) -> None:
@@ -305,7 +316,8 @@ class LayerwiseMetric:
 
     def _pass(self, outputs: OutputLike, loss: Tensor | None) -> None:
         heads = pair(self.output, outputs)
-        found = self._recorder.linearize(heads, loss, self.reduction)
+        with unfreed():
+            found = self._recorder.linearize(heads, loss, self.reduction)
         if self._frozen and self.blocks:
             # The old factors do not span the new gradient.
             rest = {**zero_covectors(self.blocks), **found.gradient}
