@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from riemannian_modules.assembly import (
     bind_views,
     block_metrics,
+    introduce,
     moved,
     zero_covectors,
 )
@@ -117,6 +118,7 @@ class LayerwiseMetric:
         self._found: Linearization | None = None
         self._marks: dict[str, int] = {}
         self.passes = 0
+        introduce(self, model)
 
     def __repr__(self) -> str:
         frozen = ", frozen" if self._frozen else ""
@@ -187,9 +189,6 @@ class LayerwiseMetric:
 
         Backward passes then refresh the gradient but not the metric, which is
         evaluated at the parameters' current values with the factors of before.
-
-        Yields:
-            None.
         """
         before, self._frozen = self._frozen, True
         try:
@@ -212,8 +211,7 @@ class LayerwiseMetric:
         Raises:
             NotRecordedError: no recorded pass leads to ``outputs``, or ``loss`` does
                 not depend on them, or the graph is freed.
-            ShapeError: the loss is no scalar; or it and the outputs are swapped.
-            TypeError: the loss is no tensor.
+            TypeError, ShapeError: the loss is no scalar tensor.
             LinearizationError: the recorded uses do not explain the gradient, or
                 examples of the batch interact.
             NonFiniteError: NaN or infinity in the loss or the outputs.
@@ -274,7 +272,7 @@ class LayerwiseMetric:
                 "there is no gradient yet: run the model inside metric.record() and "
                 "call metric.backward(loss, outputs) first"
             )
-        self._passed.require_intact()
+        self.require_intact()
         residual, rest, source = None, None, None
         if covector is not None:
             unknown = set(covector) - {d.name for d in self.parameters}
@@ -302,6 +300,10 @@ class LayerwiseMetric:
             return None
         flags = [block.inverse.succeeded for block in self.blocks.values()]
         return torch.stack(flags).all() if flags else None
+
+    def require_intact(self) -> None:
+        """Raise LinearizationError if a layer's input was overwritten since."""
+        self._passed.require_intact()
 
     def gradient_is_untouched(self) -> bool:
         """Whether every ``.grad`` is still what the last backward pass put there."""

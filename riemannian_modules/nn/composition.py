@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from riemannian_modules.errors import ShapeError
 from riemannian_modules.nn.base import RiemannianModule
-from riemannian_modules.nn.tree import tree
+from riemannian_modules.nn.tree import printed
 
 __all__ = ["Composition", "require_module", "require_same_shape"]
 
@@ -20,7 +20,7 @@ class Composition(RiemannianModule):
     """
 
     def __repr__(self) -> str:
-        return tree(self)
+        return printed(self)
 
 
 def require_module(child: object, role: str) -> nn.Module:
