@@ -28,6 +28,7 @@ from riemannian_modules import nn as rnn
 from riemannian_modules.errors import LinearizationError, ShapeError
 from riemannian_modules.mass import Mass
 from riemannian_modules.metric import Part
+from riemannian_modules.nn.composition import Composition
 from riemannian_modules.nn.sensitivity import sensitivity
 from riemannian_modules.testing.reference import (
     dense_factor,
@@ -1108,6 +1109,26 @@ def test_print_tells_no_sensitivity_of_an_overwritten_input() -> None:
     assert "changed in place" in repr(model).splitlines()[-1]
     with pytest.raises(LinearizationError, match="changed in place"):
         rnn.tree(model, metric)
+
+
+def test_a_function_transform_gets_a_short_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """vmap asks for it in every call, where nothing may be computed."""
+    model, x = rnn.Sequential(nn.Linear(4, 3)), torch.randn(5, 4)
+    metric = rm.LayerwiseMetric(model, rm.output.Categorical())
+    with metric.record():
+        z = model(x)
+    metric.backward(loss_of(z), z)
+    names: list[str] = []
+    named = Composition.__repr__
+    monkeypatch.setattr(
+        Composition, "__repr__", lambda self: names.append(named(self)) or names[-1]
+    )
+    torch.testing.assert_close(torch.func.vmap(model)(x), model(x))
+    assert set(names) <= {"Sequential(...)"}
+    assert torch.func.vmap(lambda e: e * len(repr(model)))(x[:1, 0]) == x[0, 0] * 15
+    assert repr(model) == rnn.tree(model, metric)
 
 
 def test_print_on_meta() -> None:

@@ -1,5 +1,6 @@
 """What all compositions share: children by role, one formula, a tree when printed."""
 
+import torch
 from torch import Tensor, nn
 
 from riemannian_modules.errors import ShapeError
@@ -20,6 +21,9 @@ class Composition(RiemannianModule):
     """
 
     def __repr__(self) -> str:
+        # torch.func.vmap asks in every call how the thing that it maps is called.
+        if torch._C._functorch.maybe_current_level() is not None:
+            return f"{type(self).__name__}(...)"
         return printed(self)
 
 
