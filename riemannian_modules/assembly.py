@@ -1,18 +1,66 @@
 """From a linearised pass to the metrics of its blocks and of single parameters."""
 
+import weakref
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from riemannian_modules.declared import DeclaredParameters
 from riemannian_modules.linearize import Linearization
 from riemannian_modules.metric import LayerMetric, Part
 
-__all__ = ["bind_views", "block_metrics", "moved", "reweighted", "zero_covectors"]
+if TYPE_CHECKING:
+    from riemannian_modules.model_metric import ModelMetric
+
+__all__ = [
+    "MetricLink",
+    "bind_views",
+    "block_metrics",
+    "introduce",
+    "moved",
+    "reweighted",
+    "zero_covectors",
+]
 
 Blocks = Mapping[str, LayerMetric]
+
+
+class MetricLink:
+    """What a module knows of the metric that was built last on a model with it.
+
+    It does not keep the metric alive, and copies and pickles start without one.
+    """
+
+    def __init__(self) -> None:
+        self._known: weakref.ref[ModelMetric] | None = None
+
+    @property
+    def metric(self) -> "ModelMetric | None":
+        """The metric, or None if there is none, or none any more."""
+        return None if self._known is None else self._known()
+
+    def set(self, metric: "ModelMetric") -> None:
+        """Point to this metric from now on."""
+        self._known = weakref.ref(metric)
+
+    def __reduce__(self) -> tuple[type["MetricLink"], tuple[()]]:
+        return MetricLink, ()
+
+
+def introduce(metric: "ModelMetric", model: nn.Module) -> None:
+    """Tell the modules of a model that have a :class:`MetricLink` of its metric.
+
+    Args:
+        metric: the metric.
+        model: the model that it was built on.
+    """
+    for module in model.modules():
+        link = vars(module).get("metric_link")
+        if isinstance(link, MetricLink):
+            link.set(metric)
 
 
 def block_metrics(

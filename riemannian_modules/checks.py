@@ -1,6 +1,7 @@
 """What is checked before a linearisation counts: nothing is changed when it fails."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from riemannian_modules.errors import (
     LinearizationError,
     NonFiniteError,
     NotRecordedError,
+    RiemannianModulesError,
     ShapeError,
 )
 from riemannian_modules.factors import MetricFactor
@@ -29,7 +31,11 @@ __all__ = [
     "refuse_direct_terms",
     "refuse_scaled_gradients",
     "require_finite",
+    "unfreed",
 ]
+
+# How torch begins when saved tensors are gone.
+_FREED = "Trying to backward through the graph a second time"
 
 
 def batch_norms(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -95,8 +101,17 @@ def recorded_tape(tape: Tape | None, outputs: Sequence[Tensor]) -> Tape:
 
     Raises:
         NotRecordedError: nothing was recorded, or without gradients.
+        LinearizationError: everything ran inside a function transform.
         NonFiniteError: NaN or infinity in the outputs or in a layer's input.
     """
+    if tape is not None and tape.hidden and not tape.uses:
+        names = ", ".join(f"'{name}'" for name in sorted(tape.hidden))
+        raise LinearizationError(
+            f"the layers of {names} ran inside a function transform of torch.func "
+            "(vmap, grad, jacrev, jvp, ...) only, which leaves nothing to linearise: "
+            "put the transform into the forward of a module, build the metric from "
+            "that module, and call it inside metric.record()"
+        )
     if tape is None or not tape.uses or not any(z.requires_grad for z in outputs):
         raise NotRecordedError(
             "no recorded forward pass leads to these outputs: run the model inside "
@@ -174,6 +189,26 @@ def refuse_direct_terms(
             f"the loss depends on {names} other than through the outputs: it has a "
             "term of them (put weight decay in the optimizer), or sees hidden values"
         )
+
+
+@contextmanager
+def unfreed() -> Iterator[None]:
+    """Say in words of this library that a graph is gone.
+
+    Raises:
+        NotRecordedError: another backward pass has freed the recorded graph.
+        RuntimeError: any other error of torch, as it is.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, RiemannianModulesError) or _FREED not in str(error):
+            raise
+        raise NotRecordedError(
+            "the recorded graph is freed: loss.backward() or another backward pass "
+            "went through it before. Call metric.backward(loss, outputs) instead of "
+            "loss.backward(), once for each recorded pass"
+        ) from error
 
 
 def output_costates(loss: Tensor, outputs: Sequence[Tensor]) -> list[Tensor]:

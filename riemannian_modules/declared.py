@@ -33,6 +33,7 @@ from riemannian_modules.manifolds.metric_manifold import follow, has_tensors
 from riemannian_modules.manifolds.riesz import require_own_formulas
 from riemannian_modules.mass import Mass, MassLike, as_masses
 from riemannian_modules.metric import LayerMetric, Part
+from riemannian_modules.model_checks import require_module, require_own_memory
 from riemannian_modules.tangent import TangentSpace
 
 __all__ = ["Blocks", "Declared", "DeclaredParameters"]
@@ -102,6 +103,7 @@ class DeclaredParameters:
         mass: see :class:`riemannian_modules.LayerwiseMetric`.
 
     Raises:
+        TypeError: the model is no module, or a scripted one.
         MassError: a mass is invalid, or a mapping misses or misspells a name.
         LostManifoldError: a layer declares a manifold that its parameter lost.
         ManifoldContractError: two parameters share a MetricManifold.
@@ -111,10 +113,11 @@ class DeclaredParameters:
     def __init__(
         self, model: nn.Module, mass: MassLike | Mapping[str, MassLike]
     ) -> None:
+        require_module(model)
         named = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if not named:
             raise MassError("the model has no trainable parameters to give a metric to")
-        _require_own_memory(named)
+        require_own_memory(named)
         masses = as_masses(mass, {name: tuple(p.shape) for name, p in named.items()})
         self._by_name = {}
         for name, tensor in named.items():
@@ -265,21 +268,6 @@ class DeclaredParameters:
                     "so its gradient belongs to another point; record and go backward "
                     "anew"
                 )
-
-
-def _require_own_memory(named: Mapping[str, Tensor]) -> None:
-    found: dict[tuple[torch.device, int], str] = {}
-    for name, tensor in named.items():
-        if tensor.is_meta or tensor.numel() == 0:
-            continue
-        other = found.setdefault((tensor.device, tensor.data_ptr()), name)
-        if other != name:
-            raise LinearizationError(
-                f"'{other}' and '{name}' are two parameters in the same memory: each "
-                "would move with the step of the other. load_state_dict(assign=True) "
-                "does that to a shared parameter; give both modules the same object "
-                "again (a.weight = b.weight), or the second one a clone"
-            )
 
 
 def _require_own_views(parameters: Iterable[Declared]) -> None:

@@ -27,6 +27,7 @@ from riemannian_modules.watch import Watch
 __all__ = ["explore"]
 
 _OUTSIDE = "it is used outside its layer, or outside the recorded scope"
+_HIDDEN = "its layer ran inside a function transform of torch.func"
 
 
 def explore(
@@ -205,14 +206,28 @@ def _layouts(
                 )
             if layout is None:
                 raise UnexplainedError(
-                    watch.names_of(use),
-                    f"at {use.label} the examples of the batch interact, or share its "
-                    f"output, of shape {tuple(each.shape[1:])} in a batch of "
-                    f"{examples}",
+                    watch.names_of(use), _apart_no_more(use, uses, each, examples)
                 )
             layouts.append(layout)
         found.append(tuple(layouts))
     return found, certain
+
+
+def _apart_no_more(
+    use: Use, uses: Sequence[Use], cotangent: Tensor, examples: int
+) -> str:
+    """Return why the examples are nowhere in the output of a use."""
+    sizes = [u.shapes[0][0] for u in uses if u.name == use.name and u.shapes[0]]
+    if len(sizes) > 1 and sum(sizes) == examples:
+        return (
+            f"{use.label} was called {len(sizes)} times, with "
+            f"{' + '.join(map(str, sizes))} examples, and the outputs put them "
+            f"together: call the model once, with all {examples} examples"
+        )
+    return (
+        f"at {use.label} the examples of the batch interact, or share its output, of "
+        f"shape {tuple(cotangent.shape[1:])} in a batch of {examples}"
+    )
 
 
 def _explain_paths(
@@ -226,7 +241,8 @@ def _explain_paths(
     waiting = True
     while waiting:
         waiting = False
-        families = _families(watch, tape)
+        # Without any call that explains something, nothing is explained.
+        families = _families(watch, tape) or {(): set[str]()}
         known = set[str]().union(*families.values())
         for uses, names in families.items():
             starts = [*ends, *(node for use in uses for node in use.origins)]
@@ -234,7 +250,9 @@ def _explain_paths(
             reached = parameters_reached(starts, stops, parameters)
             for name in (d.name for d in parameters if d.name in reached):
                 if name in names or name not in known:
-                    watch.raise_up(name, tape, _OUTSIDE)
+                    watch.raise_up(name, tape, _outside(name, tape))
+                    # The other families meet what nothing explains as well.
+                    known.add(name)
                     waiting = True
         for use in watch.explaining(tape):
             if watch.is_leaf(use):
@@ -242,8 +260,12 @@ def _explain_paths(
                 inside = parameters_reached(ends_here, use.origins, parameters)
                 for name in sorted(inside - set(watch.names_of(use))):
                     if not watch.covers(use, name):
-                        watch.raise_up(name, tape, _OUTSIDE)
+                        watch.raise_up(name, tape, _outside(name, tape))
                         waiting = True
+
+
+def _outside(name: str, tape: Tape) -> str:
+    return _HIDDEN if name in tape.hidden else _OUTSIDE
 
 
 def _families(watch: Watch, tape: Tape) -> dict[tuple[Use, ...], set[str]]:

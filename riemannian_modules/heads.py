@@ -7,7 +7,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from riemannian_modules.errors import EmptyBatchError, OutputMetricError, ShapeError
+from riemannian_modules.errors import (
+    EmptyBatchError,
+    NonFiniteError,
+    OutputMetricError,
+    ShapeError,
+)
+from riemannian_modules.finite import looks_finite
 from riemannian_modules.output import OutputMetric
 
 __all__ = [
@@ -18,6 +24,8 @@ __all__ = [
     "Rows",
     "output_rows",
     "pair",
+    "require_loss",
+    "require_output_metrics",
 ]
 
 Reduction = Literal["mean", "sum"]
@@ -26,6 +34,67 @@ OutputMetricLike = (
 )
 OutputLike = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 Head = tuple[Tensor, OutputMetric | None]
+
+
+def require_output_metrics(output: object, reduction: str) -> None:
+    """Refuse what is no output metric, no collection of them, and no reduction.
+
+    Args:
+        output: what was given as output metric.
+        reduction: how the loss is said to sum over examples.
+
+    Raises:
+        TypeError: the metric is a class, a name, a function, ...
+        OutputMetricError: an empty collection.
+        ValueError: unknown ``reduction``.
+    """
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction={reduction!r}; choose 'mean' or 'sum'")
+    several = isinstance(output, Mapping | Sequence) and not isinstance(output, str)
+    if several and not output:
+        raise OutputMetricError(
+            f"output={output!r} names no output metric; pass one for each output, or "
+            "None for the massed base metric"
+        )
+    each = output.values() if isinstance(output, Mapping) else output
+    for one in each if several else [output]:  # type: ignore[attr-defined]
+        if one is None or isinstance(one, OutputMetric):
+            continue
+        if isinstance(one, type) and issubclass(one, OutputMetric):
+            problem = f"the class {one.__name__}; call it: {one.__name__}()"
+        else:
+            problem = (
+                f"{one!r}, a {type(one).__name__}; pass an instance, such as "
+                "riemannian_modules.output.Categorical() for cross entropy"
+            )
+        raise TypeError(f"output must be an OutputMetric, got {problem}")
+
+
+def require_loss(loss: object, outputs: object) -> None:
+    """Refuse what is no loss, and the outputs in its place.
+
+    Args:
+        loss: what was given as the loss.
+        outputs: what was given as the outputs.
+
+    Raises:
+        TypeError: the loss is no tensor.
+        ShapeError: loss and outputs are the wrong way round.
+    """
+    lonely = isinstance(outputs, Tensor) and outputs.ndim == 0
+    several = isinstance(loss, tuple | list | dict)
+    if lonely and (several or (isinstance(loss, Tensor) and loss.ndim > 0)):
+        what = "several values" if several else f"the shape {tuple(loss.shape)}"  # type: ignore[attr-defined]
+        raise ShapeError(
+            f"the loss has {what} and the outputs are a scalar: they are the wrong way "
+            "round; call metric.backward(loss, outputs)"
+        )
+    if not isinstance(loss, Tensor):
+        raise TypeError(
+            f"the loss is a {type(loss).__name__}; pass the scalar tensor that was "
+            "computed from the outputs, before .item() or float(): "
+            "metric.backward(loss, outputs)"
+        )
 
 
 def pair(metric: OutputMetricLike, outputs: OutputLike) -> list[Head]:
@@ -119,6 +188,11 @@ def output_rows(
 
     Returns:
         The rows.
+
+    Raises:
+        ShapeError: a metric's rows are not of the shape ``(n, r, *output)``, or its
+            whitened residual does not fit them.
+        NonFiniteError: they hold NaN or infinity.
     """
     parts = [_head_rows(head, reduction) for head in heads]
     rank = sum(0 if rows is None else len(rows) for rows, _ in parts)
@@ -157,8 +231,28 @@ def _head_rows(head: Head, reduction: Reduction) -> tuple[Tensor | None, float]:
         return None, 1.0
     metric.validate(outputs)
     weight = 1.0 / metric.terms(outputs) if reduction == "mean" else 1.0
-    rows = metric.factor(_wide(outputs)).movedim(1, 0) * weight**0.5
-    return rows, weight
+    rows = metric.factor(_wide(outputs))
+    _require_rows(metric, rows, outputs)
+    return rows.movedim(1, 0) * weight**0.5, weight
+
+
+def _require_rows(metric: OutputMetric, rows: object, outputs: Tensor) -> None:
+    n, *rest = outputs.shape
+    found = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
+    fits = len(found) == outputs.ndim + 1 and (found[0], *found[2:]) == (n, *rest)
+    if not isinstance(rows, Tensor) or not fits:
+        raise ShapeError(
+            f"{metric!r}.factor gives {found} for outputs of shape "
+            f"{tuple(outputs.shape)}; it must give a tensor of shape "
+            f"{('n', 'r', *rest)}, r rows for each of n = {n} examples"
+        )
+    if not looks_finite(rows):
+        raise NonFiniteError(
+            f"the rows that {metric!r} gives for outputs of shape "
+            f"{tuple(outputs.shape)} hold NaN or infinity while the outputs do not; "
+            "nothing was changed. Check its factor for roots and logarithms of 0, and "
+            "the outputs for too large values"
+        )
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -173,6 +267,14 @@ def _whitened(
     if metric is None or rows is None:
         return None, costate
     y, rest = metric.whiten(_wide(outputs), _wide(costate))
+    count = (rows.shape[1], rows.shape[0])
+    if rest.shape != outputs.shape or (y is not None and y.shape != count):
+        found = None if y is None else tuple(y.shape)
+        raise ShapeError(
+            f"{metric!r}.whiten gives y of shape {found} and a rest of shape "
+            f"{tuple(rest.shape)}; it must give the shapes {count}, or None, and "
+            f"{tuple(outputs.shape)}"
+        )
     return (None if y is None else y.mT.reshape(-1) / weight**0.5), rest
 
 

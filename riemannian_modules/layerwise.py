@@ -15,8 +15,15 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from riemannian_modules.checks import unfreed
 from riemannian_modules.declared import Blocks
-from riemannian_modules.heads import OutputLike, OutputMetricLike, Reduction, pair
+from riemannian_modules.heads import (
+    OutputLike,
+    OutputMetricLike,
+    Reduction,
+    pair,
+    require_loss,
+)
 from riemannian_modules.mass import MassLike
 from riemannian_modules.model_metric import ModelMetric
 from riemannian_modules.recorder import Recorder
@@ -54,6 +61,7 @@ class LayerwiseMetric(ModelMetric):
         NotOnManifoldError: a parameter's value is off its manifold.
         LostManifoldError: a layer declares a manifold that its parameter lost.
         ValueError: unknown ``blocks`` or ``reduction``.
+        TypeError: ``model`` is no module, or ``output`` no output metric.
 
     Cost of a step with n examples, r rows each and R = n r: one reverse pass with
     r + 1 cotangents, R^2 (layer outputs) for the Gram matrices and R^3 / 3 for each
@@ -139,12 +147,14 @@ class LayerwiseMetric(ModelMetric):
 
         Raises:
             NotRecordedError: no recorded pass leads to ``outputs``, or ``loss`` does
-                not depend on them.
+                not depend on them, or the graph is freed.
+            TypeError, ShapeError: the loss is no scalar tensor.
             LinearizationError: the recorded uses do not explain the gradient, or
                 examples of the batch interact.
             NonFiniteError: NaN or infinity in the loss or the outputs.
             EmptyBatchError: no examples.
         """
+        require_loss(loss, outputs)
         self._pass(outputs, loss)
 
     def pull_back(self, outputs: OutputLike) -> None:
@@ -162,5 +172,6 @@ class LayerwiseMetric(ModelMetric):
 
     def _pass(self, outputs: OutputLike, loss: Tensor | None) -> None:
         heads = pair(self.output, outputs)
-        found = self._recorder.linearize(heads, loss, self.reduction)
+        with unfreed():
+            found = self._recorder.linearize(heads, loss, self.reduction)
         self._take(found, loss, self._recorder.close())

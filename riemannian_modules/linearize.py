@@ -189,9 +189,16 @@ def assemble(
                 use.label,
                 use.values,
                 memo,
+                watch.name_of,
             )
             if not (use.plain or job.entry is GENERIC):
                 reason = f"{use.label} ran another forward than that of its class"
+                raise UnexplainedError(job.names, reason)
+            if not use.own:
+                reason = (
+                    f"{use.label} was called with other tensors in the place of its "
+                    "parameters (torch.func.functional_call)"
+                )
                 raise UnexplainedError(job.names, reason)
             if use.settings != settings_of(use.module):
                 reason = (

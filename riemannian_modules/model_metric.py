@@ -12,13 +12,18 @@ from torch import Tensor, nn
 from riemannian_modules.assembly import (
     bind_views,
     block_metrics,
+    introduce,
     moved,
     reweighted,
     zero_covectors,
 )
 from riemannian_modules.declared import Blocks, DeclaredParameters
 from riemannian_modules.errors import MassError, NotRecordedError, ShapeError
-from riemannian_modules.heads import OutputMetricLike, Reduction
+from riemannian_modules.heads import (
+    OutputMetricLike,
+    Reduction,
+    require_output_metrics,
+)
 from riemannian_modules.linearize import Linearization
 from riemannian_modules.manifolds import Product
 from riemannian_modules.mass import Mass, MassLike
@@ -63,8 +68,7 @@ class ModelMetric:
     ) -> None:
         if blocks not in ("tensor", "layer", "model"):
             raise ValueError(f"blocks={blocks!r}; choose 'tensor', 'layer' or 'model'")
-        if reduction not in ("mean", "sum"):
-            raise ValueError(f"reduction={reduction!r}; choose 'mean' or 'sum'")
+        require_output_metrics(output, reduction)
         self.model = model
         self.output = output
         self.grouping: Blocks = blocks
@@ -80,6 +84,7 @@ class ModelMetric:
         self._marks: dict[str, int] = {}
         self.passes = 0
         self.loss: Tensor | None = None
+        introduce(self, model)
 
     def __reduce_ex__(self, protocol: object) -> str:
         raise TypeError(
@@ -156,9 +161,6 @@ class ModelMetric:
 
         Backward passes then refresh the gradient but not the metric, which is
         evaluated at the parameters' current values with the factors of before.
-
-        Yields:
-            None.
         """
         before, self._frozen = self._frozen, True
         try:
@@ -205,7 +207,7 @@ class ModelMetric:
                 "there is no gradient yet: run the model inside metric.record() and "
                 "call metric.backward(loss, outputs) first"
             )
-        self._passed.require_intact()
+        self.require_intact()
         residual, rest, source = None, None, None
         if covector is not None:
             unknown = set(covector) - {d.name for d in self.parameters}
@@ -238,6 +240,10 @@ class ModelMetric:
             return None
         flags = [block.inverse.succeeded for block in self.blocks.values()]
         return torch.stack(flags).all() if flags else None
+
+    def require_intact(self) -> None:
+        """Raise LinearizationError if a layer's input was overwritten since."""
+        self._passed.require_intact()
 
     def gradient_is_untouched(self) -> bool:
         """Whether every ``.grad`` is still what the last backward pass put there."""

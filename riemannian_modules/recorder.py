@@ -117,6 +117,8 @@ class Recorder:
         """
         ends = [tensor for tensor, _ in heads]
         tape = recorded_tape(self._tape, ends)
+        uses = self.watch.explaining(tape)
+        key, moving = self._survey(uses, ends, loss)
         costates = None
         if loss is not None:
             require_finite(loss, "the loss", tape)
@@ -124,8 +126,6 @@ class Recorder:
             refuse_direct_terms(loss, ends, self._parameters)
         if self.watch.generation != self._generation:
             self.graphs, self._generation = {}, self.watch.generation
-        uses = self.watch.explaining(tape)
-        key, moving = self._survey(uses, ends, loss)
         graph = self.graphs.get(key)
         if graph is None:
             return self._explore(tape, heads, costates, loss, reduction)

@@ -8,8 +8,12 @@ import torch
 from torch.autograd.graph import Node
 
 from riemannian_modules.declared import DeclaredParameters
+from riemannian_modules.errors import LinearizationError
 
 __all__ = ["survey"]
+
+# The reentrant one of torch.utils.checkpoint; the other one leaves no node.
+_REENTRANT = "CheckpointFunctionBackward"
 
 # Operations whose values, not whose places in the graph, decide which example goes
 # where.
@@ -95,6 +99,9 @@ def survey(
         What tells the graph from others: operations, what they remember, how they are
         linked, and which parameters are where. And whether something in it could move
         values from one example to another although the graph stays the same.
+
+    Raises:
+        LinearizationError: a reentrant checkpoint hides what it ran.
     """
     found: list[object] = []
     seen: dict[Node, int] = {}
@@ -125,6 +132,12 @@ def _walk(
             found.append(parameters.name_of(leaf) or "foreign")
             continue
         found.append(kind.name)
+        if kind.name == _REENTRANT:
+            raise LinearizationError(
+                "the model, or the loss, runs a part in a reentrant checkpoint, whose "
+                "parameters autograd's graph does not show and .grad() leaves out; "
+                "call torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+            )
         if kind.remembers:
             found += [getattr(node, name, None) for name in _REMEMBERED]
         moving = moving or _moves(node, kind.moves, examples)

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from riemannian_modules.errors import LinearizationError, NonFiniteError
 from riemannian_modules.finite import looks_finite
 
-__all__ = ["Tape", "Use", "map_tensors", "settings_of", "tensors_in"]
+__all__ = ["Tape", "Use", "Watched", "map_tensors", "settings_of", "tensors_in"]
 
 
 def tensors_in(value: object) -> Iterator[Tensor]:
@@ -55,6 +55,36 @@ def settings_of(module: nn.Module) -> list[tuple[str, object]]:
     ]
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class Watched:
+    """A module to record.
+
+    Attributes:
+        name: its qualified name in the model.
+        module: the module.
+        keep: whether to keep the values of its outputs.
+        held: the parameters that belong in it: who holds them, as what.
+    """
+
+    name: str
+    module: nn.Module
+    keep: bool
+    held: tuple[tuple[nn.Module, str, Tensor], ...]
+
+    def holds_its_own(self) -> bool:
+        """Whether nothing is in the place of a parameter now."""
+        return all(
+            owner._parameters.get(attribute) is tensor
+            for owner, attribute, tensor in self.held
+        )
+
+    def own_names(self) -> Iterator[str]:
+        """Yield the names in the model of the parameters that it holds itself."""
+        for owner, attribute, _ in self.held:
+            if owner is self.module:
+                yield f"{self.name}.{attribute}" if self.name else attribute
+
+
 @dataclass(eq=False, slots=True)
 class Use:
     """One call of a module.
@@ -76,6 +106,7 @@ class Use:
             autocast.
         origins: the nodes of the autograd graph that made the arguments.
         plain: whether it ran the ``forward`` of its class.
+        own: whether it held its own parameters, and nothing in their place.
         settings: its plain attributes, such as a stride, when it was called.
         values: its differentiable outputs, where they are to be compared later.
     """
@@ -92,6 +123,7 @@ class Use:
     dtype: torch.dtype
     origins: tuple[Node, ...]
     plain: bool
+    own: bool
     settings: list[tuple[str, object]]
     values: tuple[Tensor, ...]
 
@@ -110,6 +142,7 @@ class Use:
         return (
             self.name,
             self.plain,
+            self.own,
             tuple(t.ndim for t in self.inputs),
             self.places,
             sizes,
@@ -118,30 +151,32 @@ class Use:
 
 @dataclass
 class Tape:
-    """The uses of one recorded scope, in the order in which they ended."""
+    """What happened in one recorded scope.
+
+    Attributes:
+        uses: calls of watched modules, in the order in which they ended.
+        hidden: parameters of modules that ran in a function transform of torch.func,
+            which leaves no graph behind at their outputs.
+    """
 
     uses: list[Use] = field(default_factory=list)
+    hidden: set[str] = field(default_factory=set)
 
-    def watch(
-        self, modules: Iterable[tuple[str, nn.Module, bool]]
-    ) -> list[RemovableHandle]:
+    def watch(self, modules: Iterable[Watched]) -> list[RemovableHandle]:
         """Append a use to the tape at every call of one of ``modules``.
 
         Args:
-            modules: qualified names, modules, and whether the values of their outputs
-                are to be kept.
+            modules: what to watch.
 
         Returns:
             Handles that end the recording.
         """
         return [
-            module.register_forward_hook(
-                self._hook(name, module, keep), with_kwargs=True
-            )
-            for name, module, keep in modules
+            each.module.register_forward_hook(self._hook(each), with_kwargs=True)
+            for each in modules
         ]
 
-    def _hook(self, name: str, watched: nn.Module, keep: bool):  # type: ignore[no-untyped-def]
+    def _hook(self, watched: Watched):  # type: ignore[no-untyped-def]
         def remember(
             module: nn.Module,
             args: tuple[Any, ...],
@@ -151,7 +186,14 @@ class Tape:
             every = [output] if isinstance(output, Tensor) else [*tensors_in(output)]
             outputs = [t for t in every if t.requires_grad]
             # A copy of the module, made meanwhile, has a copy of this hook.
-            if module is not watched or not outputs or _without_graph(outputs[0]):
+            if module is not watched.module:
+                return
+            if any(map(torch._C._functorch.is_functorch_wrapped_tensor, every)):
+                # Gone when the function that is transformed returns.
+                self.hidden.update(watched.own_names())
+                return
+            # Under no_grad a view of a parameter asks for a gradient without a graph.
+            if not outputs or not torch.is_grad_enabled():
                 return
             given = [*tensors_in(args), *tensors_in(kwargs)]
             inputs = [t.detach() for t in given]
@@ -159,7 +201,7 @@ class Tape:
             origins = [t.grad_fn for t in given]
             self.uses.append(
                 Use(
-                    name,
+                    watched.name,
                     module,
                     map_tensors(args, lambda _: next(pieces)),
                     map_tensors(kwargs, lambda _: next(pieces)),
@@ -171,8 +213,11 @@ class Tape:
                     outputs[0].dtype,
                     tuple([node for node in origins if node is not None]),
                     "forward" not in vars(module),
+                    watched.holds_its_own(),
                     settings_of(module),
-                    tuple([t.detach().clone() for t in outputs]) if keep else (),
+                    tuple([t.detach().clone() for t in outputs])
+                    if watched.keep
+                    else (),
                 )
             )
 
@@ -228,10 +273,3 @@ class Tape:
 
 def _finite(value: Tensor) -> bool:
     return not value.is_floating_point() or looks_finite(value)
-
-
-def _without_graph(value: Tensor) -> bool:
-    # Under no_grad a view of a parameter asks for a gradient and has no graph; a tensor
-    # of a function transform is gone when the function returns.
-    wrapped: bool = torch._C._functorch.is_functorch_wrapped_tensor(value)
-    return wrapped or not torch.is_grad_enabled()

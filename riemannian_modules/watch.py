@@ -1,6 +1,6 @@
 """Which modules are recorded, and which of them explains which parameter."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from riemannian_modules.declared import DeclaredParameters
 from riemannian_modules.errors import LinearizationError
 from riemannian_modules.rules import GENERIC, Entry, entry_of
-from riemannian_modules.tape import Tape, Use
+from riemannian_modules.tape import Tape, Use, Watched
 
 __all__ = ["Job", "Watch"]
 
@@ -44,6 +44,7 @@ class Watch:
     Attributes:
         jobs: by path of a module, what its calls explain.
         generation: counts the changes of ``jobs`` between passes.
+        name_of: the name of a trainable parameter, None for any other tensor.
     """
 
     def __init__(self, model: nn.Module, parameters: DeclaredParameters) -> None:
@@ -52,9 +53,10 @@ class Watch:
         self._raised: dict[str, str] = {}
         self._kept: dict[str, str] = {}
         self._reasons: dict[str, str] = {}
-        self._recorded: dict[bool, list[tuple[str, nn.Module, bool]]] = {}
+        self._recorded: dict[bool, list[Watched]] = {}
         self.generation = 0
         self.jobs: dict[str, list[Job]] = {}
+        self.name_of = parameters.name_of
         self._assign()
 
     def _assign(self) -> None:
@@ -89,8 +91,8 @@ class Watch:
         name = self._parameters.name_of(tensor)
         return name is not None and name not in self._raised
 
-    def modules(self, *, exploring: bool) -> list[tuple[str, nn.Module, bool]]:
-        """Return what to record: paths, modules, whether to keep their outputs.
+    def modules(self, *, exploring: bool) -> list[Watched]:
+        """Return what to record.
 
         Args:
             exploring: also the modules above, to which a parameter may be handed.
@@ -107,11 +109,22 @@ class Watch:
                 for declared in self._parameters:
                     found.update((path, True) for path in _above(declared.name))
             self._recorded[exploring] = [
-                (path, module, found[path])
+                Watched(path, module, found[path], tuple(self._held(path, module)))
                 for path, module in self._model.named_modules()
                 if path in found
             ]
         return self._recorded[exploring]
+
+    def _held(
+        self, path: str, module: nn.Module
+    ) -> Iterator[tuple[nn.Module, str, Tensor]]:
+        """Yield the parameters that a call of a module has to find in their places."""
+        jobs = self.jobs.get(path, [])
+        alone = bool(jobs) and not any(job.entry.deep for job in jobs)
+        for owner in [module] if alone else module.modules():
+            for attribute, tensor in owner._parameters.items():
+                if tensor is not None and self.name_of(tensor) is not None:
+                    yield owner, attribute, tensor
 
     def explaining(self, tape: Tape) -> list[Use]:
         """Return the uses of a tape that have something to explain."""
@@ -148,9 +161,12 @@ class Watch:
                     )
 
     def covers(self, use: Use, name: str) -> bool:
-        """Whether a parameter was handed up to a module around this call."""
-        path = self._raised.get(name)
-        return path is not None and path in [use.name, *_above(use.name)]
+        """Whether the replay of a module around this call explains a parameter."""
+        return any(
+            job.entry is GENERIC and name in job.names
+            for path in (use.name, *_above(use.name))
+            for job in self.jobs.get(path, [])
+        )
 
     def keep(self) -> None:
         """Make what was handed up since the last call permanent."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from riemannian_modules.layout import Layout
 from riemannian_modules.reverse import reverse_pass
 from riemannian_modules.rules import Call, Rule, entry_of
-from riemannian_modules.tape import Tape, map_tensors, tensors_in
+from riemannian_modules.tape import Tape, Watched, map_tensors, tensors_in
 
 N, STEPS = 3, 4
 
@@ -49,7 +49,7 @@ class Case:
         """Return the recorded call, and its outputs with random cotangents."""
         generator = torch.Generator().manual_seed(seed)
         tape = Tape()
-        (handle,) = tape.watch([("layer", self.module, True)])
+        (handle,) = tape.watch([Watched("layer", self.module, True, ())])
         outputs = [
             z
             for z in tensors_in(self.module(*self.args, **self.kwargs))

@@ -7,6 +7,7 @@ is shared with the compositions but the order of their children.
 
 import copy
 import gc
+import math
 import pickle
 import warnings
 import weakref
@@ -25,6 +26,10 @@ from torch.utils.checkpoint import checkpoint
 import riemannian_modules as rm
 from riemannian_modules import nn as rnn
 from riemannian_modules.errors import LinearizationError, ShapeError
+from riemannian_modules.mass import Mass
+from riemannian_modules.metric import Part
+from riemannian_modules.nn.composition import Composition
+from riemannian_modules.nn.factor_norm import factor_norm
 from riemannian_modules.testing.reference import (
     dense_factor,
     dense_natural_gradient,
@@ -992,7 +997,7 @@ def test_declared_is_the_product_of_the_children_s() -> None:
 def test_print() -> None:
     model = everything()
     model[0].bias.requires_grad_(False)
-    assert repr(model) == rnn.tree(model)
+    assert repr(model).startswith(rnn.tree(model) + "\n(mass and sensitivity: build a ")
     lines = rnn.tree(model).splitlines()
     assert lines[0].split() == ["shape", "manifold", "dim"]
     metric = rm.LayerwiseMetric(model, None)
@@ -1019,8 +1024,8 @@ def test_print_of_what_has_no_values_yet() -> None:
     )
 
     unknown = rnn.Sequential(rnn.InitialState((2, 2), Quadric()))
-    assert repr(unknown).splitlines()[-1].split()[-1] == "3"
-    assert repr(unknown.to("meta")).splitlines()[-1].split()[-1] == "?"
+    assert rnn.tree(unknown).splitlines()[-1].split()[-1] == "3"
+    assert rnn.tree(unknown.to("meta")).splitlines()[-1].split()[-1] == "?"
 
 
 def test_print_with_a_metric() -> None:
@@ -1060,13 +1065,129 @@ def test_print_with_a_metric() -> None:
     assert float(line.split()[-1]) == pytest.approx(float(slope.norm()), rel=1e-2)
 
 
+def test_print_knows_the_metric_that_was_built_on_the_model() -> None:
+    model, x = everything(), torch.randn(5, 4)
+    bare = repr(model)
+    assert "mass" in bare.splitlines()[-1]
+    metric = rm.LayerwiseMetric(model, rm.output.Categorical(), mass=0.25)
+    *lines, last = repr(model).splitlines()
+    assert "\n".join(lines) == rnn.tree(model, metric)
+    assert "0.25" in lines[3]
+    assert last == "(sensitivity: after metric.backward or metric.pull_back)"
+    with metric.record():
+        z = model(x)
+    metric.backward(loss_of(z), z)
+    assert repr(model) == rnn.tree(model, metric)
+    assert repr(model).splitlines()[0].split()[-2:] == ["sensitivity", "|gradient|"]
+    # A part of the model, a chain around it, and a slice know the same metric.
+    assert repr(model[1]) == rnn.tree(model[1], metric)
+    assert repr(model[:2]) == rnn.tree(model[:2], metric)
+    around = rnn.Sequential(nn.Linear(4, 4), model)
+    assert repr(around) == rnn.tree(around, metric)
+    # The last one that is still there counts; none is kept alive.
+    other = rm.LayerwiseMetric(model, None, mass=0.125)
+    assert "0.125" in repr(model)
+    kept = weakref.ref(other)
+    del other
+    gc.collect()
+    assert kept() is None
+    assert repr(model) == bare
+    for twin in (copy.deepcopy(around), pickle.loads(pickle.dumps(around))):
+        assert repr(twin[1]) == bare
+
+
+def test_print_tells_no_sensitivity_of_an_overwritten_input() -> None:
+    model, x = everything(), torch.randn(5, 4)
+    metric = rm.LayerwiseMetric(model, rm.output.Categorical(), mass=0.25)
+    with metric.record():
+        z = model(x)
+    metric.backward(loss_of(z), z)
+    number = rnn.tree(model, metric).splitlines()[3].split()[-2]
+    x.mul_(2.0)
+    assert "0.25" in repr(model)
+    assert number not in repr(model)
+    assert "changed in place" in repr(model).splitlines()[-1]
+    with pytest.raises(LinearizationError, match="changed in place"):
+        rnn.tree(model, metric)
+
+
+def test_a_function_transform_gets_a_short_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """vmap asks for it in every call, where nothing may be computed."""
+    model, x = rnn.Sequential(nn.Linear(4, 3)), torch.randn(5, 4)
+    metric = rm.LayerwiseMetric(model, rm.output.Categorical())
+    with metric.record():
+        z = model(x)
+    metric.backward(loss_of(z), z)
+    names: list[str] = []
+    named = Composition.__repr__
+    monkeypatch.setattr(
+        Composition, "__repr__", lambda self: names.append(named(self)) or names[-1]
+    )
+    torch.testing.assert_close(torch.func.vmap(model)(x), model(x))
+    assert set(names) <= {"Sequential(...)"}
+    assert torch.func.vmap(lambda e: e * len(repr(model)))(x[:1, 0]) == x[0, 0] * 15
+    assert repr(model) == rnn.tree(model, metric)
+
+
+def test_print_on_meta() -> None:
+    model = rnn.Sequential(
+        rnn.Linear(4, 3, manifold=rm.manifolds.Sphere()), nn.Linear(3, 3)
+    ).to("meta")
+    mass = {"0.*": 0.5, "1.weight": torch.ones(3, 3), "1.bias": 2.0}
+    metric = rm.LayerwiseMetric(model, rm.output.Categorical(), mass=mass)
+    with metric.record():
+        z = model(torch.randn(5, 4, device="meta"))
+    metric.pull_back(z)
+    assert repr(model).splitlines()[3].split()[-2:] == ["?", "?"]
+
+
+@given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 9), st.data())
+def test_the_sensitivity_is_the_operator_norm(
+    rank: int, rows: int, columns: int, data: st.DataObject
+) -> None:
+    seed = data.draw(st.integers(0, 2**20))
+    generator = torch.Generator().manual_seed(seed)
+    K = torch.randn(rank, rows * columns, generator=generator)
+    # From one direction to all equal: what makes an iteration slow or stop early.
+    left, values, right = torch.linalg.svd(K, full_matrices=False)
+    power = data.draw(st.sampled_from([0.0, 0.1, 1.0, 30.0]))
+    values = torch.linspace(1.0, 0.1, len(values)) ** power
+    K = (left * values) @ right
+    manifold = data.draw(
+        st.sampled_from([rm.manifolds.Euclidean(), rm.manifolds.Sphere()])
+    )
+    point = torch.randn(rows, columns, generator=generator)
+    mass = Mass(scalar=data.draw(st.sampled_from([1.0, 1e-3])))
+    space = rm.TangentSpace(manifold, manifold.projx(point), mass)
+    part = Part("w", space, rm.factors.DenseFactor(K.view(rank, rows, columns)))
+    basis = space.basis().flatten(1)
+    expected = float(torch.linalg.matrix_norm(K @ basis.mT, 2)) if len(basis) else 0.0
+    assert factor_norm(part) == pytest.approx(expected, rel=1e-3, abs=1e-12)
+
+
+def test_the_sensitivity_of_large_and_of_odd_factors() -> None:
+    def part(K: Tensor | None) -> Part:
+        space = rm.TangentSpace(rm.manifolds.Euclidean(), torch.zeros(300))
+        return Part("w", space, None if K is None else rm.factors.DenseFactor(K))
+
+    K = torch.randn(500, 300, generator=torch.Generator().manual_seed(3))
+    largest = float(torch.linalg.matrix_norm(K, 2))
+    assert factor_norm(part(K)) == pytest.approx(largest, rel=1e-3)
+    assert factor_norm(part(K.float())) == pytest.approx(largest, rel=1e-3)
+    assert factor_norm(part(None)) == 0.0
+    assert factor_norm(part(torch.zeros(4, 300))) == 0.0
+    assert math.isnan(factor_norm(part(K * torch.nan)))
+
+
 def test_copies() -> None:
     model, x = everything(), torch.randn(5, 4)
     z = model(x)
     z.sum().backward()
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(twin(x), z)
-        assert repr(twin) == repr(model)
+        assert rnn.tree(twin) == rnn.tree(model)
         assert_same(rows(linearised(twin, x)), rows(linearised(model, x)), 1e-12)
     other = everything()
     other.load_state_dict(model.state_dict())

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import riemannian_modules as rm
 from riemannian_modules import errors
@@ -64,7 +65,7 @@ def refused(
     optimizer: rm.optim.RiemannianSGD | None = None,
 ) -> Iterator[None]:
     """The body raises ``error``, says all ``words`` and a remedy, changes nothing."""
-    assert issubclass(error, errors.RiemannianModulesError) or error is ValueError
+    assert issubclass(error, errors.RiemannianModulesError | ValueError | TypeError)
     before = snapshot(metric, optimizer)
     with pytest.raises(error) as caught:
         yield
@@ -594,6 +595,173 @@ def test_outputs_without_a_class_dimension(state: State) -> None:
         metric.backward(outputs.mean(), outputs)
 
 
+# --- slips of the pen
+
+
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [
+        (rm.output.Categorical, ("class", "Categorical()")),
+        ("categorical", ("'categorical'", "Categorical()")),
+        ([rm.output.Categorical(), rm.output.Euclidean], ("class", "Euclidean()")),
+        ({"a": "gaussian"}, ("'gaussian'", "instance")),
+        (F.cross_entropy, ("function", "instance")),
+        (3.0, ("float", "instance")),
+    ],
+    ids=str,
+)
+def test_what_is_no_output_metric(output: Any, words: tuple[str, ...]) -> None:
+    with refused(TypeError, *words):
+        rm.LayerwiseMetric(chain(), output)
+
+
+@pytest.mark.parametrize("output", [[], {}, ()])
+def test_no_output_metrics(output: Any) -> None:
+    with refused(errors.OutputMetricError, "names no output metric"):
+        rm.LayerwiseMetric(chain(), output)
+
+
+def test_what_is_no_model() -> None:
+    output = rm.output.Categorical()
+    for wrong in (lambda x: x, chain().parameters(), chain, None):
+        with refused(TypeError, type(wrong).__name__, "torch.nn.Module"):
+            rm.LayerwiseMetric(wrong, output)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_scripted_model() -> None:
+    traced = torch.jit.trace(nn.Linear(5, 3), X)
+    for model in (traced, nn.Sequential(traced, nn.Linear(3, 3))):
+        with refused(TypeError, "torch.jit"):
+            rm.LayerwiseMetric(model, rm.output.Categorical())
+
+
+def test_loss_and_outputs_the_wrong_way_round(state: State) -> None:
+    model, metric, optimizer = state
+    for several in (False, True):
+        with metric.record():
+            outputs = model(X)
+        loss = F.cross_entropy(outputs, TARGET)
+        wrong = (outputs, outputs) if several else outputs
+        with refused(
+            errors.ShapeError,
+            "wrong way round",
+            "metric.backward(loss, outputs)",
+            metric=metric,
+            optimizer=optimizer,
+        ):
+            metric.backward(wrong, loss)
+        metric.backward(loss, outputs)
+
+
+@pytest.mark.parametrize("kind", [Tensor.item, str, lambda loss: (loss,), vars])
+def test_a_loss_that_is_no_tensor(state: State, kind: Callable[[Tensor], Any]) -> None:
+    model, metric, optimizer = state
+    with metric.record():
+        outputs = model(X)
+    loss = F.cross_entropy(outputs, TARGET)
+    wrong = kind(loss)
+    with refused(
+        TypeError,
+        type(wrong).__name__,
+        "before .item()",
+        metric=metric,
+        optimizer=optimizer,
+    ):
+        metric.backward(wrong, outputs)
+    metric.backward(loss, outputs)
+
+
+def test_an_optimizer_without_a_metric() -> None:
+    model = chain()
+    for wrong in (model.parameters(), list(model.parameters()), model):
+        with refused(TypeError, type(wrong).__name__, "RiemannianSGD(metric, lr=...)"):
+            rm.optim.RiemannianSGD(wrong, lr=0.1)
+
+
+def test_what_is_no_retraction(state: State) -> None:
+    _, metric, optimizer = state
+    for wrong, words in (
+        (rm.retractions.Exponential, ("the class Exponential", "Exponential()")),
+        ("exponential", ("'exponential'", "instance")),
+        (torch.add, ("instance", "Exponential()")),
+    ):
+        with refused(TypeError, *words, metric=metric, optimizer=optimizer):
+            rm.optim.RiemannianSGD(metric, retraction=wrong)
+
+
+@pytest.mark.parametrize("kind", ["cross entropy", "sum"])
+def test_a_graph_that_loss_backward_has_freed(state: State, kind: str) -> None:
+    """The sum keeps nothing that could be freed: the graph of the model does."""
+    model, metric, optimizer = state
+    for fresh in (metric, rm.LayerwiseMetric(model, rm.output.Categorical())):
+        with fresh.record():
+            outputs = model(X)
+        loss = outputs.sum() if kind == "sum" else F.cross_entropy(outputs, TARGET)
+        loss.backward()
+        with refused(
+            errors.NotRecordedError,
+            "freed",
+            "instead of loss.backward()",
+            metric=fresh,
+            optimizer=optimizer,
+        ):
+            fresh.backward(loss, outputs)
+        with refused(errors.NotRecordedError, "freed", metric=fresh):
+            fresh.pull_back(outputs)
+        backward(fresh)
+
+
+def test_a_graph_that_loss_backward_has_kept(state: State) -> None:
+    model, metric, _ = state
+    with metric.record():
+        outputs = model(X)
+    loss = F.cross_entropy(outputs, TARGET)
+    loss.backward(retain_graph=True)
+    metric.backward(loss, outputs)
+    expected = torch.autograd.grad(
+        F.cross_entropy(model(X), TARGET), [*model.parameters()]
+    )
+    for p, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, gradient)
+
+
+def test_another_error_of_torch_comes_as_it_is(state: State) -> None:
+    class Broken(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            raise RuntimeError("of the user's own")
+
+    model, metric, optimizer = state
+    with metric.record():
+        outputs = model(X)
+    before = snapshot(metric, optimizer)
+    with pytest.raises(RuntimeError, match="of the user's own"):
+        metric.backward(Broken.apply(outputs).sum(), outputs)
+    assert snapshot(metric, optimizer) == before
+
+
+def test_outputs_of_two_calls(state: State) -> None:
+    """Also where the graph was seen before, and the model itself is not recorded."""
+    model, metric, optimizer = state
+    for fresh in (metric, rm.LayerwiseMetric(model, rm.output.Categorical())):
+        with fresh.record():
+            outputs = torch.cat([model(X[:4]), model(X[4:])])
+        with refused(
+            errors.LinearizationError,
+            "'0.weight'",
+            "2 times, with 4 + 2 examples",
+            "all 6 examples",
+            metric=fresh,
+            optimizer=optimizer,
+        ):
+            fresh.backward(F.cross_entropy(outputs, TARGET), outputs)
+
+
 # --- passes that were not recorded
 
 
@@ -726,6 +894,103 @@ def assert_dense(metric: rm.LayerwiseMetric, x: Tensor) -> None:
     found = metric.natural_gradient()
     for name, vector in expected.items():
         torch.testing.assert_close(found[name], vector, rtol=1e-8, atol=1e-9)
+
+
+class Stray(nn.Module):
+    """Differentiates by its input, and uses a weight that its own list holds."""
+
+    def __init__(self, gate: float) -> None:
+        super().__init__()
+        self.net = nn.Linear(5, 3)
+        self.alias = [self.net.weight]
+        self.gate = gate
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.clone().requires_grad_()
+        u = self.net(x).square() + self.gate * F.linear(x, self.alias[0]).square()
+        (slope,) = torch.autograd.grad(u.sum(), x, create_graph=True)
+        return self.net(slope)
+
+
+@pytest.mark.parametrize("gate", [1.0, 0.0])
+def test_a_parameter_that_a_replay_cannot_replace(gate: float) -> None:
+    """Also while it changes nothing: with an open gate the graph would be the same."""
+    metric = rm.LayerwiseMetric(Stray(gate), output=rm.output.Categorical())
+    for _ in range(2):
+        with refused(
+            errors.LinearizationError,
+            "the model uses",
+            "'net.weight'",
+            "a list",
+            metric=metric,
+        ):
+            backward(metric)
+
+
+def test_a_function_transform_outside_of_the_model(state: State) -> None:
+    model, metric, optimizer = state
+    with metric.record():
+        outputs = torch.func.vmap(model)(X)
+    with refused(
+        errors.LinearizationError,
+        "'0.weight'",
+        "vmap",
+        "forward of a module",
+        metric=metric,
+        optimizer=optimizer,
+    ):
+        metric.backward(F.cross_entropy(outputs, TARGET), outputs)
+    with metric.record():
+        outputs = model[2](torch.func.vmap(model[0])(X))
+    with refused(
+        errors.LinearizationError,
+        "'0.weight'",
+        "function transform",
+        metric=metric,
+        optimizer=optimizer,
+    ):
+        metric.backward(F.cross_entropy(outputs, TARGET), outputs)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 5), nn.Linear(5, 3)
+        self.reentrant: bool | None = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.clone().requires_grad_()
+        if self.reentrant is not None:
+            h = checkpoint(self.first, h, use_reentrant=self.reentrant)
+        return self.last(h)
+
+
+def test_a_reentrant_checkpoint() -> None:
+    model = Checkpointed()
+    metric = rm.LayerwiseMetric(model, output=rm.output.Categorical(), mass=0.1)
+    with refused(errors.LinearizationError, "use_reentrant=False", metric=metric):
+        backward(metric)
+    model.reentrant = False
+    backward(metric)
+    expected = torch.autograd.grad(
+        F.cross_entropy(model(X), TARGET), [*model.parameters()]
+    )
+    for p, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, gradient)
+
+
+def test_a_reentrant_checkpoint_in_the_loss(state: State) -> None:
+    model, metric, optimizer = state
+    with metric.record():
+        outputs = model(X)
+    loss = checkpoint(F.cross_entropy, outputs, TARGET, use_reentrant=True)
+    with refused(
+        errors.LinearizationError,
+        "use_reentrant=False",
+        metric=metric,
+        optimizer=optimizer,
+    ):
+        metric.backward(loss, outputs)
 
 
 def test_weight_decay_in_the_loss() -> None:
@@ -943,11 +1208,63 @@ def test_an_output_metric_that_is_not_finite() -> None:
     backward(metric)
     optimizer.step()
     output.spoiled = True
-    backward(metric)
     with refused(
-        errors.NotPositiveDefiniteError, "'0'", metric=metric, optimizer=optimizer
+        errors.NonFiniteError, "Spoiled", "(6, 3)", metric=metric, optimizer=optimizer
     ):
-        optimizer.step()
+        backward(metric)
+    with metric.record():
+        outputs = model(X)
+    with refused(errors.NonFiniteError, "Spoiled", metric=metric):
+        metric.pull_back(outputs)
+    output.spoiled = False
+    backward(metric)
+    optimizer.step()
+
+
+class OwnMetric(rm.output.OutputMetric):
+    """Rows and a whitened residual of any kind."""
+
+    def __init__(self, rows: Any, y: Tensor | None = None, rest: Any = None) -> None:
+        self.rows, self.y, self.rest = rows, y, rest
+
+    def factor(self, outputs: Tensor) -> Tensor:
+        return self.rows
+
+    def whiten(self, outputs: Tensor, cotangent: Tensor) -> tuple[Tensor | None, Any]:
+        return self.y, cotangent if self.rest is None else self.rest
+
+
+WRONG_ROWS = {
+    "no example dimension": torch.ones(2, 3),
+    "rows first": torch.ones(2, 6, 3),
+    "another output": torch.ones(6, 2, 4),
+    "a scalar": torch.ones(()),
+    "a matrix for all": torch.eye(3),
+    "a vector": torch.ones(6),
+    "no rows at all": None,
+}
+
+
+@pytest.mark.parametrize("rows", WRONG_ROWS.values(), ids=WRONG_ROWS)
+def test_an_output_metric_with_rows_of_another_shape(rows: Tensor | None) -> None:
+    metric = rm.LayerwiseMetric(nn.Linear(5, 3), output=OwnMetric(rows))
+    with refused(
+        errors.ShapeError, "OwnMetric", "(6, 3)", "('n', 'r', 3)", metric=metric
+    ):
+        backward(metric)
+
+
+@pytest.mark.parametrize(
+    ("y", "rest"),
+    [(torch.ones(2, 6), None), (torch.ones(6, 3), None), (None, torch.ones(3))],
+)
+def test_an_output_metric_with_a_residual_of_another_shape(
+    y: Tensor | None, rest: Tensor | None
+) -> None:
+    output = OwnMetric(torch.ones(6, 2, 3), y, rest)
+    metric = rm.LayerwiseMetric(nn.Linear(5, 3), output=output)
+    with refused(errors.ShapeError, "OwnMetric", "(6, 2)", "(6, 3)", metric=metric):
+        backward(metric)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])

@@ -997,6 +997,104 @@ def test_an_outside_use_with_a_zero_gradient_is_seen() -> None:
     assert isinstance(factor_of(metric, "gate.weight"), rm.factors.LinearFactor)
 
 
+class Counted(nn.Module):
+    """Two weights, one of which its layer explains; counts its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.layer = nn.Parameter(torch.ones(5)), nn.Linear(5, 3)
+        self.calls: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.append(len(x))
+        return self.layer(self.scale * x)
+
+
+def test_a_replay_takes_all_examples_at_once() -> None:
+    model = Counted()
+    metric = layer_metric(model)
+    backward(metric)
+    model.calls.clear()
+    backward(metric)
+    assert model.calls == [7, 1], "one recorded call, and one of a vectorised example"
+
+
+class Potential(nn.Module):
+    """Value and slope of a network, the slope by autograd or by torch.func."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 1))
+        self.way = way
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.way == "func":
+            slope = torch.func.grad(lambda x: self.net(x).sum())(x)
+            return torch.cat([self.net(x), slope], 1)
+        if self.way == "detached":
+            with torch.enable_grad():
+                return self.by_autograd(x.detach())
+        return self.by_autograd(x.clone())
+
+    def by_autograd(self, x: Tensor) -> Tensor:
+        u = self.net(x.requires_grad_())
+        (slope,) = torch.autograd.grad(u.sum(), x, create_graph=True)
+        return torch.cat([u, slope], 1)
+
+
+@pytest.mark.parametrize("blocks", ["tensor", "layer", "model"])
+@pytest.mark.parametrize("way", ["detached", "plain"])
+def test_a_derivative_by_the_input_inside_the_model(way: str, blocks: str) -> None:
+    model, twin = Potential(way), Potential("func")
+    output = rm.output.Euclidean()
+    metric = rm.LayerwiseMetric(model, output, mass=0.1, blocks=blocks)
+    optimizer = rm.optim.RiemannianSGD(metric, lr=0.1)
+    for n in (7, 7, 3):
+        x = X[:n]
+        twin.load_state_dict(model.state_dict())
+        with metric.record():
+            outputs = model(x)
+        loss = outputs.square().sum(1).mean()
+        metric.backward(loss, outputs)
+        expected = dense_natural_gradient(
+            twin, output, x, lambda z: z.square().sum(1).mean(), mass=0.1, blocks=blocks
+        )
+        assert_close(metric.natural_gradient(), expected, 1e-10)
+        optimizer.step()
+
+
+class Transformed(nn.Module):
+    """A network that runs under function transforms only."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+        self.way = way
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.way == "vmap":
+            return torch.func.vmap(self.net)(x)
+        if self.way == "jvp":
+            u, du = torch.func.jvp(self.net, (x,), (torch.ones_like(x),))
+            return u + du
+        jacobian = torch.func.vmap(torch.func.jacrev(self.net))(x)
+        return torch.func.vmap(self.net)(x) + jacobian.square().sum(-1)
+
+
+@pytest.mark.parametrize("way", ["vmap", "jvp", "jacrev"])
+def test_layers_that_run_under_function_transforms_only(way: str) -> None:
+    model = Transformed(way)
+    metric = layer_metric(model)
+    optimizer = rm.optim.RiemannianSGD(metric, lr=0.1)
+    for _ in range(3):
+        backward(metric)
+        expected = dense_natural_gradient(
+            model, metric.output, X, cross_entropy, mass=0.1
+        )
+        assert_close(metric.natural_gradient(), expected, 1e-10)
+        optimizer.step()
+
+
 def test_positions_first_are_found_even_where_there_are_as_many_examples() -> None:
     model, x = (
         nn.Sequential(Swapped(), nn.Tanh(), nn.Linear(5, 3)),

@@ -22,6 +22,7 @@ LAYERS = (
     {"output"},
     {"layout", "tape"},
     {"rules"},
+    {"model_checks"},
     {"declared", "reverse"},
     {"heads", "watch"},
     {"checks", "linearize"},

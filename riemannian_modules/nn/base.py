@@ -6,6 +6,7 @@ from typing import Any, Self
 import geoopt
 from torch import Tensor, nn
 
+from riemannian_modules.assembly import MetricLink
 from riemannian_modules.manifolds import MetricManifold
 from riemannian_modules.manifolds.declaring import remember, restore
 from riemannian_modules.nn.declared import Declared, declared
@@ -22,6 +23,8 @@ class RiemannianModule(nn.Module):
     Attributes:
         declared_manifolds: ``{attribute: base manifold}`` of its own parameters, kept
             so that a parameter that loses its manifold is noticed.
+        metric_link: the LayerwiseMetric that was built on it last, if it is still
+            there; for printing only.
 
     >>> from torch import nn
     >>> from riemannian_modules.nn import Linear
@@ -35,6 +38,7 @@ class RiemannianModule(nn.Module):
         # constructor takes arguments.
         nn.Module.__init__(self)
         self.declared_manifolds: dict[str, geoopt.Manifold] = {}
+        self.metric_link = MetricLink()
 
     def declare(self, attribute: str, value: Tensor, manifold: geoopt.Manifold) -> None:
         """Make ``value`` a parameter on ``manifold``.

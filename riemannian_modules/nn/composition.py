@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from riemannian_modules.contraction.certificate import Certificate
@@ -9,7 +10,7 @@ from riemannian_modules.contraction.premises import Gains, Rates
 from riemannian_modules.errors import ShapeError
 from riemannian_modules.nn.base import RiemannianModule
 from riemannian_modules.nn.question import Bounds, Question
-from riemannian_modules.nn.tree import tree
+from riemannian_modules.nn.tree import printed
 
 __all__ = ["Composition", "require_module", "require_same_shape"]
 
@@ -25,7 +26,10 @@ class Composition(RiemannianModule):
     """
 
     def __repr__(self) -> str:
-        return tree(self)
+        # torch.func.vmap asks in every call how the thing that it maps is called.
+        if torch._C._functorch.maybe_current_level() is not None:
+            return f"{type(self).__name__}(...)"
+        return printed(self)
 
     def certificate(
         self,

@@ -7,24 +7,27 @@ from itertools import zip_longest
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from riemannian_modules.layerwise import LayerwiseMetric
+from riemannian_modules.assembly import MetricLink
+from riemannian_modules.errors import LinearizationError
 from riemannian_modules.mass import Mass
-from riemannian_modules.metric import LayerMetric, Part
+from riemannian_modules.metric import Part
+from riemannian_modules.model_metric import ModelMetric
 from riemannian_modules.nn.declared import manifold_of
+from riemannian_modules.nn.factor_norm import factor_norm
 from riemannian_modules.tangent import TangentSpace
 
-__all__ = ["tree"]
+__all__ = ["printed", "tree"]
 
 _HEAD = ["", "shape", "manifold", "dim"]
 _MORE = ["mass", "sensitivity", "|gradient|"]
 
 
-def tree(model: nn.Module, metric: LayerwiseMetric | None = None) -> str:
+def tree(model: nn.Module, metric: ModelMetric | None = None) -> str:
     """Return a model as a tree of modules, with a line for every parameter.
 
     Without a metric it tells each parameter's shape, manifold and dimension, and the
-    dimension of each module's product manifold; this is what printing a composition
-    shows. With one it tells for each parameter w besides:
+    dimension of each module's product manifold. With one it tells for each parameter w
+    besides (a composition that a metric was built on prints like this by itself):
 
     - its mass (the range, if it has one for each entry);
     - its sensitivity, the operator norm of its factor, ``max |K u|`` over tangent
@@ -36,12 +39,14 @@ def tree(model: nn.Module, metric: LayerwiseMetric | None = None) -> str:
 
     Args:
         model: any module.
-        metric: a metric of this model that has pulled back once.
+        metric: a metric of this model; before its first pass it tells the masses only.
 
     Returns:
         The lines. A module or parameter that was there before is named by its first
-        place. Cost with a metric: an eigenvalue problem for each parameter, of the
-        smaller of rank and number of entries.
+        place. Cost with a metric: some tens of products with the K of each parameter.
+
+    Raises:
+        LinearizationError: a layer's input was overwritten since the last pass.
 
     >>> from riemannian_modules import manifolds
     >>> from riemannian_modules.nn import Linear, Sequential
@@ -54,8 +59,39 @@ def tree(model: nn.Module, metric: LayerwiseMetric | None = None) -> str:
     │     · bias    4      Euclidean    4
     └─ 1: Tanh()
     """
-    rows = list(_module_rows(model, _Seen(metric)))
-    head = [*_HEAD, *(_MORE if metric is not None else [])]
+    if metric is not None:
+        metric.require_intact()
+    return _table(model, _Seen(metric))
+
+
+def printed(model: nn.Module) -> str:
+    """Return what printing a composition shows: all that is known of it now.
+
+    Args:
+        model: a module.
+
+    Returns:
+        :func:`tree` with the metric that was built last on the model or on a part of
+        it; a last line says what is missing and how to get it.
+    """
+    links = (vars(module).get("metric_link") for module in model.modules())
+    known = (link.metric for link in links if isinstance(link, MetricLink))
+    metric = next((each for each in known if each is not None), None)
+    if metric is None:
+        missing = "mass and sensitivity: build a LayerwiseMetric on this model"
+        return f"{tree(model)}\n({missing})"
+    if not metric.blocks:
+        missing = "sensitivity: after metric.backward or metric.pull_back"
+        return f"{tree(model, metric)}\n({missing})"
+    try:
+        return tree(model, metric)
+    except LinearizationError as error:
+        return f"{_table(model, _Seen(metric, numbers=False))}\n(sensitivity: {error})"
+
+
+def _table(model: nn.Module, seen: "_Seen") -> str:
+    rows = list(_module_rows(model, seen))
+    head = [*_HEAD, *(_MORE if seen.metric is not None else [])]
     table = [head, *rows]
     widths = [max(map(len, column)) for column in zip_longest(*table, fillvalue="")]
     return "\n".join(_line(row, widths) for row in table)
@@ -72,14 +108,14 @@ def _line(row: list[str], widths: list[int]) -> str:
 class _Seen:
     """Where modules and parameters were met first, and the metric that knows them."""
 
-    def __init__(self, metric: LayerwiseMetric | None) -> None:
+    def __init__(self, metric: ModelMetric | None, *, numbers: bool = True) -> None:
         self.metric = metric
         self.names: dict[int, str] = {}
         self.parts: dict[int, Part] = {}
         self.masses: dict[int, Mass] = {}
         if metric is None:
             return
-        blocks = metric.blocks.values()
+        blocks = metric.blocks.values() if numbers else ()
         found = {part.name: part for block in blocks for part in block.parts}
         for declared in metric.parameters:
             self.masses[id(declared.tensor)] = declared.mass
@@ -144,7 +180,7 @@ def _cells(parameter: Tensor, path: str, seen: _Seen) -> list[str]:
         cells.append(_mass(mass, parameter))
     part = seen.parts.get(id(parameter))
     if part is not None:
-        cells += [f"{value:.2e}" for value in _numbers(part, parameter)]
+        cells += _numbers(part, parameter)
     return cells
 
 
@@ -166,15 +202,18 @@ def _mass(mass: Mass, parameter: Tensor) -> str:
     values = mass.elementwise(parameter)
     if not isinstance(values, Tensor):
         return f"{values:g}"
+    if values.is_meta:
+        return "?"
     return f"{float(values.min()):.2g}..{float(values.max()):.2g}"
 
 
-def _numbers(part: Part, parameter: Tensor) -> list[float]:
+def _numbers(part: Part, parameter: Tensor) -> list[str]:
     """Return the sensitivity, and the norm of the gradient if there is one."""
-    own = replace(part.space, mass=Mass())
-    spectrum = LayerMetric([replace(part, space=own)]).gram_spectrum()
-    found = [float(spectrum[0]) ** 0.5 if len(spectrum) else 0.0]
+    if part.space.point.is_meta:
+        return ["?", "?"]
+    found = [factor_norm(part)]
     if parameter.grad is not None:
-        gradient = parameter.grad.to(own.point.dtype)
+        own = replace(part.space, mass=Mass())
+        gradient = parameter.grad.detach().to(own.point)
         found.append(float((own.riesz(gradient) * gradient).sum()) ** 0.5)
-    return found
+    return [f"{value:.2e}" for value in found]

@@ -53,6 +53,7 @@ class RiemannianSGD(torch.optim.Optimizer):
     Raises:
         ValueError: a hyperparameter out of its range, or a parameter that is not in
             the metric.
+        TypeError: no metric, or a retraction that is none.
 
     Needs from a manifold: ``egrad2rgrad``, ``proju``, and what the retraction needs.
 
@@ -82,6 +83,7 @@ class RiemannianSGD(torch.optim.Optimizer):
         retraction: Retraction | None = None,
         maximize: bool = False,
     ) -> None:
+        _require_kinds(metric, retraction)
         if not (lr >= 0.0 and weight_decay >= 0.0 and 0.0 <= momentum < 1.0):
             raise ValueError(
                 f"lr={lr}, momentum={momentum}, weight_decay={weight_decay}: lr and "
@@ -304,3 +306,20 @@ class RiemannianSGD(torch.optim.Optimizer):
                     "Lower the learning rate or raise the mass"
                 )
         return solutions
+
+
+def _require_kinds(metric: object, retraction: object) -> None:
+    if not isinstance(metric, LayerwiseMetric):
+        raise TypeError(
+            f"the first argument is a {type(metric).__name__}; pass the metric, which "
+            "knows the model's parameters: RiemannianSGD(metric, lr=...) with metric = "
+            "LayerwiseMetric(model, output=...)"
+        )
+    if isinstance(retraction, type) and issubclass(retraction, Retraction):
+        name = retraction.__name__
+        raise TypeError(f"retraction is the class {name}; call it: {name}()")
+    if not (retraction is None or isinstance(retraction, Retraction)):
+        raise TypeError(
+            f"retraction={retraction!r}; pass an instance of a Retraction, such as "
+            "riemannian_modules.retractions.Exponential()"
+        )

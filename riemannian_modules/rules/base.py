@@ -13,6 +13,10 @@ from riemannian_modules.layout import Layout
 __all__ = ["Call", "Entry", "Rule", "entry_of", "register_rule"]
 
 
+def _nameless(_: Tensor) -> None:
+    return None
+
+
 @dataclass(frozen=True)
 class Call:
     """One recorded call of a module, with the cotangents at its outputs.
@@ -31,6 +35,8 @@ class Call:
         values: the differentiable outputs, for rules that ask for them.
         memo: what the rule found out about this call before; empty in the first pass
             through a graph.
+        name_of: the name in the model of a trainable parameter; None for any other
+            tensor.
     """
 
     module: nn.Module
@@ -44,6 +50,7 @@ class Call:
     label: str
     values: tuple[Tensor, ...] = ()
     memo: dict[str, Any] = field(default_factory=dict)
+    name_of: Callable[[Tensor], str | None] = _nameless
 
     @property
     def input(self) -> Tensor:

@@ -3,7 +3,8 @@
 Each example's rows are the products of its cotangents with the Jacobian of the module
 by its parameters, by torch.func, all examples and rows at once where the module allows
 it. Whatever the module does inside is allowed: several uses of a parameter, children,
-other functions. What is not: examples that interact, and a replay that differs.
+other functions, derivatives by the input. What is not: examples that interact, a replay
+that differs, and parameters that the replay cannot replace.
 """
 
 import warnings
@@ -44,11 +45,13 @@ def generic(call: Call) -> dict[str, MetricFactor]:
 
     Raises:
         LinearizationError: replaying the module for single examples gives other
-            outputs than the recorded ones.
+            outputs than the recorded ones, or uses a parameter that no module below
+            it holds under a name.
     """
     inputs = list(tensors_in((call.args, dict(call.kwargs))))
     active = [i for i, c in enumerate(call.cotangents) if c is not None]
     reason: object = "the outputs differ"
+    stray: str | None = None
     known = call.memo.get("slicing")
     others: Iterator[Slicing] = _slicings(call, inputs, active[0])
     if known is not None and len(known) == len(inputs):
@@ -58,8 +61,8 @@ def generic(call: Call) -> dict[str, MetricFactor]:
             replay = _Replay(call, inputs, slicing, active)
             if slicing is not known and not replay.agrees(replay.outputs()):
                 continue
-            if slicing is not known and not replay.uses_only_its_own():
-                reason = "it uses parameters of other modules"
+            if slicing is not known and (found := replay.stray_parameter()):
+                stray = found
                 continue
             rows, outputs = replay.rows()
         except Exception as error:
@@ -72,6 +75,13 @@ def generic(call: Call) -> dict[str, MetricFactor]:
                 name: DenseFactor(each.transpose(0, 1).flatten(0, 1))
                 for name, each in rows.items()
             }
+    if stray is not None:
+        raise LinearizationError(
+            f"{call.label} uses parameter '{stray}' past the modules that hold it, so "
+            "that it cannot be replaced when single examples are run again: keep no "
+            "other reference to it, in a list, a closure or a cached tensor, and use "
+            "it as an attribute of its module"
+        )
     names = ", ".join(f"'{name}'" for name in call.wanted)
     raise LinearizationError(
         f"{call.label} does not give the recorded outputs when it is run again for "
@@ -118,19 +128,23 @@ class _Replay:
             for x, layout in zip(inputs, slicing, strict=True)
             if layout is not None
         )
+        # Copies: a module may write into what it holds.
         self.theta = {
-            name: call.module.get_parameter(name).detach().as_subclass(Tensor)
+            name: call.module.get_parameter(name).detach().as_subclass(Tensor).clone()
             for name in call.wanted
         }
         self.stand_in = StandIn(call.module, call.wanted)
 
-    def one(self, theta: Rows, example: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def one(
+        self, theta: Rows, example: Sequence[Tensor], *, leaves: bool = True
+    ) -> tuple[Tensor, ...]:
         """Return the differentiable outputs of one example, with other parameters.
 
         To be called inside the scope of the stand-in, which lasts until the way back
-        is done: a checkpoint runs the module again on its way back.
+        is done: a checkpoint runs the module again on its way back. Without ``leaves``
+        only theta is differentiated by.
         """
-        self.stand_in.install(theta)
+        self.stand_in.install(theta, leaves=leaves)
         pieces = iter(example)
         whole = [
             x if layout is None else layout.single(next(pieces), folded)
@@ -154,16 +168,22 @@ class _Replay:
 
     def outputs(self) -> tuple[Tensor, ...]:
         """Return the outputs of all examples, ``(n, *rest)`` each."""
-        with self.stand_in.scope():
-            found = [self.one(self.theta, e) for e in self._examples()]
+        found = []
+        # With gradients, as when it was recorded: it may take derivatives inside.
+        with torch.enable_grad(), self.stand_in.scope():
+            for example in self._examples():
+                outputs = self.one(self._leaves(), example)
+                found.append([z.detach() for z in outputs])
         return tuple(torch.stack(column) for column in zip(*found, strict=True))
 
-    def uses_only_its_own(self) -> bool:
-        """Whether the outputs of an example depend on no other parameter."""
+    def stray_parameter(self) -> str | None:
+        """Return a parameter of the model that an example uses as it is, or None.
+
+        Other leaves, such as an input that the module differentiates by, are constants
+        of the derivative by its parameters.
+        """
         with torch.enable_grad(), self.stand_in.scope():
-            theta = {k: v.clone().requires_grad_() for k, v in self.theta.items()}
-            outputs = self.one(theta, self._examples()[0])
-        own = {id(value) for value in theta.values()}
+            outputs = self.one(self._leaves(), self._examples()[0])
         waiting, seen = [z.grad_fn for z in outputs], set()
         while waiting:
             node = waiting.pop()
@@ -171,10 +191,14 @@ class _Replay:
                 continue
             seen.add(node)
             leaf = getattr(node, "variable", None)
-            if leaf is not None and id(leaf) not in own:
-                return False
+            name = None if leaf is None else self.call.name_of(leaf)
+            if name is not None:
+                return name
             waiting += [following for following, _ in node.next_functions]
-        return True
+        return None
+
+    def _leaves(self) -> Rows:
+        return {k: v.clone().requires_grad_() for k, v in self.theta.items()}
 
     def agrees(self, outputs: Sequence[Tensor]) -> bool:
         """Whether these are the recorded outputs, up to rounding."""
@@ -213,7 +237,9 @@ class _Replay:
         self, example: tuple[Tensor, ...], cotangents: tuple[Tensor, ...]
     ) -> tuple[Rows, tuple[Tensor, ...]]:
         with self.stand_in.scope():
-            outputs, pull, *_ = vjp(lambda theta: self.one(theta, example), self.theta)
+            outputs, pull, *_ = vjp(
+                lambda theta: self.one(theta, example, leaves=False), self.theta
+            )
             (rows,) = vmap(pull)(cotangents)
         return rows, outputs
 
@@ -222,7 +248,7 @@ class _Replay:
         values: list[tuple[Tensor, ...]] = []
         for i, example in enumerate(self._examples()):
             with torch.enable_grad(), self.stand_in.scope():
-                theta = {k: v.clone().requires_grad_() for k, v in self.theta.items()}
+                theta = self._leaves()
                 outputs = self.one(theta, example)
                 active = [
                     (z, c[:, i])

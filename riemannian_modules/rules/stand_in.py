@@ -33,7 +33,7 @@ class StandIn:
         names = {id(module.get_parameter(name)): name for name in wanted}
         self._modules = list(module.modules())
         self._places: list[tuple[Held, str, str]] = []
-        self._copies: list[tuple[Held, str, Tensor]] = []
+        self._copies: list[tuple[Held, str, Tensor, bool]] = []
         for owner in self._modules:
             for held in _held(owner):
                 for attribute, tensor in held.items():
@@ -43,7 +43,9 @@ class StandIn:
                         self._places.append((held, attribute, names[id(tensor)]))
                     else:
                         copy = tensor.detach().as_subclass(Tensor).clone()
-                        self._copies.append((held, attribute, copy))
+                        self._copies.append(
+                            (held, attribute, copy, tensor.requires_grad)
+                        )
 
     @contextmanager
     def scope(self) -> Iterator[None]:
@@ -60,13 +62,17 @@ class StandIn:
                 held.clear()
                 held.update(own)
 
-    def install(self, theta: Mapping[str, Tensor]) -> None:
+    def install(self, theta: Mapping[str, Tensor], *, leaves: bool) -> None:
         """Let the module use these parameters, and copies of all else it holds.
 
         Args:
             theta: values by the paths that were given.
+            leaves: whether the copies of other parameters ask for gradients, as these
+                do; the module may differentiate by what it computes from them.
         """
         for held, attribute, name in self._places:
             held[attribute] = theta[name]
-        for held, attribute, copy in self._copies:
-            held[attribute] = copy.clone()
+        for held, attribute, copy, trainable in self._copies:
+            own = copy.clone()
+            # A function transform refuses the very question.
+            held[attribute] = own.requires_grad_() if leaves and trainable else own
