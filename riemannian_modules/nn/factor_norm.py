@@ -43,8 +43,11 @@ def factor_norm(part: Part) -> float:
 
     # Always the same start: printing draws no random numbers.
     start = np.random.default_rng(0).standard_normal(rank)
-    if not np.isfinite(squared(start)).all():
+    first = squared(start)
+    if not np.isfinite(first).all():
         return math.nan
+    if not first.any():
+        return 0.0
     if rank <= _DENSE:
         matrix = np.stack([squared(column) for column in np.eye(rank)])
         largest = np.linalg.eigvalsh(0.5 * (matrix + matrix.T))[-1]
