@@ -17,6 +17,7 @@ from riemannian_modules.tangent import TangentSpace
 
 __all__ = [
     "MANIFOLDS",
+    "VECTOR_MANIFOLDS",
     "covectors",
     "known",
     "manifolds",
@@ -41,6 +42,18 @@ MANIFOLDS: Mapping[str, Callable[[], geoopt.Manifold]] = MappingProxyType(
         "oblique": rm_manifolds.Oblique,
         "positive": rm_manifolds.Positive,
         "fixed_rank": lambda: rm_manifolds.FixedRank(2),
+    }
+)
+
+VECTOR_MANIFOLDS: Mapping[str, Callable[[], geoopt.Manifold]] = MappingProxyType(
+    {
+        "euclidean": rm_manifolds.Euclidean,
+        "sphere": rm_manifolds.Sphere,
+        "scaled_sphere": lambda: rm_manifolds.Scaled(rm_manifolds.Sphere(), 2.0),
+        "scaled_euclidean": lambda: rm_manifolds.Scaled(rm_manifolds.Euclidean(), 0.5),
+        "poincare_ball": rm_manifolds.PoincareBall,
+        "lorentz": rm_manifolds.Lorentz,
+        "positive": rm_manifolds.Positive,
     }
 )
 
