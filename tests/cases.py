@@ -266,10 +266,26 @@ class CurvedBiases(nn.Module):
         return self.last(torch.tanh(self.third(self.norm(hidden))))
 
 
+class Scalars(nn.Module):
+    """Parameters of shape (): a scale on two branches, and a temperature."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, width)
+        self.scale = nn.Parameter(torch.tensor(0.7))
+        self.temperature = nn.Parameter(torch.tensor(1.3))
+        rm.geometrize(self, {"temperature": rm.manifolds.Positive()})
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = x + self.scale * torch.tanh(self.first(self.scale * x))
+        return self.second(hidden) / self.temperature
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "chain": lambda: chain("stiefel-wide", bias=True),
     "twice": lambda: Twice("stiefel-square", 3),
     "tied": lambda: Tied("sphere", 3),
     "branches": lambda: Branches(3),
     "curved-biases": lambda: CurvedBiases(3),
+    "scalars": lambda: Scalars(3),
 }

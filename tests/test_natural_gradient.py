@@ -131,8 +131,9 @@ def test_branches(n: int, blocks: str) -> None:
 
 @pytest.mark.parametrize("blocks", BLOCKS)
 @pytest.mark.parametrize("n", [2, 20])
-def test_biases_on_manifolds(n: int, blocks: str) -> None:
-    model = MODELS["curved-biases"]()
+@pytest.mark.parametrize("name", ["curved-biases", "scalars"])
+def test_biases_on_manifolds_and_scalars(name: str, n: int, blocks: str) -> None:
+    model = MODELS[name]()
     loss = OUTPUTS["categorical"].loss_for(torch.zeros(n, 3))
     x = inputs(model, n)
     compare(model, x, rm.output.Categorical(), loss, mass=0.1, blocks=blocks)

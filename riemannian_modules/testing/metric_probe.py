@@ -154,7 +154,9 @@ class MetricProbe:
     def bases(self) -> dict[str, Tensor]:
         """Tangent bases, ``(dim, p)`` each, orthonormal entry by entry."""
         return {
-            p.name: tangent_basis(p.space.manifold, p.space.point).flatten(1)
+            p.name: tangent_basis(p.space.manifold, p.space.point).reshape(
+                -1, p.space.point.numel()
+            )
             for p in self.wide
         }
 

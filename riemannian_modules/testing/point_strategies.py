@@ -17,6 +17,7 @@ from riemannian_modules.tangent import TangentSpace
 
 __all__ = [
     "MANIFOLDS",
+    "SCALAR_KINDS",
     "VECTOR_MANIFOLDS",
     "covectors",
     "known",
@@ -57,6 +58,9 @@ VECTOR_MANIFOLDS: Mapping[str, Callable[[], geoopt.Manifold]] = MappingProxyType
     }
 )
 
+# The manifolds of vectors that a single number can be a point of, too.
+SCALAR_KINDS = ("euclidean", "scaled_euclidean", "positive")
+
 
 def known(kinds: Sequence[str], allowed: Collection[str]) -> list[str]:
     """Return the kinds as a list.
@@ -90,7 +94,7 @@ def _generator(seed: int, role: str) -> torch.Generator:
 def normal(seed: int, shape: Sequence[int], dtype: torch.dtype, role: str) -> Tensor:
     """Return normal numbers; the same seed gives others in another role."""
     generator = _generator(seed, role)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+    return torch.randn(tuple(shape), generator=generator, dtype=torch.float64).to(dtype)
 
 
 def manifolds(

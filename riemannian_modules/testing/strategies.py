@@ -37,6 +37,7 @@ from riemannian_modules.tangent import TangentSpace
 from riemannian_modules.testing.metric_probe import MetricProbe
 from riemannian_modules.testing.point_strategies import (
     MANIFOLDS,
+    SCALAR_KINDS,
     VECTOR_MANIFOLDS,
     covectors,
     known,
@@ -52,6 +53,7 @@ from riemannian_modules.testing.point_strategies import (
 __all__ = [
     "MANIFOLDS",
     "OUTPUTS",
+    "SCALAR_KINDS",
     "VECTOR_MANIFOLDS",
     "covectors",
     "factors",
@@ -153,6 +155,7 @@ def layer_metrics(
     mass_kinds: Sequence[str] = ("scalar", "rank_one", "diagonal"),
     bias: bool | None = None,
     bias_kinds: Sequence[str] = tuple(VECTOR_MANIFOLDS),
+    scalar: bool | None = None,
     min_rank: int = 0,
     max_rank: int | None = None,
     max_side: int = 4,
@@ -161,7 +164,7 @@ def layer_metrics(
     max_amplification: float | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> LayerMetric:
-    """Return a strategy for metrics of a layer: a weight and perhaps a bias.
+    """Return a strategy for metrics of a layer: a weight, perhaps a bias and a scale.
 
     Args:
         draw: given by Hypothesis.
@@ -170,6 +173,7 @@ def layer_metrics(
         mass_kinds: as in :func:`masses`; curved manifolds take scalar masses only.
         bias: whether there is a bias; None: either.
         bias_kinds: where the bias lives, keys of :data:`VECTOR_MANIFOLDS`.
+        scalar: whether there is a parameter of shape ``()``; None: either.
         min_rank: least rank.
         max_rank: largest rank; None: 3 more than the dimension, so that both forms of
             the inverse are met.
@@ -201,6 +205,9 @@ def layer_metrics(
         home = draw(vector_manifolds(kinds=bias_kinds))
         start = draw(points(home, shape[:1], dtype=dtype))
         spaces["bias"] = space(home, start, "bias")
+    if draw(st.booleans()) if scalar is None else scalar:
+        home = draw(vector_manifolds(kinds=SCALAR_KINDS))
+        spaces["scale"] = space(home, draw(points(home, (), dtype=dtype)), "scale")
     dim = sum(space.dim for space in spaces.values())
     rank = draw(st.integers(min_rank, dim + 3 if max_rank is None else max_rank))
     if rank == 0:
@@ -214,6 +221,9 @@ def layer_metrics(
             else draw(factors(shape[:1], rank=rank, dtype=dtype))
         )
         parts.append(Part("bias", spaces["bias"], own))
+    if "scale" in spaces:
+        own = draw(factors((), rank=rank, dtype=dtype))
+        parts.append(Part("scale", spaces["scale"], own))
     amp = math.exp(draw(st.floats(0.0, math.log(max_amplification))))
     current = MetricProbe(LayerMetric(parts), None).amp - 1.0
     scale = math.sqrt((amp - 1.0) / current) if current > 0.0 else 1.0
