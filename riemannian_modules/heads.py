@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from riemannian_modules.errors import EmptyBatchError, OutputMetricError, ShapeError
+from riemannian_modules.finite import looks_finite
 from riemannian_modules.output import OutputMetric
 
 __all__ = [
@@ -119,6 +120,10 @@ def output_rows(
 
     Returns:
         The rows.
+
+    Raises:
+        OutputMetricError: a factor has another shape than (n, r, *output), or is not
+            finite.
     """
     parts = [_head_rows(head, reduction) for head in heads]
     rank = sum(0 if rows is None else len(rows) for rows, _ in parts)
@@ -157,8 +162,25 @@ def _head_rows(head: Head, reduction: Reduction) -> tuple[Tensor | None, float]:
         return None, 1.0
     metric.validate(outputs)
     weight = 1.0 / metric.terms(outputs) if reduction == "mean" else 1.0
-    rows = metric.factor(_wide(outputs)).movedim(1, 0) * weight**0.5
-    return rows, weight
+    rows = metric.factor(_wide(outputs))
+    _require_rows(metric, rows, outputs)
+    return rows.movedim(1, 0) * weight**0.5, weight
+
+
+def _require_rows(metric: OutputMetric, rows: Tensor, outputs: Tensor) -> None:
+    n, *rest = outputs.shape
+    found = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
+    if not isinstance(rows, Tensor) or found != (n, *rows.shape[1:2], *rest):
+        raise OutputMetricError(
+            f"the factor of {metric!r} is {found} for outputs of shape "
+            f"{tuple(outputs.shape)}; it must have the shape (n, r, *output), test it "
+            "with riemannian_modules.testing.check_output_metric"
+        )
+    if not looks_finite(rows):
+        raise OutputMetricError(
+            f"the factor of {metric!r} holds NaN or infinity although the outputs are "
+            "finite; check its formula at these outputs"
+        )
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -43,7 +43,9 @@ def combine(a: float, e: Vectors, b: float, f: Vectors) -> dict[str, Tensor]:
 
 
 def relative_gap(a: Tensor, b: Tensor, scale: float | None = None) -> float:
-    """Return ``|a - b|`` in float64 relative to ``scale``, by default ``|b|``."""
+    """Return ``|a - b| / scale`` in float64, by default ``|b|``; inf between shapes."""
+    if a.shape != b.shape:
+        return math.inf
     a, b = a.double(), b.double()
     scale = float(b.norm()) if scale is None else scale
     gap = float((a - b).norm())
