@@ -32,6 +32,15 @@ class Mass:
     column: Tensor | None = None
     diagonal: Tensor | None = None
 
+    def __repr__(self) -> str:
+        shapes = {
+            name: f"{name} {tuple(value.shape)}"
+            for name in ("row", "column", "diagonal")
+            if (value := getattr(self, name)) is not None
+        }
+        own = [] if self.diagonal is not None else [f"scalar {self.scalar:g}"]
+        return f"Mass({', '.join([*own, *shapes.values()])})"
+
     @property
     def is_scalar(self) -> bool:
         """Whether one number says it all (any manifold can carry it then)."""
