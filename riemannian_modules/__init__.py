@@ -1,9 +1,14 @@
 """Riemannian metrics for the layers of PyTorch models, and optimisation in them."""
 
+from importlib import import_module
+from types import ModuleType
+
 from riemannian_modules import (
+    action,
     contraction,
     errors,
     factors,
+    functional,
     manifolds,
     nn,
     optim,
@@ -26,9 +31,11 @@ __all__ = [
     "Part",
     "TangentSpace",
     "__version__",
+    "action",
     "contraction",
     "errors",
     "factors",
+    "functional",
     "geometrize",
     "manifolds",
     "nn",
@@ -39,3 +46,10 @@ __all__ = [
     "rules",
     "woodbury",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    # They need packages that not everyone has, so they are imported when asked for.
+    if name in {"interop", "testing"}:
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

@@ -1,6 +1,7 @@
 """From a linearised pass to the metrics of its blocks and of single parameters."""
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from riemannian_modules.declared import DeclaredParameters
 from riemannian_modules.linearize import Linearization
 from riemannian_modules.metric import LayerMetric, Part
 
-__all__ = ["bind_views", "block_metrics", "moved", "zero_covectors"]
+__all__ = ["bind_views", "block_metrics", "moved", "reweighted", "zero_covectors"]
 
 Blocks = Mapping[str, LayerMetric]
 
@@ -79,6 +80,31 @@ def moved(blocks: Blocks, parameters: DeclaredParameters) -> dict[str, LayerMetr
     return {
         name: block.at(
             {part.name: parameters[part.name].space().point for part in block.parts}
+        )
+        for name, block in blocks.items()
+    }
+
+
+def reweighted(blocks: Blocks, factor: float) -> dict[str, LayerMetric]:
+    """Return the blocks with their factors held and their masses multiplied.
+
+    Args:
+        blocks: metrics by block.
+        factor: a positive number.
+
+    Returns:
+        Metrics by block.
+    """
+    return {
+        name: LayerMetric(
+            [
+                replace(p, space=replace(p.space, mass=p.space.mass.times(factor)))
+                for p in block.parts
+            ],
+            name=block.name,
+            version=block.version,
+            precision=block.precision,
+            narrow=not block.too_narrow,
         )
         for name, block in blocks.items()
     }

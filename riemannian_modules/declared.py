@@ -1,6 +1,6 @@
 """The trainable parameters of a model: where each lives and what it weighs."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from riemannian_modules.errors import (
     LinearizationError,
     LostManifoldError,
+    ManifoldContractError,
     MassError,
     NonFiniteError,
     NotOnManifoldError,
@@ -107,6 +108,7 @@ class DeclaredParameters:
     Raises:
         MassError: a mass is invalid, or a mapping misses or misspells a name.
         LostManifoldError: a layer declares a manifold that its parameter lost.
+        ManifoldContractError: two parameters share a MetricManifold.
         NotOnManifoldError: a parameter lies off its manifold.
     """
 
@@ -132,6 +134,7 @@ class DeclaredParameters:
                 model,
                 moves=has_tensors(base),
             )
+        _require_own_views(self._by_name.values())
         self._model = model
         self._names = {id(d.tensor): name for name, d in self._by_name.items()}
         for declared in self:
@@ -280,6 +283,17 @@ def _require_own_memory(named: Mapping[str, Tensor]) -> None:
                 "would move with the step of the other. load_state_dict(assign=True) "
                 "does that to a shared parameter; give both modules the same object "
                 "again (a.weight = b.weight), or the second one a clone"
+            )
+
+
+def _require_own_views(parameters: Iterable[Declared]) -> None:
+    found: dict[int, str] = {}
+    for declared in parameters:
+        other = found.setdefault(id(declared.view), declared.name)
+        if declared.view is not None and other != declared.name:
+            raise ManifoldContractError(
+                f"'{other}' and '{declared.name}' share a MetricManifold, which holds "
+                "the metric of one parameter; give each its own"
             )
 
 

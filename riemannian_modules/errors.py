@@ -12,6 +12,7 @@ __all__ = [
     "NotPositiveDefiniteError",
     "NotRecordedError",
     "OutputMetricError",
+    "ProblemError",
     "RiemannianModulesError",
     "ShapeError",
 ]
@@ -67,3 +68,7 @@ class OutputMetricError(RiemannianModulesError, ValueError):
 
 class ContractionError(RiemannianModulesError, ValueError):
     """A statement about convergence that its premises do not carry."""
+
+
+class ProblemError(RiemannianModulesError, ValueError):
+    """A problem that the optimizers of another library could not work on."""

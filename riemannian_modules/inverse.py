@@ -101,6 +101,7 @@ class Inverse:
         if self.form == "primal":
             self._rows = self.block.all_coordinate_rows()
             matrix = self.block.coordinate_gram(self._rows)
+            self._read_trace(matrix.diagonal())
             matrix.diagonal().add_(1.0)
         else:
             matrix = self._capacitance()
@@ -127,11 +128,19 @@ class Inverse:
     def _shifted_gram(self, dtype: torch.dtype) -> Tensor:
         S = self.block.gram(dtype)
         diagonal = S.diagonal()
-        # Off the CPU reading it would wait for the device.
-        if S.device.type == "cpu":
-            self._trace = diagonal.sum().item()
+        self._read_trace(diagonal)
         diagonal.add_(1.0)
         return S
+
+    def _read_trace(self, diagonal: Tensor) -> None:
+        # Off the CPU reading it would wait for the device.
+        if diagonal.device.type == "cpu":
+            self._trace = diagonal.sum().item()
+
+    @property
+    def trace(self) -> float:
+        """Trace of ``K sharp K^T``, known on the CPU after the factorisation only."""
+        return self._trace
 
     @property
     def succeeded(self) -> Tensor:

@@ -11,32 +11,20 @@ The recursion of Pehle & Slotine (2026) in five lines:
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from riemannian_modules.assembly import (
-    bind_views,
-    block_metrics,
-    moved,
-    zero_covectors,
-)
-from riemannian_modules.declared import Blocks, DeclaredParameters
-from riemannian_modules.errors import NotRecordedError, ShapeError
+from riemannian_modules.declared import Blocks
 from riemannian_modules.heads import OutputLike, OutputMetricLike, Reduction, pair
-from riemannian_modules.linearize import Linearization
-from riemannian_modules.manifolds import Product
-from riemannian_modules.mass import Mass, MassLike
-from riemannian_modules.metric import LayerMetric, Solution
+from riemannian_modules.mass import MassLike
+from riemannian_modules.model_metric import ModelMetric
 from riemannian_modules.recorder import Recorder
-from riemannian_modules.tape import Tape
 
 __all__ = ["LayerwiseMetric"]
 
 
-class LayerwiseMetric:
+class LayerwiseMetric(ModelMetric):
     """The metric of every block of a model, pulled back from an output metric.
 
     Args:
@@ -91,24 +79,12 @@ class LayerwiseMetric:
         reduction: Reduction = "mean",
         precision: torch.dtype | None = None,
     ) -> None:
-        if blocks not in ("tensor", "layer", "model"):
-            raise ValueError(f"blocks={blocks!r}; choose 'tensor', 'layer' or 'model'")
-        if reduction not in ("mean", "sum"):
-            raise ValueError(f"reduction={reduction!r}; choose 'mean' or 'sum'")
-        self.model = model
+        super().__init__(
+            model, mass=mass, blocks=blocks, reduction=reduction, precision=precision
+        )
         self.output = output
-        self.reduction = reduction
-        self.precision = precision
-        self.parameters = DeclaredParameters(model, mass)
-        self.version = 0
-        self.blocks: dict[str, LayerMetric] = {}
-        self._groups = self.parameters.groups(blocks)
+        self._partition: Blocks = blocks
         self._recorder = Recorder(model, self.parameters)
-        self._passed = Tape()
-        self._frozen = False
-        self._found: Linearization | None = None
-        self._marks: dict[str, int] = {}
-        self.passes = 0
 
     def __repr__(self) -> str:
         frozen = ", frozen" if self._frozen else ""
@@ -116,48 +92,20 @@ class LayerwiseMetric:
         head = f"LayerwiseMetric(version {self.version}, output {self.output}{frozen})"
         return "\n".join([head, *lines])
 
-    def __reduce_ex__(self, protocol: object) -> str:
-        raise TypeError("build a new LayerwiseMetric from a copy of the model instead")
-
-    def set_mass(self, mass: MassLike | Mapping[str, MassLike]) -> None:
-        """Change the mass from the next pull-back on.
+    def of(self, model: nn.Module) -> "LayerwiseMetric":
+        """Return a new metric with the same settings on a copy of the model.
 
         Args:
-            mass: as in the constructor.
-
-        Raises:
-            MassError: a mass is invalid; all stay as they were.
+            model: a model with parameters of the same names, shapes and manifolds.
         """
-        self.parameters.set_mass(mass)
-
-    @property
-    def manifold(self) -> Product:
-        """The product of all parameters' manifolds, with the metric of this moment.
-
-        A geoopt manifold whose points are whole models, flat; later pull-backs do not
-        change it. See :class:`riemannian_modules.manifolds.MetricProduct`.
-        """
-        return self.parameters.product(self.blocks, self.version)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the masses and the version; factors belong to one pass.
-
-        Only numbers, strings and tensors, so that ``torch.load`` can read it safely.
-        """
-        mass = {declared.name: asdict(declared.mass) for declared in self.parameters}
-        return {"version": self.version, "mass": mass}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over the masses and the version of another metric of such a model.
-
-        Args:
-            state: what :meth:`state_dict` returned.
-
-        Raises:
-            MassError: it is that of another model; nothing was changed.
-        """
-        self.set_mass({name: Mass(**mass) for name, mass in state["mass"].items()})
-        self.version = int(state["version"])
+        return LayerwiseMetric(
+            model,
+            self.output,
+            mass={declared.name: declared.mass for declared in self.parameters},
+            blocks=self._partition,
+            reduction=self.reduction,
+            precision=self.precision,
+        )
 
     @contextmanager
     def record(self) -> Iterator[None]:
@@ -172,22 +120,6 @@ class LayerwiseMetric:
         self.parameters.verify()
         with self._recorder.record():
             yield
-
-    @contextmanager
-    def frozen(self) -> Iterator[None]:
-        """Hold the factors inside this scope, as a line search needs it.
-
-        Backward passes then refresh the gradient but not the metric, which is
-        evaluated at the parameters' current values with the factors of before.
-
-        Yields:
-            None.
-        """
-        before, self._frozen = self._frozen, True
-        try:
-            yield
-        finally:
-            self._frozen = before
 
     def backward(self, loss: Tensor, outputs: OutputLike) -> None:
         """Linearise the recorded pass: fill ``.grad`` and renew every block's metric.
@@ -224,112 +156,7 @@ class LayerwiseMetric:
         """
         self._pass(outputs, None)
 
-    def natural_gradient(self) -> dict[str, Tensor]:
-        """Return ``{parameter name: Riemannian gradient}`` of the last backward pass.
-
-        They are tangent at the parameters' values. Implements the solve of
-        :eq:`update`.
-
-        Raises:
-            NotRecordedError: there was no backward pass yet.
-            NotPositiveDefiniteError: a block's small matrix could not be factorised.
-        """
-        solutions = self.solve().values()
-        return {n: x for solution in solutions for n, x in solution.vectors.items()}
-
-    def solve(
-        self, covector: Mapping[str, Tensor] | None = None, *, gradient: float = 1.0
-    ) -> dict[str, Solution]:
-        """Solve every block for ``gradient * (d loss) + covector``.
-
-        Args:
-            covector: ambient covectors by parameter name, added to the gradient;
-                zero for names that are missing.
-            gradient: how often the gradient of the loss counts; its part in the
-                span of the rows takes the form without cancellation.
-
-        Returns:
-            ``{block name: solution}``.
-
-        Raises:
-            NotRecordedError: there was no backward pass yet.
-            ShapeError: a covector of an unknown name.
-            LinearizationError: a layer's input was overwritten since.
-            NotPositiveDefiniteError: a block's small matrix could not be factorised.
-        """
-        found = self._found
-        if found is None or not found.gradient:
-            raise NotRecordedError(
-                "there is no gradient yet: run the model inside metric.record() and "
-                "call metric.backward(loss, outputs) first"
-            )
-        self._passed.require_intact()
-        residual, rest, source = None, None, None
-        if covector is not None:
-            unknown = set(covector) - {d.name for d in self.parameters}
-            if unknown:
-                raise ShapeError(f"no parameters are called {sorted(unknown)}")
-            rest = {**zero_covectors(self.blocks), **covector}
-        if gradient != 0.0:
-            residual = None if found.residual is None else gradient * found.residual
-            if found.rest is not None and rest is None and gradient == 1.0:
-                rest, source = found.rest, found.source
-            elif found.rest is not None:
-                own = {name: gradient * e for name, e in found.rest.items()}
-                rest = own if rest is None else {n: own[n] + rest[n] for n in own}
-        return {
-            name: block.solve(residual=residual, covector=rest, source=source)
-            for name, block in self.blocks.items()
-        }
-
-    def succeeded(self) -> Tensor | None:
-        """Return whether every factorisation worked, a boolean on the device.
-
-        None on the CPU, where a failure was raised.
-        """
-        if all(d.tensor.device.type == "cpu" for d in self.parameters):
-            return None
-        flags = [block.inverse.succeeded for block in self.blocks.values()]
-        return torch.stack(flags).all() if flags else None
-
-    def gradient_is_untouched(self) -> bool:
-        """Whether every ``.grad`` is still what the last backward pass put there."""
-        own = {} if self._found is None else self._found.gradient
-        return all(
-            self.parameters[name].tensor.grad is covector
-            and covector._version == self._marks[name]
-            for name, covector in own.items()
-        )
-
-    # --- how a pass becomes the state
-
     def _pass(self, outputs: OutputLike, loss: Tensor | None) -> None:
         heads = pair(self.output, outputs)
         found = self._recorder.linearize(heads, loss, self.reduction)
-        if self._frozen and self.blocks:
-            # The old factors do not span the new gradient.
-            rest = {**zero_covectors(self.blocks), **found.gradient}
-            found = replace(found, residual=None, rest=rest, source=None)
-            self.blocks = moved(self.blocks, self.parameters)
-        else:
-            self._renew(found)
-        self._found, self._passed = found, self._recorder.close()
-        self._marks = {name: g._version for name, g in found.gradient.items()}
-        if loss is not None:
-            self.passes += 1
-            for declared in self.parameters:
-                declared.linearised = declared.tensor._version
-                declared.tensor.grad = found.gradient.get(declared.name)
-
-    def _renew(self, found: Linearization) -> None:
-        common = (found, self.parameters, self.version + 1, self.precision)
-        # Where float32 was not enough in the last pass it is tried again only in
-        # every sixteenth.
-        wide = {name for name, block in self.blocks.items() if block.too_narrow}
-        if self.version % 16 == 0:
-            wide = set()
-        blocks = block_metrics(self._groups, *common, wide)
-        seen = {d.name: [d.name] for d in self.parameters if d.view is not None}
-        views = block_metrics(seen, *common)
-        bind_views(views, self.parameters)
-        self.version, self.blocks = self.version + 1, blocks
+        self._take(found, loss, self._recorder.close())

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import torch
@@ -41,6 +41,12 @@ class Mass:
         own = [] if self.diagonal is not None else [f"scalar {self.scalar:g}"]
         return f"Mass({', '.join([*own, *shapes.values()])})"
 
+    def times(self, factor: float) -> "Mass":
+        """Return the mass with every entry multiplied by a positive number."""
+        if self.diagonal is not None:
+            return replace(self, diagonal=factor * self.diagonal)
+        return replace(self, scalar=factor * self.scalar)
+
     @property
     def is_scalar(self) -> bool:
         """Whether one number says it all (any manifold can carry it then)."""
@@ -56,15 +62,15 @@ class Mass:
 
     def multiply(self, u: Tensor) -> Tensor:
         """Return ``D u`` for ``u`` of shape ``(*batch, *shape)``."""
-        return u if self._is_one else u * self.elementwise(u)
+        return u if self.is_one else u * self.elementwise(u)
 
     def divide(self, e: Tensor) -> Tensor:
         """Return ``D^-1 e`` for ``e`` of shape ``(*batch, *shape)``."""
-        return e if self._is_one else e / self.elementwise(e)
+        return e if self.is_one else e / self.elementwise(e)
 
     def divide_root(self, e: Tensor) -> Tensor:
         """Return ``D^-1/2 e`` for ``e`` of shape ``(*batch, *shape)``."""
-        if self._is_one:
+        if self.is_one:
             return e
         d = self.elementwise(e)
         return e / (d.sqrt() if isinstance(d, Tensor) else math.sqrt(d))
@@ -80,7 +86,8 @@ class Mass:
         return logs + dim * math.log(self.scalar)
 
     @property
-    def _is_one(self) -> bool:
+    def is_one(self) -> bool:
+        """Whether it leaves everything as it is."""
         return self.is_scalar and self.scalar == 1.0
 
 

@@ -142,11 +142,6 @@ def test_what_cannot_be_unpacked(shape: tuple[int, ...]) -> None:
     [
         ((manifolds.Stiefel(), (3,)), ShapeError, "'w' of shape"),
         ((geoopt.Lorentz(), (3,)), ManifoldContractError, "w: geoopt.Lorentz"),
-        (
-            (manifolds.MetricManifold(geoopt.Sphere()), (3,)),
-            ManifoldContractError,
-            "'w': .* .base",
-        ),
     ],
 )
 def test_what_is_no_part(part: Any, error: type[Exception], words: str) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from riemannian_modules.errors import ShapeError
+from riemannian_modules.manifolds.batches import for_each_point
 from riemannian_modules.manifolds.product import Product
 from riemannian_modules.manifolds.riesz import flat, root, root_adjoint
 
@@ -111,25 +112,19 @@ class MetricProduct(Product):
         *vectors: Tensor,
     ) -> Tensor:
         """Return ``verb`` of every point with its vectors, ``(*batch, *result)``."""
-        batch = torch.broadcast_shapes(*(t.shape[:-1] for t in (x, *vectors)))
-        rows = [t.expand(*batch, -1).reshape(-1, self.n_elements) for t in vectors]
-        points = [x] if x.ndim == 1 else x.expand(*batch, -1).reshape(-1, x.shape[-1])
-        metrics: Metrics = ()
-        found = []
-        for i in range(len(rows[0])):
-            if i < len(points):
-                metrics = self._metrics_at(points[i])
-            found.append(verb(metrics, *(self._typed(row[i]) for row in rows)))
-        if not found:
-            return vectors[0].new_empty((*batch, *result))
-        return torch.stack(found).to(vectors[0].dtype).reshape((*batch, *result))
+
+        def typed(metrics: Metrics, *rows: Tensor) -> Tensor:
+            return verb(metrics, *(self._typed(row) for row in rows))
+
+        shape = (self.n_elements,)
+        return for_each_point(self._metrics_at, typed, shape, result, x, *vectors)
 
     def _typed(self, row: Tensor) -> dict[str, Tensor]:
         """Return the parts of a flat tensor in the data types of the parameters."""
         return {name: t.to(self._dtypes[name]) for name, t in self.unpack(row).items()}
 
     def _metrics_at(self, point: Tensor) -> Metrics:
-        values = self._typed(point.detach())
+        values = self._typed(point)
         return [
             block.at({part.name: values[part.name] for part in block.parts})
             for block in self.blocks

@@ -10,14 +10,14 @@ import torch
 from geoopt.utils import size2shape
 from torch import Tensor, nn
 
-from riemannian_modules.errors import ManifoldContractError, MassError, ShapeError
-from riemannian_modules.manifolds.contract import base_of, ensure_contract
+from riemannian_modules.errors import ShapeError
+from riemannian_modules.manifolds.contract import base_of
 from riemannian_modules.manifolds.nested import Nested, flattened, nested
+from riemannian_modules.manifolds.parts import require_part
 from riemannian_modules.manifolds.quotient import Quotient
 from riemannian_modules.manifolds.riesz import (
     dimension,
     flat,
-    require_own_formulas,
     riesz,
     root,
     root_adjoint,
@@ -38,7 +38,9 @@ class Product(geoopt.ProductManifold):  # type: ignore[misc]
     itself, and refuses parts whose curvatures differ in data type.
 
     Args:
-        parts: ``{name: (manifold, shape)}``; base manifolds, also products.
+        parts: ``{name: (manifold, shape)}``; base manifolds, also products, or
+            MetricManifolds, which bring the metric that they have at the time of a
+            call.
         masses: ``{name: mass}``; 1 for names that are missing.
 
     Raises:
@@ -67,7 +69,7 @@ class Product(geoopt.ProductManifold):  # type: ignore[misc]
             raise ShapeError("a product of nothing; it needs at least one part")
         given = {} if masses is None else masses
         for name, (manifold, shape) in parts.items():
-            _require_part(name, manifold, tuple(shape), given.get(name, Mass()))
+            require_part(name, manifold, tuple(shape), given.get(name, Mass()))
         self.names = tuple(parts)
         self.shapes = [tuple(shape) for _, shape in parts.values()]
         self.manifolds: Any = nn.ModuleList(base for base, _ in parts.values())
@@ -248,6 +250,12 @@ class Product(geoopt.ProductManifold):  # type: ignore[misc]
 
     # --- what geoopt's class gets wrong, or cannot do
 
+    def _check_shape(
+        self, shape: tuple[int, ...], name: str
+    ) -> tuple[bool, str | None]:
+        ok = tuple(shape[-1:]) == (self.n_elements,)
+        return ok, None if ok else f"`{name}` must end with {self.n_elements}"
+
     def projx(self, x: Tensor) -> Tensor:
         """Return the parts' ``projx``."""
         return self._by_part(lambda m, _, p: m.projx(p), x)
@@ -297,28 +305,6 @@ class Product(geoopt.ProductManifold):  # type: ignore[misc]
         ]
         extra = f"({own})" if (own := self.extra_repr()) else ""
         return "\n".join([f"{self.name}{extra} manifold:", *lines])
-
-
-def _require_part(
-    name: str, manifold: geoopt.Manifold, shape: tuple[int, ...], mass: Mass
-) -> None:
-    ensure_contract(manifold, name)
-    require_own_formulas(manifold, name)
-    if base_of(manifold) is not manifold:
-        raise ManifoldContractError(
-            f"'{name}': a MetricManifold holds one metric; pass its .base instead"
-        )
-    ok, reason = manifold._check_shape(shape, name)
-    if not ok:
-        raise ShapeError(
-            f"'{name}' of shape {shape} does not fit {manifold.name}: {reason}; choose "
-            "another manifold"
-        )
-    if not (mass.is_scalar or isinstance(manifold, geoopt.Euclidean)):
-        raise MassError(
-            f"'{name}' lives on {manifold.name}, where only a number can be its mass; "
-            "use one"
-        )
 
 
 @flat.register(Product)

@@ -2,6 +2,7 @@
 
 from riemannian_modules.nn.adjoint import Adjoint, AdjointSolver, Direct, Krylov
 from riemannian_modules.nn.base import RiemannianModule
+from riemannian_modules.nn.certificates import dynamics
 from riemannian_modules.nn.composition import Composition
 from riemannian_modules.nn.declared import declared
 from riemannian_modules.nn.feedback import Feedback
@@ -50,5 +51,6 @@ __all__ = [
     "Solved",
     "Solver",
     "declared",
+    "dynamics",
     "tree",
 ]

@@ -11,8 +11,8 @@ from riemannian_modules.errors import (
     NotPositiveDefiniteError,
     NotRecordedError,
 )
-from riemannian_modules.layerwise import LayerwiseMetric
 from riemannian_modules.metric import Solution
+from riemannian_modules.model_metric import ModelMetric
 from riemannian_modules.optim.plan import Plan
 from riemannian_modules.optim.report import BlockReport, StepReport
 from riemannian_modules.retractions import Default, Retraction
@@ -63,7 +63,7 @@ class RiemannianSGD(torch.optim.Optimizer):
 
     def __init__(
         self,
-        metric: LayerwiseMetric,
+        metric: ModelMetric,
         params: Iterable[Any] | None = None,
         *,
         lr: float = 0.1,

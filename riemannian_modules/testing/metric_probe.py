@@ -25,16 +25,9 @@ from riemannian_modules.testing.reference import (
     tangent_basis,
 )
 
-__all__ = ["MetricProbe", "combine", "relative_gap", "scaled_mass"]
+__all__ = ["MetricProbe", "combine", "relative_gap"]
 
 Vectors = Mapping[str, Tensor]
-
-
-def scaled_mass(mass: Mass, factor: float) -> Mass:
-    """Return the mass times a positive number."""
-    if mass.diagonal is not None:
-        return Mass(diagonal=factor * mass.diagonal)
-    return replace(mass, scalar=factor * mass.scalar)
 
 
 def combine(a: float, e: Vectors, b: float, f: Vectors) -> dict[str, Tensor]:
@@ -337,7 +330,7 @@ class MetricProbe:
         """
         changed = []
         for part in self.metric.parts if parts is None else parts:
-            space = replace(part.space, mass=scaled_mass(part.space.mass, mass))
+            space = replace(part.space, mass=part.space.mass.times(mass))
             factor = part.factor
             if rows is not None:
                 dense = rows[part.name].to(space.point)

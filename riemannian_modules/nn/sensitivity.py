@@ -1,0 +1,106 @@
+"""Lipschitz constants of the compositions, from those of their children."""
+
+import math
+
+from torch import nn
+
+from riemannian_modules.contraction.gains import (
+    added,
+    chained,
+    known,
+    lipschitz,
+    register_lipschitz,
+    unknown,
+)
+from riemannian_modules.contraction.result import Gain
+from riemannian_modules.contraction.verified import plus_up, times_up
+from riemannian_modules.nn.feedback import Feedback
+from riemannian_modules.nn.fixed_point import FixedPoint
+from riemannian_modules.nn.heads import Heads
+from riemannian_modules.nn.parallel import Join, Parallel
+from riemannian_modules.nn.residual import Residual
+from riemannian_modules.nn.sequential import Sequential
+
+__all__ = ["beside", "root_sum"]
+
+
+def root_sum(*values: float) -> float:
+    """Return a double not below the root of the sum of squares."""
+    total = plus_up(*(times_up(value, value) for value in values))
+    return math.nextafter(math.sqrt(total), math.inf)
+
+
+def beside(short: Gain, branch: Gain, scale: float) -> float:
+    """Return the gain of a shortcut beside a scaled branch, rounded up."""
+    return plus_up(short.value, times_up(abs(scale), branch.value))
+
+
+@register_lipschitz(Sequential)
+def _sequential(module: Sequential, argument: int) -> Gain:
+    children = list(module)
+    if not children:
+        return known(1.0, "an empty chain")
+    first = lipschitz(children[0], argument)
+    rest = [lipschitz(child) for child in children[1:]]
+    return chained([first, *rest], "product of operator norms")
+
+
+@register_lipschitz(Parallel)
+def _parallel(module: Parallel, argument: int) -> Gain:
+    gains = [lipschitz(branch, argument) for branch in module.branches]
+    values = [gain.value for gain in gains]
+    if module.combine == "sum":
+        return added(gains, plus_up(*values), "sum of the branches'")
+    return added(gains, root_sum(*values), "root of the sum of squares")
+
+
+@register_lipschitz(Join)
+def _join(module: Join, argument: int) -> Gain:
+    branches = module.branches
+    if argument >= len(branches):
+        return unknown(f"Join has {len(branches)} arguments, and none of {argument}")
+    return lipschitz(branches[argument])
+
+
+@register_lipschitz(Residual)
+def _residual(module: Residual, argument: int) -> Gain:
+    short = known(1.0, "the identity")
+    if module.shortcut is not None:
+        short = lipschitz(module.shortcut)
+    total = beside(short, lipschitz(module.module), module.scale)
+    return added([short, lipschitz(module.module)], total, "shortcut plus branch")
+
+
+@register_lipschitz(Heads)
+def _heads(module: Heads, argument: int) -> Gain:
+    trunk: list[nn.Module] = [] if module.trunk is None else [module.trunk]
+    own = 0 if trunk else argument
+    heads = [lipschitz(head, own) for head in module.heads.values()]
+    values = root_sum(*(head.value for head in heads))
+    shared = [lipschitz(each, argument) for each in trunk]
+    total = times_up(values, *(gain.value for gain in shared))
+    return added([*shared, *heads], total, "trunk times root of the sum of squares")
+
+
+@register_lipschitz(FixedPoint, ("forward", "step"))
+def _fixed_point(module: FixedPoint, argument: int) -> Gain:
+    if argument:
+        return known(0.0, "the solution does not depend on where the solver begins")
+    outer, inner = lipschitz(module.module, 0), lipschitz(module.module, 1)
+    return _implicit(outer, inner, inner.value)
+
+
+@register_lipschitz(Feedback, ("forward", "step"))
+def _feedback(module: Feedback, argument: int) -> Gain:
+    if argument:
+        return known(0.0, "the solution does not depend on where the solver begins")
+    ahead, back = lipschitz(module.ahead), lipschitz(module.back)
+    return _implicit(ahead, back, times_up(ahead.value, back.value))
+
+
+def _implicit(outer: Gain, inner: Gain, loop: float) -> Gain:
+    if not loop < 1:
+        return unknown(f"the loop gain {loop:.4g} is not below one")
+    room = math.nextafter(1 - loop, 0.0)
+    total = math.nextafter(outer.value / room, math.inf)
+    return added([outer, inner], total, "closed loop")

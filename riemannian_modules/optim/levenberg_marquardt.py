@@ -1,0 +1,335 @@
+"""Steps of a length, and in a metric of a mass, that the loss itself decides."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import geoopt
+import torch
+from torch import Tensor
+
+from riemannian_modules.declared import Declared
+from riemannian_modules.errors import NotRecordedError
+from riemannian_modules.functional import FunctionalMetric
+from riemannian_modules.model_metric import ModelMetric
+from riemannian_modules.optim.quadratic import QuadraticModel, Step
+from riemannian_modules.retractions import Default, Retraction
+
+__all__ = ["LevenbergMarquardt", "TrialReport"]
+
+_ROUNDING = 1e-3
+
+
+@dataclass(frozen=True)
+class TrialReport:
+    """What one step of :class:`LevenbergMarquardt` did.
+
+    Attributes:
+        loss: where the step began.
+        new_loss: where it ended; the same if no trial was good.
+        predicted: by how much the quadratic model said that the loss falls.
+        ratio: actual over predicted decrease, NaN if no trial was good.
+        coefficients: of the natural gradient step and of the step before.
+        bent: whether the geodesic correction entered.
+        trials: how many points were tried.
+        mass: by what the masses were multiplied since the optimizer was built.
+        accepted: whether the parameters moved.
+    """
+
+    loss: float
+    new_loss: float
+    predicted: float
+    ratio: float
+    coefficients: list[float]
+    bent: bool
+    trials: int
+    mass: float
+    accepted: bool
+
+    def __str__(self) -> str:
+        end = "accepted" if self.accepted else "no step lowers the loss"
+        lengths = ", ".join(f"{c:.3g}" for c in self.coefficients)
+        bent = ", bent" if self.bent else ""
+        return (
+            f"loss {self.loss:.4e} -> {self.new_loss:.4e}  ratio {self.ratio:.2f}  "
+            f"lengths {lengths}{bent}  mass x{self.mass:.2e}  trials {self.trials}: "
+            f"{end}"
+        )
+
+
+class LevenbergMarquardt(torch.optim.Optimizer):
+    """Gauss-Newton or natural-gradient steps without a learning rate.
+
+    Each step asks the quadratic model of the last pass how far to go along the natural
+    gradient and along the step before (Martens & Grosse, 2015, section 7), tries the
+    point, and compares the decrease of the loss with what the model said. A good match
+    lowers the mass, a bad one raises it, and a step that raises the loss is taken back
+    and tried anew with more mass (Levenberg, 1944; Marquardt, 1963; Moré, 1978). So
+    neither a step length nor a good first mass has to be found.
+
+    The loss must be the same function in the step as in the backward pass before it:
+    the same batch, no dropout. Meant for full batches and large ones.
+
+    Args:
+        metric: the model's geometry; with ``blocks="model"`` and exact rows the steps
+            are those of Levenberg and Marquardt.
+        momentum: whether the step before is a second direction; None: where there are
+            several blocks. One block of exact rows leaves it nothing to improve.
+        bend: whether to correct the step by the acceleration of the outputs (Transtrum
+            & Sethna, 2012); None: where it can be had, with a
+            :class:`riemannian_modules.functional.FunctionalMetric` of Euclidean
+            parameters. It costs about four evaluations and one more solve.
+        shrink: factor of the mass after a good match, in (0, 1].
+        grow: factor of the mass after a bad match, and its square after a step that
+            raised the loss; at least 1.
+        good: ratio of actual to predicted decrease above which a match is good.
+        bad: ratio below which it is bad.
+        trials: how many points to try before the step is given up.
+        retraction: how a tangent step becomes a point.
+
+    Attributes:
+        report: what the last step did, a :class:`TrialReport`; None before the first.
+
+    Cost: the solve of the metric, two products with K, and a forward pass for each
+    point tried. It reads the loss, so the host waits for the device.
+
+    Raises:
+        ValueError: a hyperparameter out of its range.
+
+    >>> import riemannian_modules as rm
+    >>> _ = torch.manual_seed(0)
+    >>> model = torch.nn.Sequential(
+    ...     torch.nn.Linear(1, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)
+    ... ).double()
+    >>> x = torch.linspace(-2.0, 2.0, 30, dtype=torch.float64).unsqueeze(1)
+    >>> metric = rm.LayerwiseMetric(
+    ...     model, output=rm.output.Euclidean(2.0), mass=1.0, blocks="model"
+    ... )
+    >>> optimizer = LevenbergMarquardt(metric)
+    >>> def loss():
+    ...     return torch.nn.functional.mse_loss(model(x), x.sin())
+    >>> for _ in range(30):
+    ...     with metric.record():
+    ...         outputs = model(x)
+    ...     metric.backward(torch.nn.functional.mse_loss(outputs, x.sin()), outputs)
+    ...     final = optimizer.step(loss)
+    >>> final < 1e-4
+    True
+    """
+
+    def __init__(
+        self,
+        metric: ModelMetric,
+        *,
+        momentum: bool | None = None,
+        bend: bool | None = None,
+        shrink: float = 1.0 / 3.0,
+        grow: float = 2.0,
+        good: float = 0.75,
+        bad: float = 0.25,
+        trials: int = 12,
+        retraction: Retraction | None = None,
+    ) -> None:
+        if not (0.0 < shrink <= 1.0 <= grow and 0.0 < bad <= good and trials >= 1):
+            raise ValueError(
+                f"shrink={shrink}, grow={grow}, bad={bad}, good={good}, "
+                f"trials={trials}: needs 0 < shrink <= 1 <= grow, 0 < bad <= good and "
+                "at least one trial"
+            )
+        flat = all(
+            isinstance(declared.manifold, geoopt.Euclidean)
+            for declared in metric.parameters
+        )
+        bending = metric if isinstance(metric, FunctionalMetric) and flat else None
+        if bend and bending is None:
+            raise ValueError(
+                "bend=True needs a FunctionalMetric and Euclidean parameters only: a "
+                "straight line means nothing on a manifold, and a LayerwiseMetric "
+                "does not know its inputs; leave bend=None"
+            )
+        self.metric = metric
+        self.retraction = Default() if retraction is None else retraction
+        self.report: TrialReport | None = None
+        self._bending = None if bend is False else bending
+        self._stepped = 0
+        defaults = {
+            "momentum": metric.several_blocks if momentum is None else momentum,
+            "shrink": shrink,
+            "grow": grow,
+            "good": good,
+            "bad": bad,
+            "trials": trials,
+            "scale": 1.0,
+        }
+        super().__init__([d.tensor for d in metric.parameters], defaults)
+
+    def __reduce_ex__(self, protocol: object) -> str:
+        raise TypeError(
+            "the optimizer belongs to its metric and cannot be copied or pickled; use "
+            "state_dict() and load_state_dict() on an optimizer built anew"
+        )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refuse a second group: one quadratic model holds all parameters.
+
+        Args:
+            param_group: as in torch.optim.Optimizer.
+
+        Raises:
+            ValueError: there is a group already.
+        """
+        if self.param_groups:
+            raise ValueError(
+                "LevenbergMarquardt moves all parameters of its metric together; it "
+                "has no further groups"
+            )
+        super().add_param_group(param_group)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> float:  # type: ignore[override]
+        """Take one step from the last ``metric.backward``.
+
+        Args:
+            closure: returns the loss of the last backward pass at the parameters'
+                present values; called without gradients, once for each trial.
+
+        Returns:
+            The loss at the new point.
+
+        Raises:
+            NotRecordedError: no ``metric.backward`` since the last step.
+            NotPositiveDefiniteError: a block's small matrix could not be factorised.
+            TypeError: no closure.
+        """
+        if closure is None:
+            raise TypeError(
+                "step() needs the loss as a function, to try points: "
+                "optimizer.step(lambda: loss_function(model(x), y))"
+            )
+        metric = self.metric
+        if metric.passes == self._stepped or metric.loss is None:
+            raise NotRecordedError(
+                "call metric.backward(loss, outputs) before every optimizer.step()"
+            )
+        metric.parameters.verify()
+        metric.parameters.require_unmoved()
+        with torch.no_grad():
+            self.report = self._search(closure, float(metric.loss))
+        self._stepped = metric.passes
+        return self.report.new_loss
+
+    def _search(self, closure: Callable[[], Any], loss: float) -> TrialReport:
+        group = self.param_groups[0]
+        moving = {
+            d.name: d for d in self.metric.parameters if d.tensor.grad is not None
+        }
+        start = {name: d.tensor.detach().clone() for name, d in moving.items()}
+        gradient = {
+            name: d.tensor.grad
+            for name, d in moving.items()
+            if d.tensor.grad is not None
+        }
+        before = self._before(moving)
+        for trial in range(1, group["trials"] + 1):
+            model = QuadraticModel(self.metric, gradient)
+            step, bent = self._propose(model, before)
+            self._move(moving, start, step.vectors)
+            try:
+                reached = float(closure())
+            except BaseException:
+                self._restore(moving, start)
+                raise
+            gain = loss - reached
+            ratio = gain / step.decrease if step.decrease > 0.0 else math.nan
+            if math.isfinite(reached) and gain > 0.0:
+                self._remember(moving, step.vectors)
+                if ratio > group["good"] and self._may_shrink(group["shrink"]):
+                    self._weigh(group, group["shrink"])
+                elif ratio < group["bad"]:
+                    self._weigh(group, group["grow"])
+                return TrialReport(
+                    loss,
+                    reached,
+                    step.decrease,
+                    ratio,
+                    step.coefficients,
+                    bent,
+                    trial,
+                    group["scale"],
+                    True,
+                )
+            self._restore(moving, start)
+            self._weigh(group, group["grow"] ** 2)
+            before = None
+        return TrialReport(
+            loss, loss, step.decrease, math.nan, [], False, trial, group["scale"], False
+        )
+
+    def _propose(
+        self, model: QuadraticModel, before: dict[str, Tensor] | None
+    ) -> tuple[Step, bool]:
+        solutions = self.metric.solve().values()
+        down = {name: -x for each in solutions for name, x in each.vectors.items()}
+        step = model.best([down] if before is None else [down, before])
+        if self._bending is None:
+            return step, False
+        bend = self._bending.bend(step.vectors)
+        found = {
+            name: -0.5 * x
+            for block in self.metric.blocks.values()
+            for name, x in block.solve(residual=bend).vectors.items()
+        }
+        # Beyond this the series that the correction comes from is not to be trusted.
+        long = model.mass(step.vectors, step.vectors)
+        if 16.0 * model.mass(found, found) > 0.75**2 * long:
+            return step, False
+        corrected = {name: u + found[name] for name, u in step.vectors.items()}
+        return Step(step.coefficients, corrected, step.decrease), True
+
+    def _move(
+        self,
+        moving: dict[str, Declared],
+        start: dict[str, Tensor],
+        vectors: dict[str, Tensor],
+    ) -> None:
+        for name, declared in moving.items():
+            point = start[name].as_subclass(Tensor)
+            declared.tensor.copy_(
+                self.retraction(declared.manifold, point, vectors[name])
+            )
+            declared.verified = declared.tensor._version
+
+    def _restore(self, moving: dict[str, Declared], start: dict[str, Tensor]) -> None:
+        for name, declared in moving.items():
+            declared.tensor.copy_(start[name])
+            declared.verified = declared.linearised = declared.tensor._version
+
+    def _before(self, moving: dict[str, Declared]) -> dict[str, Tensor] | None:
+        if not self.param_groups[0]["momentum"]:
+            return None
+        found = {}
+        for name, declared in moving.items():
+            last = self.state.get(declared.tensor, {}).get("step")
+            if last is None:
+                return None
+            found[name] = declared.space().project(last)
+        return found
+
+    def _remember(
+        self, moving: dict[str, Declared], vectors: dict[str, Tensor]
+    ) -> None:
+        if self.param_groups[0]["momentum"]:
+            for name, declared in moving.items():
+                self.state[declared.tensor]["step"] = vectors[name]
+
+    def _may_shrink(self, factor: float) -> bool:
+        # Below this mass rounding of the small matrix decides the step.
+        return all(
+            torch.finfo(torch.float64).eps * block.inverse.trace <= _ROUNDING * factor
+            or not math.isfinite(block.inverse.trace)
+            for block in self.metric.blocks.values()
+        )
+
+    def _weigh(self, group: dict[str, Any], factor: float) -> None:
+        self.metric.scale_mass(factor)
+        group["scale"] *= factor

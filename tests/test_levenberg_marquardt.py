@@ -1,0 +1,290 @@
+"""Steps without a learning rate: the quadratic model, and what the loss makes of it."""
+
+import copy
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import riemannian_modules as rm
+from riemannian_modules.errors import MassError, NotRecordedError
+from riemannian_modules.functional import FunctionalMetric
+from riemannian_modules.optim import LevenbergMarquardt
+from riemannian_modules.optim.quadratic import QuadraticModel
+from riemannian_modules.output import Categorical, Euclidean
+from tests.mutants.levenberg_marquardt import MUTANTS
+
+SEEDS = st.integers(0, 2**31 - 1)
+
+
+def problem(blocks="model", manifold=None, mass=0.1):
+    model = nn.Sequential(
+        rm.nn.Linear(4, 3, manifold=manifold), nn.Tanh(), nn.Linear(3, 2)
+    )
+    x, y = torch.randn(8, 4), torch.randn(8, 2)
+    metric = rm.LayerwiseMetric(model, Euclidean(1.0), mass=mass, blocks=blocks)
+
+    def loss():
+        return F.mse_loss(model(x), y)
+
+    def backward():
+        with metric.record():
+            z = model(x)
+        value = F.mse_loss(z, y)
+        metric.backward(value, z)
+        return value.detach()
+
+    return model, metric, loss, backward
+
+
+def tangents(metric):
+    return {
+        d.name: d.space().project(torch.randn_like(d.tensor)) for d in metric.parameters
+    }
+
+
+def dense(metric, gradient, directions):
+    """The model's value at a combination of directions, from dense matrices."""
+    rows = []
+    for block in metric.blocks.values():
+        for part in block.parts:
+            K = part.factor.to_dense().flatten(1)
+            rows.append((part.name, K))
+    total = [sum(K @ u[name].reshape(-1) for name, K in rows) for u in directions]
+    slopes = [sum((gradient[n] * u[n]).sum() for n in u) for u in directions]
+
+    def value(c):
+        image = sum(a * t for a, t in zip(c, total, strict=True))
+        return sum(a * s for a, s in zip(c, slopes, strict=True)) + 0.5 * image @ image
+
+    def weight(c):
+        u = {
+            n: sum(a * d[n] for a, d in zip(c, directions, strict=True))
+            for n in gradient
+        }
+        return 0.5 * 0.1 * sum(v.square().sum() for v in u.values())
+
+    return value, weight
+
+
+def quadratic_findings(kind, blocks, count):
+    model, metric, _, backward = problem(blocks)
+    backward()
+    gradient = {n: p.grad for n, p in model.named_parameters()}
+    directions = [tangents(metric) for _ in range(count)]
+    step = kind(metric, gradient).best(directions)
+    value, weight = dense(metric, gradient, directions)
+    c = torch.tensor(step.coefficients, requires_grad=True)
+    (slope,) = torch.autograd.grad(value(c) + weight(c), c)
+    vectors = {
+        n: sum(a * u[n] for a, u in zip(step.coefficients, directions, strict=True))
+        for n in gradient
+    }
+    return {
+        "stationary": float(slope.norm()) < 1e-9,
+        "decrease": math.isclose(
+            step.decrease, -float(value(c.detach())), rel_tol=1e-9
+        ),
+        "vectors": all(torch.allclose(step.vectors[n], vectors[n]) for n in gradient),
+    }
+
+
+@pytest.mark.parametrize("blocks", ["tensor", "layer", "model"])
+@given(seed=SEEDS, count=st.integers(1, 3))
+def test_the_best_step_is_stationary_in_the_joint_model(blocks, seed, count):
+    torch.manual_seed(seed)
+    findings = quadratic_findings(QuadraticModel, blocks, count)
+    assert all(findings.values()), findings
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_wrong_models_are_rejected(name):
+    torch.manual_seed(0)
+    findings = quadratic_findings(MUTANTS[name], "layer", 2)
+    assert not all(findings.values())
+
+
+def test_dependent_and_tiny_directions_do_no_harm():
+    model, metric, _, backward = problem()
+    backward()
+    gradient = {n: p.grad for n, p in model.named_parameters()}
+    u = tangents(metric)
+    alone = QuadraticModel(metric, gradient).best([u])
+    twice = QuadraticModel(metric, gradient).best(
+        [u, {n: 1e-9 * v for n, v in u.items()}]
+    )
+    assert math.isclose(alone.decrease, twice.decrease, rel_tol=1e-9)
+    zero = QuadraticModel(metric, gradient).best(
+        [u, {n: 0.0 * v for n, v in u.items()}]
+    )
+    assert math.isclose(alone.decrease, zero.decrease, rel_tol=1e-9)
+
+
+@given(seed=SEEDS)
+def test_linear_least_squares_are_solved_in_one_step_that_keeps_its_word(seed):
+    torch.manual_seed(seed)
+    model = nn.Linear(4, 2)
+    x, y = torch.randn(9, 4), torch.randn(9, 2)
+    metric = rm.LayerwiseMetric(model, Euclidean(1.0), mass=1e-9, blocks="model")
+    optimizer = LevenbergMarquardt(metric)
+    with metric.record():
+        z = model(x)
+    metric.backward(F.mse_loss(z, y), z)
+    optimizer.step(lambda: F.mse_loss(model(x), y))
+    design = torch.cat([x, torch.ones(9, 1)], 1)
+    best = torch.linalg.lstsq(design, y).solution
+    found = torch.cat([model.weight, model.bias[:, None]], 1).mT
+    torch.testing.assert_close(found, best, rtol=1e-5, atol=1e-5)
+    assert optimizer.report.accepted
+    assert math.isclose(optimizer.report.ratio, 1.0, rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("mass", [1e-6, 1e-3, 1.0, 100.0])
+def test_every_initial_mass_gets_there(mass):
+    torch.manual_seed(3)
+    net = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1))
+    points = torch.linspace(0.0, 3.0, 30).unsqueeze(1)
+
+    def residual(net, z):
+        return torch.func.jacrev(net)(z)[0] - z.cos()
+
+    metric = FunctionalMetric(net, residual, Euclidean(2.0), mass=mass)
+    optimizer = LevenbergMarquardt(metric)
+    losses = []
+    for _ in range(40):
+        values = metric(points)
+        loss = values.square().mean()
+        metric.backward(loss, values)
+        losses.append(float(loss.detach()))
+        optimizer.step(lambda: metric(points).square().mean())
+        assert optimizer.report.loss == losses[-1]
+    assert losses[-1] < 1e-7
+    assert all(after <= before for before, after in pairwise(losses))
+
+
+def test_the_bend_helps():
+    finals = []
+    for bend in (None, False):
+        torch.manual_seed(5)
+        net = nn.Sequential(nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, 1))
+        z = torch.rand(30, 2)
+        target = (3.0 * z[:, 0]).sin() * z[:, 1]
+        metric = FunctionalMetric(net, lambda net, p, t: net(p) - t, Euclidean(2.0))
+        optimizer = LevenbergMarquardt(metric, bend=bend)
+        for _ in range(20):
+            values = metric(z, target)
+            metric.backward(values.square().mean(), values)
+            optimizer.step(lambda m=metric, e=(z, target): m(*e).square().mean())
+        finals.append(optimizer.report.new_loss)
+    assert finals[0] < 0.5 * finals[1]
+
+
+@pytest.mark.parametrize("blocks", ["layer", "model"])
+def test_steps_stay_on_the_manifold_and_lower_the_loss(blocks):
+    model, metric, loss, backward = problem(blocks, rm.manifolds.Stiefel())
+    optimizer = LevenbergMarquardt(metric)
+    before = float(loss().detach())
+    for _ in range(25):
+        backward()
+        after = optimizer.step(loss)
+        assert after <= before
+        before = after
+    W = model[0].weight.detach()
+    torch.testing.assert_close(W @ W.mT, torch.eye(3), rtol=0.0, atol=1e-12)
+    assert after < 0.6
+
+
+def test_classification_needs_no_learning_rate():
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
+    x = torch.randn(60, 5)
+    y = x[:, :3].argmax(1)
+    metric = rm.LayerwiseMetric(model, Categorical(), mass=10.0)
+    optimizer = LevenbergMarquardt(metric)
+    for _ in range(30):
+        with metric.record():
+            z = model(x)
+        metric.backward(F.cross_entropy(z, y), z)
+        final = optimizer.step(lambda: F.cross_entropy(model(x), y))
+    assert final < 0.02
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e9])
+def test_without_a_better_point_the_parameters_stay_bit_for_bit(bad):
+    model, metric, _, backward = problem()
+    optimizer = LevenbergMarquardt(metric, trials=3)
+    backward()
+    before = [p.detach().clone() for p in model.parameters()]
+    assert optimizer.step(lambda: torch.tensor(bad)) == float(metric.loss)
+    assert not optimizer.report.accepted
+    assert optimizer.report.trials == 3
+    assert "no step" in str(optimizer.report)
+    assert all(map(torch.equal, before, model.parameters()))
+    assert math.isclose(optimizer.report.mass, 4.0**3)
+
+
+def test_an_error_in_the_loss_puts_the_parameters_back():
+    model, metric, _, backward = problem()
+    optimizer = LevenbergMarquardt(metric)
+    backward()
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step(lambda: 1 / 0)
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+def test_a_saved_run_goes_on_the_same():
+    runs = []
+    for interrupted in (False, True):
+        torch.manual_seed(0)
+        model, metric, loss, backward = problem("layer")
+        optimizer = LevenbergMarquardt(metric)
+        for index in range(8):
+            backward()
+            optimizer.step(loss)
+            if interrupted and index == 3:
+                saved = copy.deepcopy([metric.state_dict(), optimizer.state_dict()])
+                metric.set_mass(7.0)
+                optimizer = LevenbergMarquardt(metric)
+                metric.load_state_dict(saved[0])
+                optimizer.load_state_dict(saved[1])
+        runs.append([p.detach().clone() for p in model.parameters()])
+    assert all(map(torch.equal, *runs))
+
+
+def test_it_asks_for_what_it_needs():
+    _, metric, loss, backward = problem()
+    optimizer = LevenbergMarquardt(metric)
+    with pytest.raises(NotRecordedError, match="before every"):
+        optimizer.step(loss)
+    backward()
+    with pytest.raises(TypeError, match="as a function"):
+        optimizer.step()
+    optimizer.step(loss)
+    with pytest.raises(NotRecordedError, match="before every"):
+        optimizer.step(loss)
+    with pytest.raises(ValueError, match="bend=True"):
+        LevenbergMarquardt(metric, bend=True)
+    with pytest.raises(ValueError, match="0 < shrink"):
+        LevenbergMarquardt(metric, shrink=2.0)
+    with pytest.raises(ValueError, match="no further groups"):
+        optimizer.add_param_group({"params": []})
+    with pytest.raises(MassError, match="multiply"):
+        metric.scale_mass(0.0)
+
+
+def test_a_scaled_mass_counts_at_once():
+    _, metric, _, backward = problem(mass=0.2)
+    backward()
+    before = metric.blocks["model"].to_dense()
+    gram = before - 0.2 * torch.eye(len(before))
+    metric.scale_mass(3.0)
+    after = metric.blocks["model"].to_dense()
+    torch.testing.assert_close(after, gram + 0.6 * torch.eye(len(before)))
+    backward()
+    torch.testing.assert_close(metric.blocks["model"].to_dense(), after)
