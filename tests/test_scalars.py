@@ -118,3 +118,16 @@ def test_masses_and_factors_of_numbers() -> None:
     assert DenseFactor(torch.ones(3)).shape == ()
     with pytest.raises(ShapeError, match=r"shape \(\)"):
         DenseFactor(torch.ones(()))
+
+
+def test_a_manifold_of_numbers_with_a_factor() -> None:
+    metric = passed(MODELS["scalars"](), blocks="tensor", mass=0.1)
+    manifold = metric.model.temperature.manifold
+    x = metric.model.temperature.detach().as_subclass(Tensor)
+    u, batch = torch.tensor(0.3), torch.tensor([0.3, -0.2])
+    block = metric.blocks["temperature"]
+    torch.testing.assert_close(manifold.inner(x, u, u), block.inner(u, u))
+    assert manifold.inner(x, u, keepdim=True).shape == ()
+    found = manifold.inner(x, batch, batch)
+    torch.testing.assert_close(found[1], block.inner(batch[1], batch[1]))
+    torch.testing.assert_close(manifold.egrad2rgrad(x, u), block.sharp(u))
