@@ -215,7 +215,9 @@ class Block:
             rows = [
                 space.point.new_zeros(stop - start, space.point.numel())
                 if factor is None
-                else space.root_adjoint(factor.rows(start, stop).double()).flatten(1)
+                else space.root_adjoint(factor.rows(start, stop).double()).reshape(
+                    stop - start, space.point.numel()
+                )
                 for factor, space in wide
             ]
             yield torch.cat(rows, 1)

@@ -73,6 +73,10 @@ class Declared:
     moves: bool = False
     held: geoopt.Manifold | None = None
 
+    def __repr__(self) -> str:
+        shape = tuple(self.tensor.shape)
+        return f"Declared({self.name}: {self.manifold.name}, {shape}, {self.mass!r})"
+
     @property
     def current(self) -> Tensor | None:
         """The tensor that the model holds under this name now."""

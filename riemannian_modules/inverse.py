@@ -48,6 +48,10 @@ class Solution:
     base: Block
     branch: str
 
+    def __repr__(self) -> str:
+        names = ", ".join(self.vectors)
+        return f"Solution({names}; rank {len(self.velocity)}, {self.branch})"
+
     def looks_finite(self) -> bool:
         """Return False if a number on the CPU is not finite."""
         return all(map(looks_finite, (*self.vectors.values(), self.velocity)))

@@ -32,6 +32,15 @@ class Mass:
     column: Tensor | None = None
     diagonal: Tensor | None = None
 
+    def __repr__(self) -> str:
+        shapes = {
+            name: f"{name} {tuple(value.shape)}"
+            for name in ("row", "column", "diagonal")
+            if (value := getattr(self, name)) is not None
+        }
+        own = [] if self.diagonal is not None else [f"scalar {self.scalar:g}"]
+        return f"Mass({', '.join([*own, *shapes.values()])})"
+
     def times(self, factor: float) -> "Mass":
         """Return the mass with every entry multiplied by a positive number."""
         if self.diagonal is not None:

@@ -145,7 +145,8 @@ class LayerMetric:
 
         This is the subtracting form with a refinement where rank < dim, and the
         primal form else. For the gradient of the loss prefer :meth:`solve` with
-        its whitened residual, which loses no digits however small the mass.
+        its whitened residual, which with independent rows loses no digits however
+        small the mass.
 
         Args:
             e: ambient covectors, for instance an ordinary gradient.

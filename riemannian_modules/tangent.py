@@ -65,6 +65,12 @@ class TangentSpace:
                 "declare the parameter Euclidean"
             )
 
+    def __repr__(self) -> str:
+        return (
+            f"TangentSpace({self.name}: {self.manifold.name}, shape "
+            f"{tuple(self.point.shape)}, {self.mass!r})"
+        )
+
     def sharp(self, e: Tensor) -> Tensor:
         """Return the tangent vector that represents the covector ``e``."""
         return self.mass.divide(self.riesz(e))

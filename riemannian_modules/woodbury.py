@@ -6,11 +6,14 @@ for a multiple of the identity). Which form is right depends on the data:
 =============  ==================  ==========================  ====================
 form           inner matrix        accurate for                use when
 =============  ==================  ==========================  ====================
-push-through   ``S``, (r, r)       every mass                  the covector is K^T y
+push-through   ``S``, (r, r)       every mass (*)              the covector is K^T y
 woodbury       ``S``, (r, r)       loses ``|S|`` digits        other covectors, r < p
 primal         ``G``, (p, p)       every mass                  r >= p
 qr             ``[K; sqrt(D)]``    every mass                  fallback and oracle
 =============  ==================  ==========================  ====================
+
+(*) While the rows of K are independent: the relative error is about eps times
+``|K| (|y - K x| / |x| + 1)``, see the math page.
 
 Nothing here knows about manifolds. :mod:`riemannian_modules.inverse` has the same forms
 with products in place of the matrix K and a Riesz map in place of ``1/D``; it takes the
@@ -108,8 +111,8 @@ def capacitance(K: Tensor, D: Tensor | float) -> Tensor:
 def push_through(K: Tensor, D: Tensor | float, y: Tensor) -> Tensor:
     """Return ``(D + K^T K)^-1 K^T y = D^-1 K^T S^-1 y``, shape ``(p,)``.
 
-    Implements :eq:`push-through`. There is no subtraction, so the error is of
-    the order of the rounding unit for every mass. Cost O(r^2 p + r^3).
+    Implements :eq:`push-through`. There is no subtraction, so with independent rows
+    the error is of the order of the rounding unit for every mass. Cost O(r^2 p + r^3).
 
     >>> K = torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 1.0]], dtype=torch.float64)
     >>> D = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)

@@ -235,9 +235,57 @@ class Branches(nn.Module):
         return self.last(torch.cat([z, gated], -1))
 
 
+def place(model: nn.Module, name: str, manifold: geoopt.Manifold) -> None:
+    """Put a parameter at a random point of a manifold."""
+    with torch.no_grad():
+        parameter = model.get_parameter(name)
+        unit = F.normalize(torch.randn_like(parameter), dim=-1)
+        if isinstance(manifold, rm.manifolds.Positive):
+            unit = (0.5 * unit).exp()
+        parameter.copy_(0.6 * unit)
+    rm.geometrize(model, {name: manifold})
+
+
+class CurvedBiases(nn.Module):
+    """Biases that live on manifolds, one of them in two layers."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 3), nn.Linear(3, 3)
+        self.third, self.last = nn.Linear(3, 3, bias=False), nn.Linear(3, width)
+        self.third.bias = self.second.bias
+        self.norm = nn.LayerNorm(3)
+        place(self, "first.bias", rm.manifolds.Positive())
+        place(self, "second.bias", rm.manifolds.PoincareBall())
+        place(self, "last.bias", rm.manifolds.Lorentz())
+        place(self, "norm.weight", rm.manifolds.Positive())
+        place(self, "norm.bias", rm.manifolds.Scaled(rm.manifolds.Sphere(), 2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.second(torch.tanh(self.first(x))))
+        return self.last(torch.tanh(self.third(self.norm(hidden))))
+
+
+class Scalars(nn.Module):
+    """Parameters of shape (): a scale on two branches, and a temperature."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, width)
+        self.scale = nn.Parameter(torch.tensor(0.7))
+        self.temperature = nn.Parameter(torch.tensor(1.3))
+        rm.geometrize(self, {"temperature": rm.manifolds.Positive()})
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = x + self.scale * torch.tanh(self.first(self.scale * x))
+        return self.second(hidden) / self.temperature
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "chain": lambda: chain("stiefel-wide", bias=True),
     "twice": lambda: Twice("stiefel-square", 3),
     "tied": lambda: Tied("sphere", 3),
     "branches": lambda: Branches(3),
+    "curved-biases": lambda: CurvedBiases(3),
+    "scalars": lambda: Scalars(3),
 }

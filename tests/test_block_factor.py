@@ -8,6 +8,7 @@ from torch import Tensor
 
 from riemannian_modules import Mass, TangentSpace, woodbury
 from riemannian_modules import factors as fs
+from riemannian_modules.testing.strategies import VECTOR_MANIFOLDS
 
 NAMES = sorted(BASES)
 
@@ -16,13 +17,24 @@ def flat(shape: tuple[int, ...], mass: float) -> TangentSpace:
     return TangentSpace(geoopt.Euclidean(), torch.randn(shape), Mass(scalar=mass))
 
 
-def block_of(name: str, positions: int, groups: int = 3):
+def block_of(name: str, positions: int, groups: int = 3, bias_on: str = "euclidean"):
     """Return a layer with its bias and another tensor, for all groups of rows."""
     space = space_of(BASES[name])
     weight = linear_factor(BASES[name].shape, positions, groups)
     bias = fs.BiasFactor(weight.cotangents)
     other = fs.DenseFactor(torch.randn(weight.rank, 5))
-    return [(weight, space), (bias, flat(bias.shape, 0.5)), (other, flat((5,), 2.0))]
+    home = bias_space(bias_on, bias.shape)
+    return [(weight, space), (bias, home), (other, flat((5,), 2.0))]
+
+
+def bias_space(name: str, shape: tuple[int, ...]) -> TangentSpace:
+    """Return where a bias lives; "masses" are those of a diagonal mass."""
+    if name == "masses":
+        mass = Mass(diagonal=torch.rand(shape) + 0.5)
+        return TangentSpace(geoopt.Euclidean(), torch.randn(shape), mass)
+    manifold = VECTOR_MANIFOLDS[name]()
+    point = 0.6 * torch.nn.functional.normalize(torch.randn(shape), dim=0)
+    return TangentSpace(manifold, manifold.projx(point), Mass(scalar=0.5))
 
 
 def part(pairs, start: int, stop: int):
@@ -94,6 +106,40 @@ def test_gram_of_two_layers(name: str, positions: int) -> None:
     pairs = [*block_of("euclidean", 1), *block_of(name, positions)]
     found = lower(fs.BlockFactor(pairs).gram(torch.float64))
     wanted = [dense_gram(space, factor.rows(0, 9)) for factor, space in pairs]
+    assert_close(found, torch.stack(wanted).sum(0))
+
+
+@pytest.mark.parametrize("bias_on", [*VECTOR_MANIFOLDS, "masses"])
+@pytest.mark.parametrize("weight_on", ["euclidean", "stiefel-wide", "scaled-sphere"])
+def test_a_bias_that_lives_elsewhere_than_its_weight(
+    weight_on: str, bias_on: str
+) -> None:
+    pairs = block_of(weight_on, 1, bias_on=bias_on)
+    own, last = part(pairs, 0, 6), part(pairs, 6, 9)
+    block, source = fs.BlockFactor(own), [factor for factor, _ in last]
+    dense = [(factor, space, factor.rows(0, 6)) for factor, space in own]
+    wanted = [dense_gram(space, rows) for _, space, rows in dense]
+    assert_close(lower(block.gram(torch.float64)), torch.stack(wanted).sum(0))
+    sums, a = [factor.row_sum() for factor in source], torch.randn(6)
+    images = [
+        f.matvec(space.sharp(e)) for (f, space, _), e in zip(dense, sums, strict=True)
+    ]
+    assert_close(block.image(sums, source), torch.stack(images).sum(0))
+    found = block.direction(a, sums, source)
+    for x, (_, space, rows), e in zip(found, dense, sums, strict=True):
+        assert_close(x, space.sharp(e - torch.tensordot(a, rows, 1)))
+
+
+def test_cotangents_are_shared_only_if_they_are_the_same_numbers() -> None:
+    # A transposed view has the memory and the shape, but not the order.
+    l = torch.randn(2, 3, 4, 4)
+    weight = fs.LinearFactor(torch.randn(3, 4, 5), l)
+    assert fs.BiasFactor(l).belongs_to(weight)
+    assert not fs.BiasFactor(l.mT).belongs_to(weight)
+    space = flat((4, 5), 1.0), flat((4,), 1.0)
+    pairs = [(weight, space[0]), (fs.BiasFactor(l.mT), space[1])]
+    wanted = [dense_gram(space, factor.rows(0, 6)) for factor, space in pairs]
+    found = lower(fs.BlockFactor(pairs).gram(torch.float64))
     assert_close(found, torch.stack(wanted).sum(0))
 
 

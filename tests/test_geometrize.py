@@ -147,6 +147,49 @@ def test_the_gradient_on_filters_is_the_dense_one() -> None:
         torch.testing.assert_close(x[n], expected, rtol=1e-9, atol=1e-12)
 
 
+SINGULAR = {
+    "spd": (manifolds.SPD(), (3, 3)),
+    "log-euclidean": (manifolds.LogEuclideanSPD(), (3, 3)),
+    "scaled": (manifolds.Scaled(manifolds.SPD(), 2.0), (3, 3)),
+    "reshaped": (Reshaped(manifolds.SPD(), (6, 3), (2, 3, 3)), (6, 3)),
+    "product": (
+        geoopt.ProductManifold((manifolds.Sphere(), 2), (manifolds.SPD(), (2, 2))),
+        (2, 6),
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", SINGULAR)
+def test_singular_matrices_are_refused(name: str, dtype: torch.dtype) -> None:
+    manifold, shape = SINGULAR[name]
+    layer = nn.Linear(shape[1], shape[0], dtype=dtype)
+    with torch.no_grad():
+        layer.weight.fill_(1.0)  # matrices of ones have rank one
+        if name == "product":
+            layer.weight[:, :2] = torch.tensor([1.0, 0.0])
+    with pytest.raises(NotOnManifoldError, match="not positive definite"):
+        rm.geometrize(layer, {"weight": manifold}, project=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", [manifolds.SPD, manifolds.LogEuclideanSPD])
+def test_an_ordinary_weight_trains_as_a_positive_definite_one(kind, dtype) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)).to(dtype)
+    rm.geometrize(model, {"0.weight": kind()})
+    metric = rm.LayerwiseMetric(model, rm.output.Categorical(), mass=0.1)
+    optimizer = rm.optim.RiemannianSGD(metric, lr=0.3)
+    x, target, losses = torch.randn(12, 4, dtype=dtype), torch.arange(12) % 3, []
+    for _ in range(10):
+        with metric.record():
+            outputs = model(x)
+        loss = F.cross_entropy(outputs, target)
+        metric.backward(loss, outputs)
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.9 * losses[0]
+
+
 class Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()

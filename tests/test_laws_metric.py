@@ -53,7 +53,9 @@ def test_every_law(kind: str, factor: str, dtype: torch.dtype, data, seed: int) 
 @given(data=st.data(), seed=SEEDS)
 def test_every_law_with_equal_sides(kind: str, data, seed: int) -> None:
     # Rank and dimension within one of each other, where the form changes.
-    metric = data.draw(rst.layer_metrics(kinds=[kind], max_rank=1, bias=False))
+    metric = data.draw(
+        rst.layer_metrics(kinds=[kind], max_rank=1, bias=False, scalar=False)
+    )
     dim = metric.dim
     rank = data.draw(st.integers(max(1, dim - 1), dim + 1))
     part = metric.parts[0]
@@ -108,6 +110,7 @@ def test_rotated_inputs_rotate_the_gradient(
             factor_kinds=["linear"],
             mass_kinds=["scalar"],
             bias=False,
+            scalar=False,
             min_rank=1,
             dtype=dtype,
         )

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import BASES, OUTPUTS, Branches, Loss, Tied, Twice, chain, inputs
+from cases import BASES, MODELS, OUTPUTS, Branches, Loss, Tied, Twice, chain, inputs
 from torch import Tensor, nn
 
 import riemannian_modules as rm
@@ -126,6 +126,16 @@ def test_branches(n: int, blocks: str) -> None:
     model = Branches(3)
     loss = OUTPUTS["categorical"].loss_for(torch.zeros(n, 3))
     x = torch.randn(n, 4)
+    compare(model, x, rm.output.Categorical(), loss, mass=0.1, blocks=blocks)
+
+
+@pytest.mark.parametrize("blocks", BLOCKS)
+@pytest.mark.parametrize("n", [2, 20])
+@pytest.mark.parametrize("name", ["curved-biases", "scalars"])
+def test_biases_on_manifolds_and_scalars(name: str, n: int, blocks: str) -> None:
+    model = MODELS[name]()
+    loss = OUTPUTS["categorical"].loss_for(torch.zeros(n, 3))
+    x = inputs(model, n)
     compare(model, x, rm.output.Categorical(), loss, mass=0.1, blocks=blocks)
 
 

@@ -718,6 +718,34 @@ def test_the_report_is_a_table() -> None:
     assert lines[2].startswith("2 ")
 
 
+def test_representations_are_short_and_print_computes() -> None:
+    model = chain()
+    metric = layer_metric(model, mass={"0.weight": 0.5, "*": 0.1})
+    optimizer = rm.optim.RiemannianSGD(metric, lr=0.2)
+    backward(metric)
+    optimizer.step()
+    report, block = optimizer.report, optimizer.report["0"]
+    part = metric.blocks["0"].parts[0]
+    things = [report, block, block.solution, part, part.space, part.factor]
+    things += [block.metric, next(iter(metric.parameters)), part.space.mass]
+    for thing in things:
+        assert "tensor(" not in repr(thing)
+        assert "object at" not in repr(thing)
+        assert len(repr(thing)) < 300
+    # A representation reads nothing; only what is printed is computed.
+    assert "gradient_norm" not in vars(block)
+    head, *lines = str(block).splitlines()
+    assert head == repr(block)
+    assert "0.weight, 0.bias" in head
+    assert f"{block.gradient_norm:.2e}" in lines[0]
+    assert [line.split()[-1] for line in lines] == str(report).splitlines()[1].split()[
+        -len(lines) :
+    ]
+    assert repr(rm.Mass(diagonal=torch.ones(2))) == "Mass(diagonal (2,))"
+    row = rm.Mass(row=torch.ones(2), column=torch.ones(3))
+    assert repr(row) == "Mass(scalar 1, row (2,), column (3,))"
+
+
 def test_the_report_counts_the_decay_as_a_step() -> None:
     model = nn.Sequential(nn.Linear(5, 3))
     metric = layer_metric(model)

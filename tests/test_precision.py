@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -77,7 +78,7 @@ def error(found: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> float:
 
 @pytest.mark.parametrize("blocks", ["tensor", "layer", "model"])
 @pytest.mark.parametrize("mass", MASSES)
-def test_a_float32_step_is_accurate_for_every_mass(
+def test_a_float32_step_with_independent_rows_is_accurate_for_every_mass(
     digits: Digits, mass: float, blocks: str
 ) -> None:
     exact = pulled_back(digits, torch.float64, mass=mass, blocks=blocks)
@@ -85,6 +86,68 @@ def test_a_float32_step_is_accurate_for_every_mass(
     found = metric.natural_gradient()
     assert {v.dtype for v in found.values()} == {torch.float32}
     assert error(found, exact.natural_gradient()) <= 1e-5
+
+
+def rounding(exact: rm.LayerwiseMetric) -> dict[str, float]:
+    """Return ``eps |K| (|a| / |x| + 1)`` of every block, ``a = y - K x``, for float32.
+
+    Norms of parameters are those of the massed base metric.
+    """
+    y = exact._found.residual
+    bounds = {}
+    for name, block in exact.blocks.items():
+        x = block.solve(residual=y).vectors
+        base = sum((p.space.flat(x[p.name]) * x[p.name]).sum() for p in block.parts)
+        size = float(block.gram_spectrum().sum()) ** 0.5
+        left = float((y - block.image(x)).norm()) / float(base) ** 0.5
+        bounds[name] = torch.finfo(torch.float32).eps * size * (left + 1.0)
+    return bounds
+
+
+SMALL = {
+    "narrow": [5, 4, 3],  # the last layer's 15 dimensions hold 10 independent rows
+    "wide": [20, 30, 3],
+    "deep": [20, 30, 30, 3],
+    "linear": [20, 3],
+}
+
+
+@pytest.mark.parametrize("mass", [1e-2, 1e-4, 1e-6])
+@pytest.mark.parametrize("n", [6, 12, 24])
+@pytest.mark.parametrize("sizes", SMALL)
+def test_a_float32_step_is_as_accurate_as_its_rows_allow(sizes, n, mass) -> None:
+    layers: list[nn.Module] = []
+    for before, after in pairwise(SMALL[sizes]):
+        layers += [nn.Linear(before, after, dtype=torch.float32), nn.Tanh()]
+    case = (
+        nn.Sequential(*layers[:-1]),
+        torch.randn(n, SMALL[sizes][0], dtype=torch.float32),
+        torch.arange(n) % 3,
+    )
+    exact = pulled_back(case, torch.float64, mass=mass)
+    metric = pulled_back(case, torch.float32, mass=mass)
+    found, expected = metric.natural_gradient(), exact.natural_gradient()
+    residual = metric._found.residual.double()
+    for name, bound in rounding(exact).items():
+        own = [part.name for part in exact.blocks[name].parts]
+        wanted = {each: expected[each] for each in own}
+        assert error(found, wanted) <= bound
+        # Rows that were rounded to float32 cost as much in float64: K is all there is.
+        same = metric.blocks[name].double().solve(residual=residual).vectors
+        assert error(found, wanted) <= 30.0 * error(same, wanted)
+
+
+def test_without_independent_rows_the_error_grows_like_the_inverse_mass() -> None:
+    model = nn.Linear(4, 3, dtype=torch.float32)
+    case = model, torch.randn(24, 4, dtype=torch.float32), torch.arange(24) % 3
+    bounds, errors = [], []
+    for mass in (1e-3, 1e-5):
+        exact = pulled_back(case, torch.float64, mass=mass)
+        metric = pulled_back(case, torch.float32, mass=mass)
+        bounds += rounding(exact).values()
+        errors.append(error(metric.natural_gradient(), exact.natural_gradient()))
+    assert 50.0 < bounds[1] / bounds[0] < 150.0
+    assert errors[1] > 3.0 * errors[0]
 
 
 @pytest.mark.parametrize("blocks", ["layer", "model"])

@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+import re
 from collections.abc import Callable
 
 import geoopt
@@ -142,11 +143,12 @@ def test_retractions_pass_every_check(
     manifold = build(kind)
     for _ in range(3):
         point = draw(manifold, shape)
+        results = check_retraction(manifold, rule, point)
         if rule == Exponential() and kind in NO_GEODESICS:
-            with pytest.raises(ManifoldContractError, match=r"no expmap.*Default"):
-                check_retraction(manifold, rule, point)
+            (finding,) = results
+            assert (finding.name, finding.passed) == ("raised", False)
+            assert re.search(r"ManifoldContractError.*no expmap.*Default", str(finding))
         else:
-            results = check_retraction(manifold, rule, point)
             raise_failures(results)
             has_order = results[-1].name == "retraction_order"
             assert has_order == (kind not in NO_GEODESICS)
@@ -1172,6 +1174,43 @@ def test_log_euclidean_points_and_vectors_are_checked() -> None:
         assert not ok
         assert reason in found
     assert manifold.check_point_on_manifold(manifold.projx(torch.randn(5, 3, 3)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "values",
+    [(-3.0, -1.0, 2.0), (0.0, 0.0, 2.0), (-1e-3, 1e-12, 1.0), (-2.0, -2.0, -2.0)],
+    ids=str,
+)
+def test_log_euclidean_projections_are_away_from_the_boundary(values, dtype) -> None:
+    manifold = manifolds.LogEuclideanSPD()
+    q = torch.linalg.qr(torch.randn(3, 3))[0]
+    x = ((q * torch.tensor(values)) @ q.mT).to(dtype)
+    # What is across the symmetric matrices does not matter.
+    skew = torch.tensor([[0, 1, 2], [-1, 0, 3], [-2, -3, 0]], dtype=dtype)
+    point = manifold.projx(x + skew)
+    assert point.dtype == dtype
+    assert manifold.check_point_on_manifold(point)
+    eps = torch.finfo(dtype).eps
+    sizes = torch.tensor(values).abs().to(dtype)
+    wanted = sizes.maximum(eps**0.5 * sizes.max()).sort().values
+    found = torch.linalg.eigvalsh(point)
+    close = {"rtol": 0.0, "atol": 20.0 * eps * float(sizes.max())}
+    torch.testing.assert_close(found, wanted, **close)
+    torch.testing.assert_close(manifold.projx(point), point, **close)
+    u = manifold.proju(point, torch.randn(3, 3, dtype=dtype))
+    assert bool(flat(manifold, point, u).isfinite().all())
+
+
+def test_singular_matrices_are_no_log_euclidean_points() -> None:
+    manifold = manifolds.LogEuclideanSPD()
+    for least in (0.0, 1e-16, -1e-16):
+        x = torch.diag(torch.tensor([1.0, least]))
+        ok, reason = manifold.check_point_on_manifold(x, explain=True)
+        assert not ok
+        assert "begin at" in reason
+    assert not manifold.check_point_on_manifold(manifold.projx(torch.zeros(2, 2)))
+    assert manifold.check_point_on_manifold(torch.diag(torch.tensor([1.0, 1e-14])))
 
 
 # ---- objects ---------------------------------------------------------------------

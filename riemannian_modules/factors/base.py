@@ -25,6 +25,9 @@ class MetricFactor(ABC):
     shape: tuple[int, ...]
     rank: int
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(rank {self.rank}, shape {tuple(self.shape)})"
+
     @property
     @abstractmethod
     def dtype(self) -> torch.dtype:

@@ -1,7 +1,7 @@
 """Products with the factors of a block, in which a bias travels with its weight.
 
-A bias whose cotangents are those of a weight in the block costs next to nothing: its
-Gram matrix ``L L^T`` is the weight's with ``X X^T`` replaced by ones.
+A Euclidean bias whose cotangents are those of a weight in the block costs next to
+nothing: its Gram matrix ``L L^T`` is the weight's with ``X X^T`` replaced by ones.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from riemannian_modules.factors.base import MetricFactor
-from riemannian_modules.factors.linear import BiasFactor, LinearFactor
+from riemannian_modules.factors.linear import BiasFactor, LinearFactor, memory
 from riemannian_modules.factors.linear_gram import absorbs_bias
 from riemannian_modules.tangent import TangentSpace
 
@@ -40,7 +40,9 @@ class BlockFactor:
         # {index of a weight: index of the bias that it takes along}
         self._biases: dict[int, int] = {}
         for index, (factor, space) in enumerate(pairs):
-            if isinstance(factor, BiasFactor) and space.mass.is_scalar:
+            # Only where its Riesz map is a division by one number is its Gram matrix a
+            # multiple of L L^T.
+            if isinstance(factor, BiasFactor) and space.divisor is not None:
                 weight = self._weight_of(factor)
                 if weight is not None:
                     self._biases[weight] = index
@@ -172,10 +174,9 @@ class _Combined:
         self, factor: Combining, source: MetricFactor | None = None
     ) -> Tensor:
         """Return the combined cotangent, or what it leaves of the sum of a source's."""
-        own = factor.cotangents
-        key: object = own.data_ptr(), own.shape
+        key: object = memory(factor.cotangents)
         if isinstance(source, Combining):
-            key = key, source.cotangents.data_ptr(), source.cotangents.shape
+            key = key, memory(source.cotangents)
         if key not in self._known:
             sums = factor.combine(self._a)
             if isinstance(source, Combining):

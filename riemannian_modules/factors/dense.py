@@ -13,10 +13,11 @@ class DenseFactor(MetricFactor):
     """Rows of K as one tensor of shape ``(rank, *shape)``.
 
     Args:
-        rows: the rows, one covector of the parameter's shape each.
+        rows: the rows, one covector of the parameter's shape each; ``(rank,)`` for a
+            parameter that is a number.
 
     Raises:
-        ShapeError: ``rows`` has no parameter dimension.
+        ShapeError: ``rows`` is a number itself.
 
     >>> factor = DenseFactor(torch.tensor([[1.0, 2.0]]))
     >>> factor.matvec(torch.tensor([1.0, 1.0]))
@@ -24,7 +25,7 @@ class DenseFactor(MetricFactor):
     """
 
     def __init__(self, rows: Tensor) -> None:
-        if rows.ndim < 2:
+        if rows.ndim < 1:
             raise ShapeError(
                 f"rows of a dense factor have shape {tuple(rows.shape)}; expected "
                 "(rank, *shape) with the shape of the parameter"

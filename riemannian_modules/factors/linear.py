@@ -21,7 +21,7 @@ from riemannian_modules.factors.slabs import Slab, SlabFactor, slab_gram
 from riemannian_modules.factors.sums import added
 from riemannian_modules.tangent import TangentSpace
 
-__all__ = ["BiasFactor", "CotangentFactor", "LinearFactor"]
+__all__ = ["BiasFactor", "CotangentFactor", "LinearFactor", "memory"]
 
 
 def _check(inputs: Tensor | None, cotangents: Tensor) -> None:
@@ -36,8 +36,13 @@ def _check(inputs: Tensor | None, cotangents: Tensor) -> None:
         )
 
 
+def memory(tensor: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
+    """Return what two tensors have in common only if they are the same numbers."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride()
+
+
 def _same(a: Tensor, b: Tensor) -> bool:
-    return a.data_ptr() == b.data_ptr() and a.shape == b.shape
+    return memory(a) == memory(b)
 
 
 class CotangentFactor(MetricFactor):

@@ -68,8 +68,8 @@ def for_each_point(
     batches = (batch_of(tensor, shape, remedy) for tensor in (x, *vectors))
     batch = torch.broadcast_shapes(*batches)
     single = x.ndim == len(shape)
-    rows = [t.expand(*batch, *shape).reshape(-1, *shape) for t in vectors]
-    points = [x] if single else x.expand(*batch, *shape).reshape(-1, *shape)
+    rows = [t.expand((*batch, *shape)).reshape(-1, *shape) for t in vectors]
+    points = [x] if single else x.expand((*batch, *shape)).reshape(-1, *shape)
     metric: Any = None
     found = []
     for i in range(len(rows[0])):

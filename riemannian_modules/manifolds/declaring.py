@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from riemannian_modules.errors import LostManifoldError
+from riemannian_modules.manifolds.boundary import on_boundary
 from riemannian_modules.manifolds.contract import base_of
 from riemannian_modules.manifolds.metric_manifold import MetricManifold, follow
 from riemannian_modules.manifolds.scaled import Scaled
@@ -164,4 +165,4 @@ def off_manifold(
     ok, reason = manifold.check_point_on_manifold(
         value, explain=True, atol=tolerance, rtol=tolerance
     )
-    return None if ok else str(reason)
+    return on_boundary(manifold, value) if ok else str(reason)

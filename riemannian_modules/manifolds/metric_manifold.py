@@ -204,7 +204,7 @@ class MetricManifold(Delegating):
             # they multiply the factor of every point with the products of all.
             return value.reshape(value.shape[:kept])
         total = self._each("inner", False, metric, x, u, u if v is None else v)
-        return total.view(*total.shape, *(1,) * self.ndim) if keepdim else total
+        return total.view((*total.shape, *(1,) * self.ndim)) if keepdim else total
 
     def component_inner(self, x: Tensor, u: Tensor, v: Tensor | None = None) -> Tensor:
         """Return the inner product of the component that an entry is in.

@@ -16,6 +16,8 @@ __all__ = ["BlockReport", "StepReport"]
 class BlockReport:
     """One block's part of a step. Numbers are computed, and read, when asked for.
 
+    ``print`` asks for all of them.
+
     Attributes:
         name: the block.
         metric: its metric at the point where the step began.
@@ -30,6 +32,27 @@ class BlockReport:
     solution: Solution
     lr: float
     steps: dict[str, Tensor | None]
+
+    def __repr__(self) -> str:
+        return (
+            f"BlockReport({self.name}: {', '.join(self.steps)}; dim {self.dim}, rank "
+            f"{self.rank}, {self.branch})"
+        )
+
+    def __str__(self) -> str:
+        """Return the numbers of the table with their names, a line each."""
+        lines = [f"  {words:<24}{value:.2e}" for words, value in self._numbers()]
+        return "\n".join([repr(self), *lines])
+
+    def _numbers(self) -> list[tuple[str, float]]:
+        return [
+            ("norm of the gradient", self.gradient_norm),
+            ("norm of the step", self.update_norm),
+            ("predicted decrease", self.predicted_decrease),
+            ("residual of the solve", self.residual),
+            ("condition", self.condition),
+            ("rate in output space", self.contraction_rate),
+        ]
 
     @property
     def rank(self) -> int:
@@ -99,6 +122,9 @@ class StepReport:
 
     blocks: dict[str, BlockReport]
 
+    def __repr__(self) -> str:
+        return f"StepReport(blocks {', '.join(self.blocks)})"
+
     def __getitem__(self, name: str) -> BlockReport:
         return self.blocks[name]
 
@@ -110,9 +136,7 @@ class StepReport:
         head += ["residual", "condition", "rate"]
         rows = [head]
         for b in self:
-            numbers = [b.gradient_norm, b.update_norm, b.predicted_decrease]
-            numbers += [b.residual, b.condition, b.contraction_rate]
-            texts = [f"{number:.2e}" for number in numbers]
+            texts = [f"{number:.2e}" for _, number in b._numbers()]
             rows.append([b.name, str(b.dim), str(b.rank), b.branch, *texts])
         widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
         return "\n".join(

@@ -25,8 +25,9 @@ def factor_laws(probe: MetricProbe) -> Iterator[CheckResult]:
         if part.factor is None or wide.factor is None:
             continue
         yield from _products(probe, part, part.factor)
-        rows = probe.rows[part.name].view(-1, *part.space.point.shape)
-        gram = rows.flatten(1) @ wide.space.sharp(rows).flatten(1).mT
+        flat = probe.rows[part.name]
+        rows = flat.view(-1, *part.space.point.shape)
+        gram = flat @ wide.space.sharp(rows).view_as(flat).mT
         bound = probe.reach[part.name] * part.factor.rank**0.5
         yield CheckResult.at_most(
             "gram",
@@ -82,7 +83,7 @@ def _products(
     pieces = torch.cat([factor.rows(0, middle), factor.rows(middle, factor.rank)])
     yield CheckResult.at_most(
         "rows",
-        relative_gap(pieces.flatten(1), K, size),
+        relative_gap(pieces.view_as(K), K, size),
         probe.exact,
         f"{part.name}: rows(i, j) are the rows i to j of K",
     )

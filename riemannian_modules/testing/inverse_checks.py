@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import torch
 
+from riemannian_modules.testing.guarded import worst
 from riemannian_modules.testing.metric_probe import MetricProbe, combine, relative_gap
 from riemannian_modules.testing.result import CheckResult
 
@@ -82,7 +83,7 @@ def inverse_laws(probe: MetricProbe) -> Iterator[CheckResult]:
     )
     yield CheckResult.at_most(
         "tangent",
-        max(
+        worst(
             relative_gap(p.space.project(x[p.name].double()), x[p.name])
             for p in probe.wide
         ),

@@ -11,12 +11,14 @@ normal parts of the rows and the condition of the base metric):
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from riemannian_modules.metric import LayerMetric, Part
 from riemannian_modules.testing.factor_checks import factor_laws
+from riemannian_modules.testing.guarded import guarded, worst
 from riemannian_modules.testing.inverse_checks import (
     form_laws,
     inverse_laws,
@@ -50,7 +52,7 @@ def _bounds(probe: MetricProbe) -> Iterator[CheckResult]:
     ]
     yield CheckResult.at_most(
         "monotone",
-        max(ratios),
+        worst(ratios),
         1.0 + 2.0 * probe.solved,
         "e(x) and |x| fall and mu |x| grows with the mass mu",
     )
@@ -171,16 +173,16 @@ def _rows(metric: LayerMetric) -> dict[str, Tensor]:
     }
 
 
-_LAWS: tuple[Callable[[MetricProbe], Iterator[CheckResult]], ...] = (
-    factor_laws,
-    form_laws,
-    inverse_laws,
-    solution_laws,
-    _bounds,
-    _symmetries,
-    _spectra,
-    _manners,
-)
+_LAWS: dict[str, Callable[[MetricProbe], Iterator[CheckResult]]] = {
+    "the factors": factor_laws,
+    "the form": form_laws,
+    "the inverse": inverse_laws,
+    "solutions": solution_laws,
+    "bounds": _bounds,
+    "symmetries": _symmetries,
+    "the spectrum": _spectra,
+    "arguments and data types": _manners,
+}
 
 
 def check_metric(
@@ -205,7 +207,8 @@ def check_metric(
     - bounds: ``upper_bound``, ``lower_bound``, ``monotone``, ``no_factor``,
       ``heavy_mass``;
     - invariance: ``normal_covector``, ``normal_rows``, ``rotated_rows``, ``scaled``;
-    - ``spectrum``, ``logdet``; ``unchanged``, ``kind`` and, below float64, ``float64``.
+    - ``spectrum``, ``logdet``; ``unchanged``, ``kind`` and, below float64, ``float64``;
+    - ``raised`` in place of what is left of a group in which something raises.
 
     Args:
         metric: the metric under test, at a point inside its manifolds' domains.
@@ -225,4 +228,8 @@ def check_metric(
     """
     probe = MetricProbe(metric, generator)
     with torch.no_grad():
-        return [result for law in _LAWS for result in law(probe)]
+        return [
+            result
+            for words, law in _LAWS.items()
+            for result in guarded(words, partial(law, probe))
+        ]

@@ -36,7 +36,9 @@ def combine(a: float, e: Vectors, b: float, f: Vectors) -> dict[str, Tensor]:
 
 
 def relative_gap(a: Tensor, b: Tensor, scale: float | None = None) -> float:
-    """Return ``|a - b|`` in float64 relative to ``scale``, by default ``|b|``."""
+    """Return ``|a - b| / scale`` in float64, by default ``|b|``; inf between shapes."""
+    if a.shape != b.shape:
+        return math.inf
     a, b = a.double(), b.double()
     scale = float(b.norm()) if scale is None else scale
     gap = float((a - b).norm())
@@ -147,7 +149,9 @@ class MetricProbe:
     def bases(self) -> dict[str, Tensor]:
         """Tangent bases, ``(dim, p)`` each, orthonormal entry by entry."""
         return {
-            p.name: tangent_basis(p.space.manifold, p.space.point).flatten(1)
+            p.name: tangent_basis(p.space.manifold, p.space.point).reshape(
+                -1, p.space.point.numel()
+            )
             for p in self.wide
         }
 

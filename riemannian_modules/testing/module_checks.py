@@ -6,136 +6,32 @@ what a reverse pass computes, relative to the size of what is compared; 50 eps a
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Literal
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from riemannian_modules.errors import LinearizationError
-from riemannian_modules.factors import MetricFactor
 from riemannian_modules.layerwise import LayerwiseMetric
-from riemannian_modules.mass import MassLike
 from riemannian_modules.output import OutputMetric
-from riemannian_modules.testing.metric_probe import relative_gap
-from riemannian_modules.testing.reference import (
-    dense_factor,
-    dense_natural_gradient,
-    sharp_values,
+from riemannian_modules.testing.guarded import guarded, worst
+from riemannian_modules.testing.module_case import (
+    Blocks,
+    Loss,
+    Masses,
+    ModuleCase,
+    Reduction,
+    factors_of,
+    floor_of,
+    largest_gap,
 )
+from riemannian_modules.testing.reference import dense_factor, dense_natural_gradient
 from riemannian_modules.testing.result import CheckResult
 
 __all__ = ["check_module"]
 
-Loss = Callable[[Tensor], Tensor]
-Masses = MassLike | Mapping[str, MassLike]
-Blocks = Literal["tensor", "layer", "model"]
-Reduction = Literal["mean", "sum"]
 
-
-@dataclass
-class _Case:
-    model: nn.Module
-    x: Tensor
-    output: OutputMetric
-    loss: Loss
-    mass: Masses
-    blocks: Blocks
-    reduction: Reduction
-    generator: torch.Generator | None
-
-    def metric(self, reduction: Reduction | None = None) -> LayerwiseMetric:
-        return LayerwiseMetric(
-            self.model,
-            self.output,
-            mass=self.mass,
-            blocks=self.blocks,
-            reduction=reduction or self.reduction,
-        )
-
-    @cached_property
-    def trainable(self) -> dict[str, nn.Parameter]:
-        return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-
-    @cached_property
-    def linearised(self) -> tuple[LayerwiseMetric, Tensor]:
-        metric = self.metric()
-        with metric.record():
-            outputs = self.model(self.x)
-        metric.backward(self.loss(outputs), outputs)
-        return metric, outputs.detach()
-
-    @cached_property
-    def eps(self) -> float:
-        return float(torch.finfo(next(iter(self.trainable.values())).dtype).eps)
-
-    @cached_property
-    def exact(self) -> float:
-        layers = [m for m in self.model.modules() if list(m.parameters(False))]
-        return 200.0 * self.eps * max(1, len(layers))
-
-    @cached_property
-    def solved(self) -> float:
-        blocks = self.linearised[0].blocks.values()
-        spectra = [block.gram_spectrum() for block in blocks]
-        largest = max(float(values[0]) if len(values) else 0.0 for values in spectra)
-        condition = max(float(v[-1] / v[0]) for v in self.sharp_values.values())
-        return self.exact + 50.0 * self.eps * (1.0 + largest + condition)
-
-    @cached_property
-    def sharp_values(self) -> dict[str, Tensor]:
-        blocks = self.linearised[0].blocks.values()
-        parts = [part for block in blocks for part in block.parts]
-        return {part.name: sharp_values(part.space) for part in parts}
-
-    def pulled_back(
-        self, x: Tensor, reduction: Reduction | None = None
-    ) -> LayerwiseMetric:
-        metric = self.metric(reduction)
-        with metric.record():
-            outputs = self.model(x)
-        metric.pull_back(outputs)
-        return metric
-
-    def draw(self, like: Tensor) -> Tensor:
-        found = torch.randn(like.shape, dtype=torch.float64, generator=self.generator)
-        return found.to(like)
-
-
-def _factors(metric: LayerwiseMetric) -> dict[str, MetricFactor]:
-    return {
-        part.name: part.factor
-        for block in metric.blocks.values()
-        for part in block.parts
-        if part.factor is not None
-    }
-
-
-def _floor(wanted: Mapping[str, Tensor]) -> float:
-    return 1e-2 * max(float(v.norm()) for v in wanted.values())
-
-
-def _gaps(
-    found: Mapping[str, Tensor],
-    wanted: Mapping[str, Tensor],
-    floors: Mapping[str, float] | None = None,
-) -> float:
-    """Return the largest error of a parameter, relative to its size or the average.
-
-    Or to a size in ``floors``, if that is larger.
-    """
-    if set(found) != set(wanted):
-        return math.inf
-    own, floor = floors or {}, _floor(wanted)
-    return max(
-        relative_gap(found[n], v, max(float(v.norm()), floor, own.get(n, 0.0)))
-        for n, v in wanted.items()
-    )
-
-
-def _gradients(case: _Case) -> Iterator[CheckResult]:
+def _gradients(case: ModuleCase) -> Iterator[CheckResult]:
     names = list(case.trainable)
     outputs = case.model(case.x)
     loss = case.loss(outputs)
@@ -153,34 +49,39 @@ def _gradients(case: _Case) -> Iterator[CheckResult]:
         )
         return
     own = {n: p.grad for n, p in case.trainable.items() if p.grad is not None}
-    yield CheckResult.at_most("gradient", _gaps(own, expected), case.exact, message)
+    yield CheckResult.at_most(
+        "gradient", largest_gap(own, expected), case.exact, message
+    )
     y, rest = case.output.whiten(z, v)
     if y is None:
         return
     terms = case.output.terms(z) if case.reduction == "mean" else 1
     residual = y.mT.reshape(-1) * math.sqrt(terms)
     others = torch.autograd.grad(outputs, tensors, rest)
-    factors = _factors(metric)
+    factors = factors_of(metric)
     total = {
         name: factors[name].rmatvec(residual) + other
         for name, other in zip(names, others, strict=True)
         if name in factors
     }
     yield CheckResult.at_most(
-        "residual", _gaps(total, expected), case.exact, "K^T y + rest is the gradient"
+        "residual",
+        largest_gap(total, expected),
+        case.exact,
+        "K^T y + rest is the gradient",
     )
 
 
-def _recursion(case: _Case) -> Iterator[CheckResult]:
+def _recursion(case: ModuleCase) -> Iterator[CheckResult]:
     metric, z = case.linearised
-    factors = _factors(metric)
+    factors = factors_of(metric)
     dense = dense_factor(case.model, case.output, case.x, case.reduction)
     dense = {name: dense[name] for name in case.trainable}
     found = {name: factor.to_dense() for name, factor in factors.items()}
     same = all(found[n].shape == K.shape for n, K in dense.items() if n in found)
     yield CheckResult.at_most(
         "factor",
-        _gaps(found, dense) if same else math.inf,
+        largest_gap(found, dense) if same else math.inf,
         case.exact,
         "the rows of K are those of L times the Jacobian",
     )
@@ -213,10 +114,12 @@ def _recursion(case: _Case) -> Iterator[CheckResult]:
     )
 
 
-def _batches(case: _Case) -> Iterator[CheckResult]:
+def _batches(case: ModuleCase) -> Iterator[CheckResult]:
     n = len(case.x)
-    whole = _factors(case.pulled_back(case.x, "sum"))
-    singles = [_factors(case.pulled_back(each.unsqueeze(0), "sum")) for each in case.x]
+    whole = factors_of(case.pulled_back(case.x, "sum"))
+    singles = [
+        factors_of(case.pulled_back(each.unsqueeze(0), "sum")) for each in case.x
+    ]
     stacked = {
         # The example is the fast index of the rows.
         name: torch.stack([each[name].to_dense() for each in singles], 1).flatten(0, 1)
@@ -225,7 +128,7 @@ def _batches(case: _Case) -> Iterator[CheckResult]:
     rows = {name: factor.to_dense() for name, factor in whole.items()}
     yield CheckResult.at_most(
         "per_example",
-        _gaps(rows, stacked),
+        largest_gap(rows, stacked),
         case.exact,
         "a batch has the rows of its examples",
     )
@@ -234,14 +137,14 @@ def _batches(case: _Case) -> Iterator[CheckResult]:
         twice = case.pulled_back(torch.cat([case.x, case.x]))
         yield CheckResult.at_most(
             "duplication",
-            max(_metric_gap(case, once, twice, name) for name in once.blocks),
+            worst(_metric_gap(case, once, twice, name) for name in once.blocks),
             2.0 * case.solved,
             f"a batch of {n} given twice has the same metric",
         )
 
 
 def _metric_gap(
-    case: _Case, one: LayerwiseMetric, other: LayerwiseMetric, block: str
+    case: ModuleCase, one: LayerwiseMetric, other: LayerwiseMetric, block: str
 ) -> float:
     u = {p.name: case.draw(p.space.point) for p in one.blocks[block].parts}
     u = {p.name: p.space.project(u[p.name]) for p in one.blocks[block].parts}
@@ -249,7 +152,7 @@ def _metric_gap(
     return abs(float(other.blocks[block].inner(u, u)) - wanted) / wanted
 
 
-def _solution(case: _Case) -> Iterator[CheckResult]:
+def _solution(case: ModuleCase) -> Iterator[CheckResult]:
     metric, _ = case.linearised
     expected = dense_natural_gradient(
         case.model,
@@ -262,11 +165,11 @@ def _solution(case: _Case) -> Iterator[CheckResult]:
     )
     gradient = {n: p.grad for n, p in case.trainable.items() if p.grad is not None}
     # What the reverse pass rounds away of a gradient comes back divided by the mass.
-    floor = _floor(gradient)
+    floor = floor_of(gradient)
     floors = {n: floor * float(v[-1]) for n, v in case.sharp_values.items()}
     yield CheckResult.at_most(
         "natural_gradient",
-        _gaps(metric.natural_gradient(), expected, floors),
+        largest_gap(metric.natural_gradient(), expected, floors),
         case.solved,
         "the Riemannian gradient is the dense one",
     )
@@ -277,25 +180,24 @@ def _solution(case: _Case) -> Iterator[CheckResult]:
     }
     yield CheckResult.at_most(
         "covector",
-        _gaps(general, expected, floors),
+        largest_gap(general, expected, floors),
         case.solved,
         "solving for the bare gradient gives the same",
     )
 
 
-def _states(case: _Case) -> dict[str, Tensor]:
+def _states(case: ModuleCase) -> dict[str, Tensor]:
     state = {n: t.detach().clone() for n, t in case.model.state_dict().items()}
     return {**state, "x": case.x.detach().clone()}
 
 
-def _laws(case: _Case) -> Iterator[CheckResult]:
+def _laws(case: ModuleCase) -> Iterator[CheckResult]:
     before = _states(case)
-    gradients = list(_gradients(case))
-    yield from gradients
+    yield from guarded("the gradient", lambda: _gradients(case))
     if "linearised" in case.__dict__:
-        yield from _recursion(case)
-        yield from _batches(case)
-        yield from _solution(case)
+        yield from guarded("the recursion", lambda: _recursion(case))
+        yield from guarded("batches", lambda: _batches(case))
+        yield from guarded("the solution", lambda: _solution(case))
     after = _states(case)
     same = all(torch.equal(value, after[name]) for name, value in before.items())
     yield CheckResult(
@@ -320,7 +222,8 @@ def check_module(
     ``per_example``, ``duplication``; ``natural_gradient``, ``covector``; ``unchanged``.
     The reference is :mod:`torch.func` on the same model, so a model of one layer tests
     that layer's rule. If the recorded uses do not explain the gradient, only
-    ``gradient`` is found, failed.
+    ``gradient`` is found, failed. Where something raises, ``raised`` takes the place of
+    what is left of its group.
 
     Args:
         model: the model under test; its ``.grad`` are overwritten. It is deterministic
@@ -345,5 +248,5 @@ def check_module(
     >>> all(result.passed for result in results)
     True
     """
-    case = _Case(model, x, output, loss, mass, blocks, reduction, generator)
+    case = ModuleCase(model, x, output, loss, mass, blocks, reduction, generator)
     return list(_laws(case))

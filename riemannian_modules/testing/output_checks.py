@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from riemannian_modules.output import OutputMetric
+from riemannian_modules.testing.guarded import guarded
 from riemannian_modules.testing.metric_probe import relative_gap
-from riemannian_modules.testing.result import CheckResult
+from riemannian_modules.testing.result import CheckResult, failures
 
 __all__ = ["check_output_metric"]
 
@@ -37,13 +38,19 @@ def _result(name: str, passed: bool, message: str) -> CheckResult:
 
 
 def _kind(output: OutputMetric, outputs: Tensor) -> Iterator[CheckResult]:
-    rows = output.factor(outputs)
+    rows: object = output.factor(outputs)
+    if not isinstance(rows, Tensor):
+        kind = type(rows).__name__
+        yield _result("factor_shape", False, f"factor is a tensor, not a {kind}")
+        return
     n, shape = outputs.shape[0], outputs.shape[1:]
     found = rows.shape[:1] + rows.shape[2:]
     fits = rows.ndim == outputs.ndim + 1 and found == (n, *shape)
     yield _result("factor_shape", fits, "factor has the shape (n, r, *output)")
     kept = (rows.dtype, rows.device) == (outputs.dtype, outputs.device)
     yield _result("factor_kind", kept, "factor keeps dtype and device")
+    finite = bool(rows.isfinite().all())
+    yield _result("factor_finite", finite, "factor holds neither NaN nor infinity")
 
 
 def _factor(
@@ -162,10 +169,11 @@ def check_output_metric(
 ) -> list[CheckResult]:
     """Measure whether an output metric keeps the contract of its interface.
 
-    The findings are named ``factor_shape``, ``factor_kind``, ``factor_per_example``,
-    ``factor_metric``, ``terms``, ``whiten_kind``, ``whiten_sum``, ``whiten_rows``,
-    ``sample_unbiased``, ``unchanged`` and ``meta``. If one of the first two fails there
-    are no others.
+    The findings are named ``factor_shape``, ``factor_kind``, ``factor_finite``,
+    ``factor_per_example``, ``factor_metric``, ``terms``, ``whiten_kind``,
+    ``whiten_sum``, ``whiten_rows``, ``sample_unbiased``, ``unchanged`` and ``meta``;
+    ``raised`` where a method raises. If one of the first three, or ``factor`` itself,
+    fails there are no others.
 
     Args:
         output: the output metric under test.
@@ -191,15 +199,16 @@ def check_output_metric(
     cotangent = torch.empty_like(z).normal_(generator=generator)
     metric = expected(z) if callable(expected) else expected
     with torch.no_grad():
-        kind = list(_kind(output, z))
-        if not all(result.passed for result in kind):
-            return kind
-        results = [
-            *kind,
-            *_factor(output, z, metric, random),
-            *_whiten(output, z, cotangent, random),
-            *_manners(output, z, cotangent),
-        ]
+        results = list(guarded("the factor", lambda: _kind(output, z)))
+        if failures(results):
+            return results
+        laws: dict[str, Callable[[], Iterator[CheckResult]]] = {
+            "the rows": lambda: _factor(output, z, metric, random),
+            "the residual": lambda: _whiten(output, z, cotangent, random),
+            "arguments and meta tensors": lambda: _manners(output, z, cotangent),
+        }
         if not random:
-            results += _sample(output, z, generator)
+            laws["random rows"] = lambda: _sample(output, z, generator)
+        for words, measure in laws.items():
+            results += guarded(words, measure)
     return results

@@ -17,6 +17,8 @@ from riemannian_modules.tangent import TangentSpace
 
 __all__ = [
     "MANIFOLDS",
+    "SCALAR_KINDS",
+    "VECTOR_MANIFOLDS",
     "covectors",
     "known",
     "manifolds",
@@ -43,6 +45,21 @@ MANIFOLDS: Mapping[str, Callable[[], geoopt.Manifold]] = MappingProxyType(
         "fixed_rank": lambda: rm_manifolds.FixedRank(2),
     }
 )
+
+VECTOR_MANIFOLDS: Mapping[str, Callable[[], geoopt.Manifold]] = MappingProxyType(
+    {
+        "euclidean": rm_manifolds.Euclidean,
+        "sphere": rm_manifolds.Sphere,
+        "scaled_sphere": lambda: rm_manifolds.Scaled(rm_manifolds.Sphere(), 2.0),
+        "scaled_euclidean": lambda: rm_manifolds.Scaled(rm_manifolds.Euclidean(), 0.5),
+        "poincare_ball": rm_manifolds.PoincareBall,
+        "lorentz": rm_manifolds.Lorentz,
+        "positive": rm_manifolds.Positive,
+    }
+)
+
+# The manifolds of vectors that a single number can be a point of, too.
+SCALAR_KINDS = ("euclidean", "scaled_euclidean", "positive")
 
 
 def known(kinds: Sequence[str], allowed: Collection[str]) -> list[str]:
@@ -77,7 +94,7 @@ def _generator(seed: int, role: str) -> torch.Generator:
 def normal(seed: int, shape: Sequence[int], dtype: torch.dtype, role: str) -> Tensor:
     """Return normal numbers; the same seed gives others in another role."""
     generator = _generator(seed, role)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+    return torch.randn(tuple(shape), generator=generator, dtype=torch.float64).to(dtype)
 
 
 def manifolds(

@@ -39,7 +39,12 @@ def size(u: Tensor) -> float:
 
 
 def gap(a: Tensor, b: Tensor, scale: float | None = None) -> float:
-    """Return ``|a - b|`` relative to ``scale``, by default the larger of the two."""
+    """Return ``|a - b|`` relative to ``scale``, by default the larger of the two.
+
+    It is infinite for tensors of different shapes.
+    """
+    if a.shape != b.shape:
+        return math.inf
     scale = max(size(a), size(b)) if scale is None else scale
     distance = size(a - b)
     return distance / scale if scale > 0.0 else distance

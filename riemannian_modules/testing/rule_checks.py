@@ -23,6 +23,7 @@ from riemannian_modules.rules import GENERIC, entry_of
 from riemannian_modules.tangent import TangentSpace
 from riemannian_modules.tape import tensors_in
 from riemannian_modules.testing.factor_checks import factor_laws
+from riemannian_modules.testing.guarded import guarded, worst
 from riemannian_modules.testing.metric_probe import MetricProbe, relative_gap
 from riemannian_modules.testing.reference import dense_sharp
 from riemannian_modules.testing.result import CheckResult
@@ -57,10 +58,8 @@ def _gap(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:
     if set(found) != set(wanted):
         return math.inf
     floor = 1e-2 * max(float(each.norm()) for each in wanted.values())
-    return max(
+    return worst(
         relative_gap(found[n], each, max(float(each.norm()), floor))
-        if found[n].shape == each.shape
-        else math.inf
         for n, each in wanted.items()
     )
 
@@ -173,7 +172,7 @@ def _parts(case: RuleCase, name: str, factor: MetricFactor) -> Iterator[CheckRes
     ]
     yield CheckResult.at_most(
         "magnitude",
-        max(short) / max(size, 1e-30),
+        worst(short) / max(size, 1e-30),
         case.exact,
         f"{name}: magnitude() bounds the sum of the rows' norms",
     )
@@ -204,15 +203,15 @@ def _states(case: RuleCase) -> list[Tensor]:
 
 def _laws(case: RuleCase) -> Iterator[CheckResult]:
     before = _states(case)
-    yield from _rows(case, "factor")
+    yield from guarded("the factors", lambda: _rows(case, "factor"))
     if "factor" in case.found:
         yield _explained(case)
-        yield from _rows(case, "shared")
+        yield from guarded("two uses", lambda: _rows(case, "shared"))
         n = case.inputs[0].shape[case.dim]
         if n % 2 == 0 and n > 2:
-            yield from _rows(case, "folded")
-        yield from _gradient(case)
-        yield from _products(case)
+            yield from guarded("folded examples", lambda: _rows(case, "folded"))
+        yield from guarded("the gradient", lambda: _gradient(case))
+        yield from guarded("the products", lambda: _products(case))
     same = all(map(torch.equal, before, _states(case)))
     yield CheckResult(
         "unchanged", same, float(not same), 0.0, "parameters, buffers, inputs stay"
@@ -234,7 +233,7 @@ def check_rule(
     ``natural_gradient``; ``matvec``, ``rmatvec``, ``row_sum``, ``rows``, ``gram``,
     ``block_gram``, ``narrow``, ``double``, ``magnitude``, ``curved_gram`` (on spheres,
     balls and orthonormal rows, where the shape allows it); ``unchanged``. If there are
-    no factors, ``factor`` fails and says why.
+    no factors, ``factor`` fails and says why; ``raised`` says what else was raised.
 
     Args:
         layer: the layer, with small parameters: the cost is O(p^3) for p of them. It

@@ -37,6 +37,8 @@ from riemannian_modules.tangent import TangentSpace
 from riemannian_modules.testing.metric_probe import MetricProbe
 from riemannian_modules.testing.point_strategies import (
     MANIFOLDS,
+    SCALAR_KINDS,
+    VECTOR_MANIFOLDS,
     covectors,
     known,
     manifolds,
@@ -51,6 +53,8 @@ from riemannian_modules.testing.point_strategies import (
 __all__ = [
     "MANIFOLDS",
     "OUTPUTS",
+    "SCALAR_KINDS",
+    "VECTOR_MANIFOLDS",
     "covectors",
     "factors",
     "inputs_for",
@@ -62,6 +66,7 @@ __all__ = [
     "points",
     "shapes",
     "tangent_vectors",
+    "vector_manifolds",
 ]
 
 OUTPUTS: Mapping[str, Callable[[], OutputMetric]] = MappingProxyType(
@@ -113,6 +118,21 @@ def factors(
     return LinearFactor(inputs, cotangents)
 
 
+def vector_manifolds(
+    *, kinds: Sequence[str] = tuple(VECTOR_MANIFOLDS)
+) -> st.SearchStrategy[geoopt.Manifold]:
+    """Return a strategy for base manifolds of vectors, such as biases.
+
+    Args:
+        kinds: keys of :data:`VECTOR_MANIFOLDS`.
+
+    Returns:
+        The strategy.
+    """
+    allowed = known(kinds, VECTOR_MANIFOLDS)
+    return st.sampled_from(allowed).map(lambda kind: VECTOR_MANIFOLDS[kind]())
+
+
 def _scaled(
     factor: MetricFactor, scale: float, biases: dict[int, Tensor]
 ) -> MetricFactor:
@@ -134,6 +154,8 @@ def layer_metrics(
     factor_kinds: Sequence[str] = ("dense", "linear"),
     mass_kinds: Sequence[str] = ("scalar", "rank_one", "diagonal"),
     bias: bool | None = None,
+    bias_kinds: Sequence[str] = tuple(VECTOR_MANIFOLDS),
+    scalar: bool | None = None,
     min_rank: int = 0,
     max_rank: int | None = None,
     max_side: int = 4,
@@ -142,7 +164,7 @@ def layer_metrics(
     max_amplification: float | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> LayerMetric:
-    """Return a strategy for metrics of a layer: a weight and perhaps a bias.
+    """Return a strategy for metrics of a layer: a weight, perhaps a bias and a scale.
 
     Args:
         draw: given by Hypothesis.
@@ -150,6 +172,8 @@ def layer_metrics(
         factor_kinds: as in :func:`factors`.
         mass_kinds: as in :func:`masses`; curved manifolds take scalar masses only.
         bias: whether there is a bias; None: either.
+        bias_kinds: where the bias lives, keys of :data:`VECTOR_MANIFOLDS`.
+        scalar: whether there is a parameter of shape ``()``; None: either.
         min_rank: least rank.
         max_rank: largest rank; None: 3 more than the dimension, so that both forms of
             the inverse are met.
@@ -168,15 +192,22 @@ def layer_metrics(
     manifold = draw(manifolds(kinds=kinds))
     shape = draw(shapes(manifold, max_side=max_side))
     point = draw(points(manifold, shape, dtype=dtype))
-    curved = not isinstance(manifold, geoopt.Euclidean)
-    limits = {"min_mass": min_mass, "max_mass": max_mass}
-    allowed = ("scalar",) if curved else mass_kinds
-    mass = draw(masses(shape, kinds=allowed, **limits))
-    spaces = {"weight": TangentSpace(manifold, point, mass, "weight")}
+
+    def space(home: geoopt.Manifold, point: Tensor, name: str) -> TangentSpace:
+        curved = not isinstance(home, geoopt.Euclidean)
+        allowed = ("scalar",) if curved else mass_kinds
+        limits = {"min_mass": min_mass, "max_mass": max_mass}
+        mass = draw(masses(point.shape, kinds=allowed, **limits))
+        return TangentSpace(home, point, mass, name)
+
+    spaces = {"weight": space(manifold, point, "weight")}
     if draw(st.booleans()) if bias is None else bias:
-        mass = draw(masses(shape[:1], kinds=("scalar",), **limits))
-        start = draw(points(rm_manifolds.Euclidean(), shape[:1], dtype=dtype))
-        spaces["bias"] = TangentSpace(rm_manifolds.Euclidean(), start, mass, "bias")
+        home = draw(vector_manifolds(kinds=bias_kinds))
+        start = draw(points(home, shape[:1], dtype=dtype))
+        spaces["bias"] = space(home, start, "bias")
+    if draw(st.booleans()) if scalar is None else scalar:
+        home = draw(vector_manifolds(kinds=SCALAR_KINDS))
+        spaces["scale"] = space(home, draw(points(home, (), dtype=dtype)), "scale")
     dim = sum(space.dim for space in spaces.values())
     rank = draw(st.integers(min_rank, dim + 3 if max_rank is None else max_rank))
     if rank == 0:
@@ -190,6 +221,9 @@ def layer_metrics(
             else draw(factors(shape[:1], rank=rank, dtype=dtype))
         )
         parts.append(Part("bias", spaces["bias"], own))
+    if "scale" in spaces:
+        own = draw(factors((), rank=rank, dtype=dtype))
+        parts.append(Part("scale", spaces["scale"], own))
     amp = math.exp(draw(st.floats(0.0, math.log(max_amplification))))
     current = MetricProbe(LayerMetric(parts), None).amp - 1.0
     scale = math.sqrt((amp - 1.0) / current) if current > 0.0 else 1.0
@@ -229,6 +263,7 @@ def modules(
     max_layers: int = 3,
     max_side: int = 4,
     kinds: Sequence[str] = tuple(MANIFOLDS),
+    bias_kinds: Sequence[str] = tuple(VECTOR_MANIFOLDS),
     dtype: torch.dtype = torch.float64,
 ) -> nn.Module:
     """Return a strategy for chains of linear layers with activations between them.
@@ -241,6 +276,7 @@ def modules(
         max_side: largest hidden size.
         kinds: where the weights live, keys of :data:`MANIFOLDS`; where a shape fits
             no point of the drawn manifold the weight is Euclidean.
+        bias_kinds: where the biases live, keys of :data:`VECTOR_MANIFOLDS`.
         dtype: data type of the parameters.
 
     Returns:
@@ -261,7 +297,8 @@ def modules(
         with torch.no_grad():
             layer.weight.copy_(draw(points(manifold, (after, before), dtype=dtype)))
             if bias:
-                layer.bias.copy_(normal(draw(seeds()), (after,), dtype, "bias"))
+                home = draw(vector_manifolds(kinds=bias_kinds))
+                layer.declare("bias", draw(points(home, (after,), dtype=dtype)), home)
         layers.append(layer)
         if index + 1 < depth:
             layers.append(draw(st.sampled_from([nn.Tanh, nn.Softplus, nn.Sigmoid]))())

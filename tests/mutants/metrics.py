@@ -390,6 +390,12 @@ class Narrow(Coins):
         return super().factor(outputs).float()
 
 
+class Logarithmic(Coins):
+    def factor(self, outputs):
+        # NaN for a negative output, without a warning.
+        return super().factor(outputs) + 0.0 * outputs.log().unsqueeze(1)
+
+
 class BatchNormed(Coins):
     def factor(self, outputs):
         return super().factor(outputs) / outputs.shape[0] ** 0.5
@@ -442,6 +448,7 @@ class Peeking(Coins):
 OUTPUTS: dict[str, type[OutputMetric]] = {
     "factor_shape": RowsFirst,
     "factor_kind": Narrow,
+    "factor_finite": Logarithmic,
     "factor_per_example": BatchNormed,
     "factor_metric": Unrooted,
     "terms": ConstantTerms,

@@ -87,7 +87,7 @@ class PymanoptManifold(geoopt.Manifold):  # type: ignore[misc]
             t.detach()
             .as_subclass(Tensor)
             .to("cpu", torch.float64)
-            .expand(*batch, *self.shape)
+            .expand((*batch, *self.shape))
             .reshape(-1, *self.shape)
             .numpy()
             for t in tensors
