@@ -608,7 +608,7 @@ def test_outputs_without_a_class_dimension(state: State) -> None:
         (F.cross_entropy, ("function", "instance")),
         (3.0, ("float", "instance")),
     ],
-    ids=str,
+    ids=["class", "name", "class-inside", "name-inside", "function", "number"],
 )
 def test_what_is_no_output_metric(output: Any, words: tuple[str, ...]) -> None:
     with refused(TypeError, *words):

@@ -100,8 +100,9 @@ def test_a_plain_copy() -> None:
     assert all(type(p) is nn.Parameter for p in plain.parameters())
 
 
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*")  # torch's own exporter
 def test_onnx() -> None:
     pytest.importorskip("onnxscript")
-    model = trained().float()
+    model = trained().float().eval()
     program = torch.onnx.export(model, (X.float(),), dynamo=True)
     assert program is not None

@@ -1267,3 +1267,16 @@ def test_random_and_origin_and_shapes(kind: str, shape: Shape) -> None:
     assert not manifold.check_point(torch.ones(bad))
     with pytest.raises(ValueError, match="should"):
         manifold.random(*bad)
+
+
+def test_the_projection_of_lorentz_has_its_derivative_at_tangent_vectors() -> None:
+    """What rounding leaves is taken as none in the value, not in the derivative."""
+    manifold = rm.manifolds.Lorentz()
+    x = manifold.random(4).as_subclass(torch.Tensor)
+    P = torch.stack([manifold.proju(x, e) for e in torch.eye(4)], 1)
+    for v in (torch.zeros(4), manifold.proju(x, torch.randn(4))):
+        J = torch.func.jacrev(lambda u: manifold.proju(x, u))(v)
+        torch.testing.assert_close(J, P)
+        torch.testing.assert_close(
+            torch.func.jacfwd(lambda u: manifold.proju(x, u))(v), P
+        )

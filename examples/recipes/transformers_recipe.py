@@ -79,7 +79,7 @@ def main() -> None:
     )
     trainer = MetricTrainer(Classifier(), arguments, train_dataset=data())
     trainer.train()
-    print(trainer.optimizer.report)
+    print(trainer.optimizer.optimizer.report)  # inside the Trainer's own wrapper
 
 
 if __name__ == "__main__":

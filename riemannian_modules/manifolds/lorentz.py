@@ -101,7 +101,8 @@ class Lorentz(geoopt.Lorentz):  # type: ignore[misc]
         sizes = _pair(x.abs(), v.abs())
         normal = space - time
         noise = 4.0 * torch.finfo(v.dtype).eps * sizes
-        normal = torch.where(normal.abs() <= noise, 0.0, normal)
+        rounding = torch.where(normal.abs() <= noise, normal, 0.0)
+        normal = normal - rounding.detach()  # whose derivative is no rounding
         return self._tangent(x, v[..., 1:] + x[..., 1:] * (normal / self.k))
 
     def projx(self, x: Tensor) -> Tensor:
