@@ -27,6 +27,10 @@ hypothesis.register_random(TORCH_RANDOM)
 hypothesis.settings.register_profile(
     "ci", derandomize=True, max_examples=40, deadline=None, print_blob=True
 )
+# For the built wheel: that it holds all that it needs, not whether the laws hold.
+hypothesis.settings.register_profile(
+    "quick", derandomize=True, max_examples=5, deadline=None
+)
 hypothesis.settings.register_profile("dev", max_examples=20, deadline=None)
 hypothesis.settings.register_profile("thorough", max_examples=500, deadline=None)
 hypothesis.settings.load_profile(

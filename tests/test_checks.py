@@ -169,6 +169,7 @@ def test_masses_stay_in_their_range(mass, vector) -> None:
 
 
 @pytest.mark.parametrize("form", ["base", "dual", "primal"])
+@pytest.mark.slow  # it needs more draws than the quick profile makes
 def test_layer_metrics_straddle_rank_and_dimension(form: str) -> None:
     found = find(
         rst.layer_metrics(),
