@@ -45,7 +45,10 @@ class Coordinates:
 
     @cached_property
     def _bases(self) -> dict[str, Tensor]:
-        return {name: space.basis().flatten(1) for name, space in self.spaces.items()}
+        return {
+            name: space.basis().reshape(-1, space.point.numel())
+            for name, space in self.spaces.items()
+        }
 
     def _sizes(self) -> list[int]:
         if self.kind == "tangent":

@@ -101,7 +101,9 @@ class Lorentz(geoopt.Lorentz):  # type: ignore[misc]
         sizes = _pair(x.abs(), v.abs())
         normal = space - time
         noise = 4.0 * torch.finfo(v.dtype).eps * sizes
-        normal = torch.where(normal.abs() <= noise, 0.0, normal)
+        # Subtracted, so that the derivative is that of the projection everywhere.
+        rounding = torch.where(normal.abs() <= noise, normal, 0.0).detach()
+        normal = normal - rounding
         return self._tangent(x, v[..., 1:] + x[..., 1:] * (normal / self.k))
 
     def projx(self, x: Tensor) -> Tensor:
