@@ -949,6 +949,17 @@ def test_birkhoff_retractions_are_first_order(rule: Retraction) -> None:
         assert rule.order(manifold) == 1
 
 
+@pytest.mark.parametrize("kind", ["zero", "tangent", "any"])
+def test_the_derivative_of_the_lorentz_projection(kind: str) -> None:
+    # At zero and at tangent vectors, too, where rounding is taken off.
+    manifold = manifolds.Lorentz()
+    x, e = draw(manifold, (4,)), torch.randn(4)
+    start = {"zero": 0.0 * e, "tangent": tangent(manifold, x), "any": e}[kind]
+    found = torch.autograd.functional.jacobian(lambda u: manifold.proju(x, u), start)
+    wanted = torch.stack([manifold.proju(x, unit) for unit in torch.eye(4)], 1)
+    torch.testing.assert_close(found, wanted)
+
+
 def test_birkhoff_has_no_geodesics() -> None:
     manifold = manifolds.BirkhoffPolytope()
     x = draw(manifold, (3, 3))

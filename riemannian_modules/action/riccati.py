@@ -139,7 +139,7 @@ def _derivatives(
 
     A, B = jacrev(f, argnums=(0, 1))(z, {n: own[n] for n in trained})
     columns = [
-        space.root_adjoint(B[n]).flatten(1)
+        space.root_adjoint(B[n]).reshape(-1, space.point.numel())
         for n, space in zip(trained, spaces, strict=True)
     ]
     empty = A.new_zeros(len(A), 0)
