@@ -142,6 +142,12 @@ class Probe:
         return length * rate
 
     @cached_property
+    def magnification(self) -> float:
+        """Operator norm of the projection on the tangent space: 1 if orthogonal."""
+        columns = [self.project(unit).reshape(-1) for unit in units(self.point)]
+        return float(torch.linalg.matrix_norm(torch.stack(columns), 2))
+
+    @cached_property
     def fibre(self) -> list[Tensor]:
         """Orthonormal directions in which the tensor changes, but not the point."""
         if not isinstance(self.manifold, Quotient):
