@@ -268,6 +268,8 @@ def test_it_asks_for_what_it_needs():
     optimizer.step(loss)
     with pytest.raises(NotRecordedError, match="before every"):
         optimizer.step(loss)
+    with pytest.raises(TypeError, match=r"LevenbergMarquardt\(metric\)"):
+        LevenbergMarquardt(metric.model.parameters())
     with pytest.raises(ValueError, match="bend=True"):
         LevenbergMarquardt(metric, bend=True)
     with pytest.raises(ValueError, match="0 < shrink"):

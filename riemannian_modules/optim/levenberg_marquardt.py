@@ -13,6 +13,7 @@ from riemannian_modules.declared import Declared
 from riemannian_modules.errors import NotRecordedError
 from riemannian_modules.functional import FunctionalMetric
 from riemannian_modules.model_metric import ModelMetric
+from riemannian_modules.optim.kinds import require_kinds
 from riemannian_modules.optim.quadratic import QuadraticModel, Step
 from riemannian_modules.retractions import Default, Retraction
 
@@ -96,6 +97,7 @@ class LevenbergMarquardt(torch.optim.Optimizer):
 
     Raises:
         ValueError: a hyperparameter out of its range.
+        TypeError: the first argument is no metric, or the retraction none.
 
     >>> import riemannian_modules as rm
     >>> _ = torch.manual_seed(0)
@@ -131,6 +133,7 @@ class LevenbergMarquardt(torch.optim.Optimizer):
         trials: int = 12,
         retraction: Retraction | None = None,
     ) -> None:
+        require_kinds("LevenbergMarquardt(metric)", metric, retraction)
         if not (0.0 < shrink <= 1.0 <= grow and 0.0 < bad <= good and trials >= 1):
             raise ValueError(
                 f"shrink={shrink}, grow={grow}, bad={bad}, good={good}, "

@@ -21,6 +21,7 @@ from riemannian_modules.errors import (
 from riemannian_modules.layerwise import LayerwiseMetric
 from riemannian_modules.metric import Solution
 from riemannian_modules.model_metric import ModelMetric
+from riemannian_modules.optim.kinds import require_kinds
 from riemannian_modules.optim.plan import Plan
 from riemannian_modules.optim.report import BlockReport, StepReport
 from riemannian_modules.retractions import Default, Retraction
@@ -83,7 +84,7 @@ class RiemannianSGD(torch.optim.Optimizer):
         retraction: Retraction | None = None,
         maximize: bool = False,
     ) -> None:
-        _require_kinds(metric, retraction)
+        require_kinds("RiemannianSGD(metric, lr=...)", metric, retraction)
         if not (lr >= 0.0 and weight_decay >= 0.0 and 0.0 <= momentum < 1.0):
             raise ValueError(
                 f"lr={lr}, momentum={momentum}, weight_decay={weight_decay}: lr and "
@@ -306,20 +307,3 @@ class RiemannianSGD(torch.optim.Optimizer):
                     "Lower the learning rate or raise the mass"
                 )
         return solutions
-
-
-def _require_kinds(metric: object, retraction: object) -> None:
-    if not isinstance(metric, LayerwiseMetric):
-        raise TypeError(
-            f"the first argument is a {type(metric).__name__}; pass the metric, which "
-            "knows the model's parameters: RiemannianSGD(metric, lr=...) with metric = "
-            "LayerwiseMetric(model, output=...)"
-        )
-    if isinstance(retraction, type) and issubclass(retraction, Retraction):
-        name = retraction.__name__
-        raise TypeError(f"retraction is the class {name}; call it: {name}()")
-    if not (retraction is None or isinstance(retraction, Retraction)):
-        raise TypeError(
-            f"retraction={retraction!r}; pass an instance of a Retraction, such as "
-            "riemannian_modules.retractions.Exponential()"
-        )

@@ -117,9 +117,13 @@ class Probe:
 
     def tangent(self) -> Tensor:
         """Return a random tangent vector of norm 1 in the manifold's metric."""
-        v = self.project(self.draw())
-        norm = self.norm(v)
-        return v / norm if norm > 0.0 else v
+        v = self.draw()
+        # Once more, for little may have been left of it beside what is rounding.
+        for _ in range(2):
+            v = self.project(v)
+            norm = self.norm(v)
+            v = v / norm if norm > 0.0 else v
+        return v
 
     def identity(self, x: Tensor) -> Tensor:
         """Return what tells points apart: ``x``, or its invariant on a quotient."""
