@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from riemannian_modules.factors.base import MetricFactor
+from riemannian_modules.factors.dense import DenseFactor
 from riemannian_modules.factors.linear import BiasFactor, LinearFactor, memory
 from riemannian_modules.factors.linear_gram import absorbs_bias
+from riemannian_modules.factors.slabs import add_lower
 from riemannian_modules.tangent import TangentSpace
 
 __all__ = ["BlockFactor"]
@@ -79,15 +81,29 @@ class BlockFactor:
         if not self.pairs:
             raise ValueError("a block needs at least one factor")
         total: Tensor | None = None
+        stored: list[tuple[Tensor, Tensor]] = []
         for index, (factor, space) in enumerate(self.pairs):
             if index in self._absorbed:
                 continue
             if isinstance(factor, LinearFactor):
                 bias = self._bias_weight(index)
                 total = factor.gram(space, dtype, bias=bias, onto=total)
+            elif type(factor) is DenseFactor:
+                rows = factor.rows(0, factor.rank).to(dtype)
+                images = space.to(dtype).sharp(rows)
+                stored.append(
+                    (rows.reshape(len(rows), -1), images.reshape(len(rows), -1))
+                )
             else:
                 gram = factor.gram(space, dtype)
                 total = gram if total is None else total.add_(gram)
+        if stored:
+            # One product for all of them, and only its lower triangle.
+            left, right = (torch.cat(each, 1) for each in zip(*stored, strict=True))
+            first = total is None
+            if total is None:
+                total = left.new_empty(len(left), len(left))
+            add_lower(total, left, right, first=first)
         assert total is not None
         return total
 

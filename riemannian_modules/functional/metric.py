@@ -194,15 +194,20 @@ class FunctionalMetric(ModelMetric):
         """
         self._pass(outputs, None)
 
-    def bend(self, direction: Mapping[str, Tensor]) -> Tensor:
+    def bend(
+        self, direction: Mapping[str, Tensor], spacing: float | None = None
+    ) -> Tensor:
         """Return ``L D^2 f(d, d)``, how the outputs bend along a straight line.
 
         Of the last linearised examples at the parameters' present values. The second
         derivative is taken in the parameters' own coordinates, so it means something
-        on Euclidean parameters only. Cost: about four evaluations.
+        on Euclidean parameters only.
 
         Args:
             direction: ``{parameter name: d}``.
+            spacing: None: exact, by forward mode twice, which costs as much as eight
+                evaluations or more. A number h: by differences of three values, at
+                ``-h d``, 0 and ``h d``, whose error is of the order of h^2.
 
         Returns:
             ``(rank,)``, in the order of the rows of K.
@@ -217,7 +222,9 @@ class FunctionalMetric(ModelMetric):
             zeros = {name: torch.zeros_like(value) for name, value in point.items()}
             along = {**zeros, **direction}
             found = [
-                self._functions[name].bend(point, self._linearised[name], along, rows)
+                self._functions[name].bend(
+                    point, self._linearised[name], along, rows, spacing
+                )
                 for name, rows in self._rows.items()
             ]
         return torch.cat(found)

@@ -129,6 +129,7 @@ class Pointwise:
         examples: Sequence[Tensor],
         direction: Point,
         rows: Tensor,
+        spacing: float | None = None,
     ) -> Tensor:
         """Return ``L D^2 f(d, d)``.
 
@@ -137,11 +138,26 @@ class Pointwise:
             examples: ``(n, ...)`` each.
             direction: d, for every parameter.
             rows: L, ``(r, n, *output)``.
+            spacing: see :meth:`FunctionalMetric.bend`.
 
         Returns:
             ``(r n,)``, in the order of the rows of K.
         """
+        if spacing is None:
+            second = self._second(point, examples, direction)
+        else:
+            before, here, after = (
+                self.values(
+                    {n: w + t * direction[n] for n, w in point.items()}, examples
+                )
+                for t in (-spacing, 0.0, spacing)
+            )
+            second = (after - here - (here - before)) / spacing**2
+        return (rows * second).flatten(1).view(*rows.shape[:2], -1).sum(-1).reshape(-1)
 
+    def _second(
+        self, point: Point, examples: Sequence[Tensor], direction: Point
+    ) -> Tensor:
         def slope(p: Point) -> Tensor:
             derivative: Tensor = jvp(
                 lambda q: self.values(q, examples), (p,), (direction,)
@@ -149,7 +165,7 @@ class Pointwise:
             return derivative
 
         second: Tensor = jvp(slope, (point,), (direction,))[1]
-        return (rows * second).flatten(1).view(*rows.shape[:2], -1).sum(-1).reshape(-1)
+        return second
 
 
 def joined(parts: Sequence[Linearization]) -> Linearization:
