@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from mutants.levenberg_marquardt import MUTANTS
 from torch import nn
 
 import riemannian_modules as rm
@@ -17,7 +18,6 @@ from riemannian_modules.functional import FunctionalMetric
 from riemannian_modules.optim import LevenbergMarquardt
 from riemannian_modules.optim.quadratic import QuadraticModel
 from riemannian_modules.output import Categorical, Euclidean
-from tests.mutants.levenberg_marquardt import MUTANTS
 
 SEEDS = st.integers(0, 2**31 - 1)
 

@@ -512,7 +512,7 @@ class Writer:
         self.seen.append((tag, value, step))
 
 
-def test_monitor_records_plots_and_logs(tmp_path) -> None:
+def test_monitor_records_and_logs() -> None:
     optimizer, loss, x, step = trained(0)
     monitor = Monitor(
         optimizer, every=2, kinds=("output", "true"), loss=loss, inputs=(x,)
@@ -537,6 +537,14 @@ def test_monitor_records_plots_and_logs(tmp_path) -> None:
     tags = {tag for tag, *_ in writer.seen}
     assert {"contraction/loss", "contraction/step_length"} <= tags
     assert any(tag.startswith("contraction/output/0/certified") for tag in tags)
+
+
+def test_monitor_draws_what_it_recorded(tmp_path) -> None:
+    pytest.importorskip("matplotlib", reason="belongs to the extra 'examples'")
+    optimizer, loss, x, step = trained(0)
+    monitor = Monitor(optimizer, kinds=("output", "true"), loss=loss, inputs=(x,))
+    for _ in range(2):
+        monitor.record(step())
     monitor.plot(tmp_path / "training.png")
     assert (tmp_path / "training.png").stat().st_size > 1000
 
