@@ -81,6 +81,15 @@ BOUNDED = {
     **because("egrad2rgrad is no Riesz map", "riesz", "riesz_normal", *WRONG_SLOPE),
     **UNTAGGED_ORIGIN,
 }
+UPPER = {
+    **SIEGEL,
+    **because(
+        "torch.eye is given three sizes",
+        "origin_points",
+        "origin_carries_the_manifold",
+        "origin_deterministic",
+    ),
+}
 SCALED = {
     **because(
         "steps are divided by the scale, inner is not",
@@ -127,6 +136,8 @@ def defects(name: str, manifold: geoopt.Manifold) -> Failures:
             return UNTAGGED_ORIGIN | other
         case geoopt.BoundedDomain():
             return BOUNDED
+        case geoopt.UpperHalf():
+            return UPPER
         case SiegelManifold():
             return SIEGEL
         case geoopt.StereographicProductManifold():

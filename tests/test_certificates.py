@@ -10,7 +10,7 @@ import pytest
 import scipy.linalg
 import torch
 from adversary import CASES, search
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from mutants import certificates as mutants
 
@@ -294,6 +294,7 @@ def test_order_and_units_do_not_matter(seed: int, n: int, speed: float) -> None:
 
 
 @given(SEEDS, st.integers(2, 5), st.floats(0.01, 0.99))
+@example(4096, 5, 0.6875)
 def test_the_inverse_design_meets_its_target(seed: int, n: int, share: float) -> None:
     """Law 41."""
     rates, gains = drawn(seed, n)

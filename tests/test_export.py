@@ -34,7 +34,9 @@ def trained() -> nn.Module:
 
 
 def exported(model: nn.Module, **options: Any) -> Any:
-    return torch.export.export(model, (X,), **options)
+    # The default of newer versions; the strict tracer of older ones stumbles over
+    # geoopt's parameters.
+    return torch.export.export(model, (X,), strict=False, **options)
 
 
 def test_torch_export() -> None:

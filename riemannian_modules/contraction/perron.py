@@ -27,7 +27,9 @@ def perron_vector(A: Array) -> Array:
     """Return the positive right eigenvector of an irreducible Metzler matrix.
 
     Noda's iteration: inverse iteration whose shift is the upper Collatz-Wielandt
-    bound, on the balanced matrix. It converges quadratically and stays positive.
+    bound, on the balanced matrix. It converges quadratically and stays positive. Every
+    system is scaled by the vector so far, so that small entries are as accurate as
+    large ones.
 
     Args:
         A: ``(n, n)``, not negative off the diagonal, irreducible.
@@ -41,14 +43,15 @@ def perron_vector(A: Array) -> Array:
     x = np.full(n, 1.0 / n)
     best, least = x, np.inf
     for _ in range(60):
-        ratios = B @ x / x
+        scaled = B * x[None, :] / x[:, None]
+        ratios = scaled.sum(1)
         spread = ratios.max() - ratios.min()
         if spread < least:
             best, least = x, spread
         if spread <= 4 * np.finfo(float).eps * ratios.max():
             break
         try:
-            y = np.linalg.solve(np.eye(n) * ratios.max() - B, x)
+            y = x * np.linalg.solve(np.eye(n) * ratios.max() - scaled, np.ones(n))
         except np.linalg.LinAlgError:
             break
         if not np.isfinite(y).all() or (y <= 0).any():

@@ -96,6 +96,9 @@ def fixed_point(
             "scale, or orthonormal weights, help), or the tolerance is too small; "
             "another solver, more iterations or on_failure='warn' are other ways out",
         ).detach()
+    # Some versions of torch would use the weights that autocast has converted without
+    # autograd, and lose their gradients.
+    torch.clear_autocast_cache()
     if _transformed():
         return _newton(checked, _newton(checked, z)), None
     leaf = z.clone().requires_grad_()

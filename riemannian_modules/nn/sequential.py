@@ -46,12 +46,11 @@ class Sequential(Composition, nn.Sequential):  # type: ignore[misc]
         Returns:
             The output; without modules the input itself.
         """
-        children = iter(self)
-        first = next(children, None)
-        if first is None:
+        children = list(self)
+        if not children:
             return inputs[0] if len(inputs) == 1 else inputs
-        value = first(*inputs)
-        for child in children:
+        value = children[0](*inputs)
+        for child in children[1:]:
             value = child(value)
         return value
 

@@ -194,7 +194,8 @@ def _drawn_laws(
         return
     except Exception as error:
         # geoopt's curved classes draw in the data type of their curvature only.
-        if x.dtype not in (manifold.dtype, None) and "dtype" in str(error):
+        own = not isinstance(error, TypeError)
+        if own and manifold.dtype != x.dtype and "dtype" in str(error):
             return
     yield measured(
         f"{verb}_points",
