@@ -45,7 +45,7 @@ class Factorisation(NetworkProblem):
     seconds = 4.0
     masses = (1e-6, 1e-4, 1e-2)
     targets = (Target("error", 1e-2), Target("error", 1e-4), Target("error", 1e-8))
-    rows, columns, rank = 60, 50, 8
+    height, outputs, rank = 60, 50, 8
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(7)
@@ -56,16 +56,16 @@ class Factorisation(NetworkProblem):
             return torch.linalg.qr(noise).Q
 
         s = torch.logspace(0.0, -4.0, self.rank, dtype=torch.float64)
-        matrix = frame(self.rows) * s @ frame(self.columns).mT
-        super().__init__(torch.eye(self.rows, dtype=torch.float64), matrix, None)
+        matrix = frame(self.height) * s @ frame(self.outputs).mT
+        super().__init__(torch.eye(self.height, dtype=torch.float64), matrix, None)
 
     def model(self, seed: int) -> nn.Module:
         torch.manual_seed(seed)
         stiefel, kind = rm.manifolds.Stiefel(), torch.float64
         return rm.nn.Sequential(
-            rm.nn.Linear(self.rows, self.rank, False, manifold=stiefel, dtype=kind),
+            rm.nn.Linear(self.height, self.rank, False, manifold=stiefel, dtype=kind),
             Scale(self.rank),
-            rm.nn.Linear(self.rank, self.columns, False, manifold=stiefel, dtype=kind),
+            rm.nn.Linear(self.rank, self.outputs, False, manifold=stiefel, dtype=kind),
         )
 
     def criterion(self, outputs: Tensor, y: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ class Embedding(Problem):
     dense = 0
     growth = 1 / 4
     masses = (0.003, 0.01, 0.03)
-    batch = 128
+    batch, negatives = 128, 50
     burn_in = 0.1
 
     def __init__(self, folder: Path | None = None) -> None:
@@ -116,12 +116,16 @@ class Embedding(Problem):
         self.reconstruction = wordnet.reconstruction
         self.title = f"Poincare embedding of {what}, dimension 2, batch {self.batch}"
 
+    @property
+    def rows(self) -> int:
+        return self.batch * (self.negatives + 1)
+
     def model(self, seed: int) -> nn.Module:
         model: nn.Module = self.module.Embedding(len(self.tree.names), 2, seed)
         return model
 
     def batches(self, seed: int) -> Iterator[Batch]:
-        sampler = self.sampler(self.tree, 50, seed)
+        sampler = self.sampler(self.tree, self.negatives, seed)
         while True:
             yield sampler.draw(self.batch)
 
@@ -154,7 +158,7 @@ class Embedding(Problem):
         points = model.get_parameter("points.weight").detach().as_subclass(Tensor)
         table = self.module.distance(points[:, None], points)
         rank, precision = self.reconstruction(table, self.tree.related)
-        sampler = self.sampler(self.tree, 50, 0)
+        sampler = self.sampler(self.tree, self.negatives, 0)
         loss = F.cross_entropy(
             model(batch := sampler.draw(1024)),
             torch.zeros(len(batch), dtype=torch.long),

@@ -30,7 +30,7 @@ class Classifier(NetworkProblem):
         batch: int | None,
     ) -> None:
         super().__init__(*train, batch)
-        self.valid, self.sizes = valid, sizes
+        self.valid, self.sizes, self.outputs = valid, sizes, sizes[-1]
         self.glance = train
 
     def model(self, seed: int) -> nn.Module:
@@ -110,6 +110,7 @@ class Autoencoder(NetworkProblem):
     """A deep tanh autoencoder of all 1,797 digits, mean squared error."""
 
     kind = "network"
+    outputs = WIDTHS[-1]
     masses = (1e-4, 1e-3, 1e-2)
 
     def __init__(self, batch: int | None) -> None:

@@ -49,6 +49,10 @@ class PhysicsInformed(Problem):
     def count(self) -> int:
         return sum(len(tensors[0]) for tensors in self.points.values())
 
+    @property
+    def rows(self) -> int:
+        return self.count
+
     def model(self, seed: int) -> nn.Module:
         torch.manual_seed(seed)
         with double_precision():
@@ -96,9 +100,7 @@ class PhysicsInformed(Problem):
             metric.backward(loss, values)
             return loss
 
-        return Geometry(
-            metric, backward, lambda batch: self.mean_square(metric(batch))
-        )
+        return Geometry(metric, backward, lambda batch: self.mean_square(metric(batch)))
 
     def look(self, model: nn.Module) -> dict[str, float]:
         loss = self.loss(model, self.points).detach()

@@ -108,6 +108,11 @@ class Problem(ABC):
     ) -> Geometry:
         """Return the metric of this library; ``probes`` random rows, 0: all rows."""
 
+    @property
+    @abstractmethod
+    def rows(self) -> int:
+        """Return the rank of the exact factor: examples times outputs."""
+
     @abstractmethod
     def look(self, model: nn.Module) -> dict[str, float]:
         """Return the measures, "loss" among them."""
@@ -135,7 +140,13 @@ class Problem(ABC):
 
 
 class NetworkProblem(Problem):
-    """A loss that compares the outputs of one forward pass with targets."""
+    """A loss that compares the outputs of one forward pass with targets.
+
+    Attributes:
+        outputs: how many the model has for each example.
+    """
+
+    outputs: int
 
     def __init__(self, x: Tensor, y: Tensor, batch: int | None) -> None:
         self.x, self.y = x, y
@@ -166,6 +177,10 @@ class NetworkProblem(Problem):
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         x, y = batch
         return self.criterion(model(x), y)
+
+    @property
+    def rows(self) -> int:
+        return (self.batch or len(self.x)) * self.outputs
 
     def geometry(
         self, model: nn.Module, *, blocks: Blocks, mass: float, probes: int = 0
