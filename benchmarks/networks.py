@@ -1,5 +1,6 @@
 """Classifiers and autoencoders on small images."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 import riemannian_modules as rm
 from benchmarks.models import mlp
-from benchmarks.problem import NetworkProblem, Target, Unavailable, example
+from benchmarks.problem import NetworkProblem, Target, UnavailableError, example
 
 WIDTHS = (64, 128, 64, 32, 16, 32, 64, 128, 64)
 FASHION_PLACES = (
@@ -94,7 +95,7 @@ class FashionMnist(Classifier):
         try:
             data = module.load_fashion_mnist(place)
         except module.DataError as error:
-            raise Unavailable(str(error)) from error
+            raise UnavailableError(str(error)) from error
         # The mean and deviation of all training pixels.
         x, valid_x = (
             (part.float() / 255.0 - 0.2860) / 0.3530
@@ -103,6 +104,7 @@ class FashionMnist(Classifier):
         sizes = (x.shape[1], 256, 256, 10)
         super().__init__((x, data.train_y), (valid_x, data.valid_y), sizes, 128)
         self.glance = x[:5000], data.train_y[:5000]
+        self.steps_per_epoch = len(x) // 128
         self.seconds = 3.0  # until it is measured
 
 
@@ -126,7 +128,7 @@ class Autoencoder(NetworkProblem):
     def model(self, seed: int) -> nn.Module:
         torch.manual_seed(seed)
         layers: list[nn.Module] = []
-        for before, after in zip(WIDTHS, WIDTHS[1:], strict=False):
+        for before, after in pairwise(WIDTHS):
             layers += [nn.Linear(before, after), nn.Tanh()]
         return nn.Sequential(*layers[:-1])
 

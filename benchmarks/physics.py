@@ -36,6 +36,7 @@ class PhysicsInformed(Problem):
     kind = "functions"
     full_batch = True
     measure = "error"
+    masses = (1e-6, 1e-4, 1e-2)
     growth = 1 / 24
     functions: Mapping[str, Callable[..., Tensor]]
     points: Mapping[str, tuple[Tensor, ...]]

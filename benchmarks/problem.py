@@ -23,7 +23,7 @@ RISING = ("accuracy", "map")
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-class Unavailable(Exception):
+class UnavailableError(Exception):
     """The problem's data or the method's package is not here; the message says what."""
 
 
@@ -76,6 +76,8 @@ class Problem(ABC):
         masses: three masses for the grids.
         dense: after each of so many first steps the model is looked at.
         growth: then after every such share of more steps.
+        adam_epochs: where the seconds are those of so many epochs of Adam, else 0.
+        steps_per_epoch: of which each has so many steps.
     """
 
     name: str
@@ -89,6 +91,8 @@ class Problem(ABC):
     masses: tuple[float, float, float] = (1e-3, 1e-2, 1e-1)
     dense: int = 64
     growth: float = 1 / 16
+    adam_epochs: int = 0
+    steps_per_epoch: int = 1
 
     @abstractmethod
     def model(self, seed: int) -> nn.Module:
@@ -127,7 +131,7 @@ class Problem(ABC):
         return -value if self.measure in RISING else value
 
     def loss_module(self) -> nn.Module | None:
-        """Return the loss as a module of torch, for peers that need to know its kind."""
+        """Return the loss as a module of torch, for peers that need its kind."""
         return None
 
     def inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
