@@ -119,6 +119,8 @@ def exact(problem: Problem, blocks: Blocks) -> str:
 def sampled(problem: Problem, blocks: Blocks) -> str:
     if problem.kind == "functions":
         return "the residuals have one row each, so there is nothing to sample"
+    if problem.name == "factorisation":
+        return "it has so few parameters that all rows cost no more"
     if problem.name == "poincare" and blocks == "model":
         return "the model has one parameter, so this is the layer's block"
     return ""

@@ -12,7 +12,6 @@ from torch.func import jvp
 import riemannian_modules as rm
 from benchmarks.problem import Batch, Blocks, Geometry, Problem, Target, example
 
-
 Net = Callable[[Tensor], Tensor]
 
 
@@ -37,7 +36,8 @@ class PhysicsInformed(Problem):
     full_batch = True
     measure = "error"
     masses = (1e-6, 1e-4, 1e-2)
-    growth = 1 / 24
+    dense = 16
+    growth = 1 / 12
     functions: Mapping[str, Callable[..., Tensor]]
     points: Mapping[str, tuple[Tensor, ...]]
     test: Tensor
@@ -103,11 +103,11 @@ class PhysicsInformed(Problem):
 
         return Geometry(metric, backward, lambda batch: self.mean_square(metric(batch)))
 
+    @torch.no_grad()
     def look(self, model: nn.Module) -> dict[str, float]:
-        loss = self.loss(model, self.points).detach()
-        with torch.no_grad():
-            u = self.truth(self.test)
-            error = (model(self.test)[:, 0] - u).norm() / u.norm()
+        u = self.truth(self.test)
+        loss = self.loss(model, self.points)
+        error = (model(self.test)[:, 0] - u).norm() / u.norm()
         return {"loss": float(loss), "error": float(error)}
 
 

@@ -83,6 +83,8 @@ class Run:
         self.result = Result(stage, problem.name, method.name, settings, seed, seconds)
         self.done = False
         self.next_look = 0
+        # A tuning run is looked at in the end only, unless the way there decides.
+        self.often = stage == "final" or problem.tune_on == "target"
         try:
             self.model = problem.model(seed)
             self.batches = problem.batches(seed)
@@ -90,7 +92,8 @@ class Run:
         except Exception as error:  # one method of many; the tables show it
             self._fail(error)
             return
-        self.look()
+        if self.often:
+            self.look()
 
     def advance(self, seconds: float) -> float:
         """Work for some seconds, or to the end; return the seconds that it took."""
@@ -106,7 +109,8 @@ class Run:
                 self._fail(error)
             result.spent += time.perf_counter() - begin
             result.steps += 1
-            if result.steps >= self.next_look and not self.done:
+            due = self.often and result.steps >= self.next_look
+            if due and not self.done:
                 self.look()
         if result.spent >= result.seconds and not self.done:
             self.look()
