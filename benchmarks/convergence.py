@@ -83,12 +83,12 @@ class Campaign:
         for name, settings in entries:
             key = Result(stage, problem.name, name, settings, seed, seconds).key()
             if key in self.store.results:
-                self.bar.update(seconds)
+                self.tick(seconds)
                 continue
             self.warm(problem, METHODS[name], settings)
             run = Run(stage, problem, METHODS[name], settings, seed, seconds)
             if run.done:
-                self.bar.update(seconds)
+                self.tick(seconds)
             runs.append(run)
         race(runs, self.tick)
         for run in runs:
@@ -97,7 +97,8 @@ class Campaign:
                 tqdm.write(f"{run.result.method}, seed {seed}: {run.result.failed}")
 
     def tick(self, seconds: float) -> None:
-        self.bar.update(seconds)
+        """Move the progress bar on; runs end a little late, the bar does not."""
+        self.bar.update(min(seconds, self.bar.total - self.bar.n))
 
     def warm(self, problem: Problem, method: Method, settings: Settings) -> None:
         if (problem.name, method.name) not in self.warmed:

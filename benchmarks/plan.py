@@ -15,6 +15,8 @@ from benchmarks.results import Store
 
 # For the estimate: steps of a run, and what else a run needs (building, first steps).
 STEPS, OVERHEAD = 1000, 0.05
+# Less tells nothing of methods that are dear in their first steps.
+TUNING_LEAST = 1.0
 
 
 @dataclass
@@ -120,7 +122,8 @@ def plan(problem: Problem, options: argparse.Namespace) -> Plan:
     if options.seconds is not None:
         seconds = options.seconds
     seconds = float(f"{seconds:.3g}")
-    tuning = float(f"{options.tuning * seconds:.3g}")
+    tuning = max(options.tuning * seconds, min(TUNING_LEAST, seconds / 2.0))
+    tuning = float(f"{tuning:.3g}")
     return Plan(problem, methods, refused, statistics.median(times), seconds, tuning)
 
 
