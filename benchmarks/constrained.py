@@ -31,21 +31,21 @@ class Scale(nn.Module):
 
 
 class Factorisation(NetworkProblem):
-    """``U diag(s) V^T`` is fitted to a matrix of rank 8 with singular values to 1e-4.
+    """``U diag(s) V^T`` is fitted to a matrix of rank 6 with singular values to 1e-4.
 
-    U (60 x 8) and V (50 x 8) have orthonormal columns. The examples are the rows. The
+    U (40 x 6) and V (30 x 6) have orthonormal columns. The examples are the rows. The
     error is that of the whole matrix relative to its norm, so below 1e-4 it needs the
     last of the singular values.
     """
 
     kind = "manifold"
     name = "factorisation"
-    title = "Matrix 60 x 50 of rank 8 and condition 1e4, Stiefel factors, float64"
+    title = "Matrix 40 x 30 of rank 6 and condition 1e4, Stiefel factors, float64"
     measure = "error"
     seconds = 4.0
     masses = (1e-6, 1e-4, 1e-2)
     targets = (Target("error", 1e-2), Target("error", 1e-4), Target("error", 1e-8))
-    height, outputs, rank = 60, 50, 8
+    height, outputs, rank = 40, 30, 6
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(7)
