@@ -9,7 +9,13 @@ from torch import Tensor, nn
 
 import riemannian_modules as rm
 from benchmarks.models import mlp
-from benchmarks.problem import NetworkProblem, Target, UnavailableError, example
+from benchmarks.problem import (
+    NetworkProblem,
+    Target,
+    UnavailableError,
+    default_type,
+    example,
+)
 
 WIDTHS = (64, 128, 64, 32, 16, 32, 64, 128, 64)
 FASHION_PLACES = (
@@ -36,7 +42,8 @@ class Classifier(NetworkProblem):
 
     def model(self, seed: int) -> nn.Module:
         torch.manual_seed(seed)
-        return mlp(self.sizes)
+        with default_type(torch.float32):
+            return mlp(self.sizes)
 
     def criterion(self, outputs: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(outputs, y)
@@ -128,8 +135,9 @@ class Autoencoder(NetworkProblem):
     def model(self, seed: int) -> nn.Module:
         torch.manual_seed(seed)
         layers: list[nn.Module] = []
-        for before, after in pairwise(WIDTHS):
-            layers += [nn.Linear(before, after), nn.Tanh()]
+        with default_type(torch.float32):
+            for before, after in pairwise(WIDTHS):
+                layers += [nn.Linear(before, after), nn.Tanh()]
         return nn.Sequential(*layers[:-1])
 
     def criterion(self, outputs: Tensor, y: Tensor) -> Tensor:

@@ -3,27 +3,23 @@
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.func import jvp
 
 import riemannian_modules as rm
-from benchmarks.problem import Batch, Blocks, Geometry, Problem, Target, example
+from benchmarks.problem import (
+    Batch,
+    Blocks,
+    Geometry,
+    Problem,
+    Target,
+    default_type,
+    example,
+)
 
 Net = Callable[[Tensor], Tensor]
-
-
-@contextmanager
-def double_precision() -> Iterator[None]:
-    """Make float64 the default data type for a while."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 class PhysicsInformed(Problem):
@@ -56,7 +52,7 @@ class PhysicsInformed(Problem):
 
     def model(self, seed: int) -> nn.Module:
         torch.manual_seed(seed)
-        with double_precision():
+        with default_type(torch.float64):
             return nn.Sequential(
                 nn.Linear(2, 32),
                 nn.Tanh(),
@@ -121,7 +117,7 @@ class Heat(PhysicsInformed):
 
     def __init__(self) -> None:
         self.module = example("heat_equation")
-        with double_precision():
+        with default_type(torch.float64):
             own = self.module.Problem()
         self.functions = {
             "equation": self.module.equation,
