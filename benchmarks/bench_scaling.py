@@ -1,10 +1,15 @@
-"""How the cost of a step grows with the number of parameters, at a fixed rank.
+"""How the cost of a step grows with the parameters, with the batch, with the rank.
 
-    python -m benchmarks.bench_scaling           prints the table
+    python -m benchmarks.bench_scaling                       prints three tables
+    python -m benchmarks.bench_scaling --vary batch rank     some of them
 
-The dense solve forms K and the p x p matrix of every layer and factorises it.
+*width*: more parameters at a fixed rank, next to a dense solve that forms K and the
+p x p matrix of every layer and factorises it. *batch*: more examples, so that the rank
+of an exact step grows with them. *rank*: more random rows for the same examples. The
+slope is that of a straight line through the logarithms.
 """
 
+import argparse
 from collections.abc import Sequence
 
 import torch
@@ -17,10 +22,15 @@ from benchmarks.models import (
     interleaved,
     mlp,
     slope,
+    step_of,
     training_step,
 )
 
 FEATURES, CLASSES, EXAMPLES = 64, 10, 16
+# Sizes of the network, examples, and random rows for each, of the other two tables.
+FIXED = (FEATURES, 512, 512, CLASSES)
+BATCHES = (16, 32, 64, 128, 256)
+PROBES, PROBED = (1, 2, 4, 8, 16), 64
 WIDTHS = (512, 1024, 2048, 4096)
 DENSE_WIDTHS = (8, 16, 32, 64)
 BOUND = 1.1
@@ -90,20 +100,71 @@ def test_cost_grows_with_the_parameters(benchmark) -> None:
     assert slopes["this library"] <= BOUND, slopes
 
 
-def main() -> None:
-    torch.set_num_threads(THREADS)
-    rank = EXAMPLES * (CLASSES - 1)
-    print(f"{FEATURES}-w-w-{CLASSES}, rank {rank}, {THREADS} threads\n")
-    print("| step | parameters | ms | log-log slope |\n|---|---|---|---|")
-    for name, (sizes, seconds) in measured(rounds=20).items():
-        counts = ", ".join(f"{size:,}" for size in sizes)
+def growing_batch(rounds: int) -> dict[str, tuple[list[int], list[float]]]:
+    """Return the examples and the seconds of a step of each method."""
+    return {
+        method: (
+            list(BATCHES),
+            list(
+                interleaved(
+                    {str(n): training_step(method, FIXED, n) for n in BATCHES}, rounds
+                ).values()
+            ),
+        )
+        for method in ("adam", "sampled", "exact model", "exact layer")
+    }
+
+
+def growing_rank(rounds: int) -> dict[str, tuple[list[int], list[float]]]:
+    """Return the ranks and the seconds of a sampled step, for both kinds of blocks."""
+    found = {}
+    for blocks in ("model", "layer"):
+        steps = {}
+        for probes in PROBES:
+            torch.manual_seed(0)
+            x, y = batch(FIXED[:1], CLASSES, PROBED, "cpu")
+            method = f"sampled {blocks}"
+            steps[str(probes)] = step_of(method, mlp(FIXED), x, y, probes)
+        ranks = [PROBED * probes for probes in PROBES]
+        found[f"sampled, {blocks}"] = ranks, list(interleaved(steps, rounds).values())
+    return found
+
+
+def table(size: str, results: dict[str, tuple[list[int], list[float]]]) -> str:
+    """Return sizes, milliseconds and slopes as a Markdown table."""
+    lines = [f"| step | {size} | ms | slope |", "|---|---|---|---|"]
+    for name, (sizes, seconds) in results.items():
+        counts = ", ".join(f"{each:,}" for each in sizes)
         times = ", ".join(f"{1e3 * value:.1f}" for value in seconds)
-        # The last two widths: there the fixed costs of small networks are gone.
+        # The last two sizes: there the fixed costs of small problems are gone.
         tail = slope(sizes[-2:], seconds[-2:])
-        print(
+        lines.append(
             f"| {name} | {counts} | {times} | {slope(sizes, seconds):.2f} "
             f"(last doubling {tail:.2f}) |"
         )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    known = ("width", "batch", "rank")
+    parser.add_argument("--vary", nargs="+", choices=known, default=known)
+    parser.add_argument("--rounds", type=int, default=20)
+    options = parser.parse_args()
+    torch.set_num_threads(THREADS)
+    chain = "-".join(map(str, FIXED))
+    if "width" in options.vary:
+        rank = EXAMPLES * (CLASSES - 1)
+        print(f"{FEATURES}-w-w-{CLASSES}, rank {rank}, {THREADS} threads\n")
+        print(table("parameters", measured(options.rounds)))
+    if "batch" in options.vary:
+        print(f"\n{chain}, rank 9 for each example if exact, {THREADS} threads\n")
+        print(table("examples", growing_batch(options.rounds)))
+    if "rank" in options.vary:
+        print(f"\n{chain}, {PROBED} examples, {THREADS} threads\n")
+        print(table("rank", growing_rank(options.rounds)))
 
 
 if __name__ == "__main__":

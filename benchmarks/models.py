@@ -94,11 +94,14 @@ def training_step(
     return step_of(method, model, x, y)
 
 
-def step_of(method: str, model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Step:
+def step_of(
+    method: str, model: nn.Module, x: torch.Tensor, y: torch.Tensor, probes: int = 1
+) -> Step:
     """Return one step of a method: forward, backward and update.
 
-    The step length is tiny, so that the thousandth step meets the same problem as
-    the first.
+    A method is "adam", or "sampled" (``probes`` random rows) or "exact" with the blocks
+    behind it: "layer" if nothing is said, or "model". The step length is tiny, so that
+    the thousandth step meets the same problem as the first.
     """
     if method == "adam":
         adam = torch.optim.Adam(model.parameters(), lr=1e-6)
@@ -111,9 +114,9 @@ def step_of(method: str, model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> 
         return plain
 
     output: rm.output.OutputMetric = rm.output.Categorical()
-    if method == "sampled":
-        output = rm.output.Sampled(output, probes=1)
-    blocks = "model" if method == "exact model" else "layer"
+    if method.startswith("sampled"):
+        output = rm.output.Sampled(output, probes=probes)
+    blocks = "model" if method.endswith("model") else "layer"
     metric = rm.LayerwiseMetric(model, output=output, mass=1e-2, blocks=blocks)
     optimizer = rm.optim.RiemannianSGD(metric, lr=1e-6)
 

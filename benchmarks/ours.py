@@ -1,0 +1,177 @@
+"""The methods of this library, for races."""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+from torch import nn
+
+import riemannian_modules as rm
+from benchmarks.method import Method, Settings, Step, full_batch
+from benchmarks.problem import Batch, Blocks, Geometry, Problem
+
+Suits = Callable[[Problem, Blocks], str]
+OPTIONAL_RATE = (
+    inspect.signature(rm.optim.RiemannianSGD).parameters["lr"].default is None
+)
+
+
+# Rows and parameters above which a factorisation takes seconds.
+LARGE = 4096
+
+
+def rsgd(
+    problem: Problem, model: nn.Module, settings: Settings, blocks: Blocks
+) -> Step:
+    """Return a step of RiemannianSGD; without "lr" in the settings it finds its own."""
+    options = {k: v for k, v in settings.items() if k not in ("mass", "probes")}
+    geometry = geometry_of(problem, model, settings, blocks)
+    optimizer = rm.optim.RiemannianSGD(geometry.metric, **options)
+    lr = settings.get("lr")
+
+    def step(batch: Batch, gone: float) -> None:
+        if lr is not None:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * problem.schedule(gone)
+        geometry.backward(batch)
+        optimizer.step()
+
+    return step
+
+
+def marquardt(
+    problem: Problem, model: nn.Module, settings: Settings, blocks: Blocks
+) -> Step:
+    """Return a step of LevenbergMarquardt."""
+    geometry = geometry_of(problem, model, settings, blocks)
+    optimizer = rm.optim.LevenbergMarquardt(geometry.metric)
+
+    def step(batch: Batch, _: float) -> None:
+        geometry.backward(batch)
+        optimizer.step(lambda: geometry.loss(batch))
+
+    return step
+
+
+def geometry_of(
+    problem: Problem, model: nn.Module, settings: Settings, blocks: Blocks
+) -> Geometry:
+    probes = int(settings.get("probes", 0))
+    return problem.geometry(model, blocks=blocks, mass=settings["mass"], probes=probes)
+
+
+# --- grids
+
+
+def exact_grid(problem: Problem) -> Sequence[Settings]:
+    """Return two step lengths for each of three masses.
+
+    On the embeddings a point is in few rows of a batch only, so the step is mostly the
+    gradient divided by the mass; the step length is then chosen along with it.
+    """
+    if problem.name == "poincare":
+        return [{"lr": r * m, "mass": m} for r in (30.0, 100.0) for m in problem.masses]
+    return [{"lr": lr, "mass": m} for lr in (0.1, 0.3) for m in problem.masses]
+
+
+def sampled_grid(problem: Problem) -> Sequence[Settings]:
+    """Return settings for one random row for each example.
+
+    What of the gradient the rows do not span is divided by the mass, so small masses
+    need step lengths that fall with them.
+    """
+    if problem.name == "poincare":
+        return [{**each, "probes": 1} for each in exact_grid(problem)]
+    _, middle, large = problem.masses
+    masses = (middle, large, 10.0 * large)
+    return [
+        {"lr": ratio * mass, "mass": mass, "probes": 1}
+        for ratio in (0.3, 1.0)
+        for mass in masses
+    ]
+
+
+def mass_grid(problem: Problem) -> Sequence[Settings]:
+    """Return the masses alone."""
+    return [{"mass": mass} for mass in problem.masses]
+
+
+def sampled_mass_grid(problem: Problem) -> Sequence[Settings]:
+    """Return the masses with one random row for each example, and with four."""
+    masses = problem.masses
+    return [{"mass": mass, "probes": k} for k in (1, 4) for mass in masses]
+
+
+# --- where they suit
+
+
+def exact(problem: Problem, blocks: Blocks) -> str:
+    parameters = sum(p.numel() for p in problem.model(0).parameters())
+    if min(problem.rows, parameters) > LARGE:
+        return f"{problem.rows:,} rows and {parameters:,} parameters: too dear a step"
+    if problem.name == "poincare" and blocks == "model":
+        return "the model has one parameter, so this is the layer's block"
+    if problem.kind == "functions" and blocks == "layer":
+        return "its layers are coupled; the joint block is what to use"
+    return ""
+
+
+def sampled(problem: Problem, blocks: Blocks) -> str:
+    if problem.kind == "functions":
+        return "the residuals have one row each, so there is nothing to sample"
+    if problem.name == "factorisation":
+        return "it has so few parameters that all rows cost no more"
+    if problem.name == "poincare" and blocks == "model":
+        return "the model has one parameter, so this is the layer's block"
+    return ""
+
+
+def without_rate(problem: Problem, blocks: Blocks, rows: Suits) -> str:
+    if not OPTIONAL_RATE:
+        return "this version of RiemannianSGD needs a learning rate"
+    return rows(problem, blocks)
+
+
+def with_losses(problem: Problem, blocks: Blocks, rows: Suits) -> str:
+    return full_batch(problem) or rows(problem, blocks)
+
+
+# --- the list
+
+
+def entries() -> Iterator[Method]:
+    """Yield exact and sampled methods for the two kinds of blocks."""
+    each_layer: tuple[Blocks, str] = ("layer", "a block for each layer")
+    for blocks, said in (each_layer, ("model", "one block")):
+        for kind, rows, suits, grid, bare in (
+            ("exact", "all rows", exact, exact_grid, mass_grid),
+            ("sampled", "random rows", sampled, sampled_grid, sampled_mass_grid),
+        ):
+            about = f"{rows}, {said}"
+            yield Method(
+                f"{kind}-{blocks}",
+                "ours",
+                f"RiemannianSGD, {about}",
+                grid,
+                partial(rsgd, blocks=blocks),
+                partial(suits, blocks=blocks),
+            )
+            yield Method(
+                f"auto-{kind}-{blocks}",
+                "ours",
+                f"RiemannianSGD without a learning rate, {about}",
+                bare,
+                partial(rsgd, blocks=blocks),
+                partial(without_rate, blocks=blocks, rows=suits),
+            )
+            yield Method(
+                f"marquardt-{kind}-{blocks}",
+                "ours",
+                f"LevenbergMarquardt, {about}",
+                bare,
+                partial(marquardt, blocks=blocks),
+                partial(with_losses, blocks=blocks, rows=suits),
+            )
+
+
+OURS = list(entries())
