@@ -47,7 +47,7 @@ def require_own_memory(named: Mapping[str, Tensor]) -> None:
             raise LinearizationError(
                 f"parameter '{name}' is a {type(tensor).__name__}, divided among "
                 "processes as FSDP does it, but the Riesz map, the retraction and the "
-                "Gram matrix need all of it; keep whole parameters on every rank and use "
+                "Gram matrix need all of it; keep whole parameters on every rank, with "
                 "riemannian_modules.distributed.data_parallel(metric)"
             )
         if tensor.is_meta or tensor.numel() == 0:
