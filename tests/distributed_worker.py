@@ -1,12 +1,13 @@
 """What a process of the tests of data parallelism does; torchrun starts several.
 
-    torchrun --nproc-per-node 2 distributed_worker.py all RESULTS
+torchrun --nproc-per-node 2 distributed_worker.py all RESULTS
 """
 
 import copy
 import hashlib
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -76,11 +77,13 @@ def compare(case: Case) -> dict[str, Any]:
             {d.name: d.tensor.grad for d in m.parameters if d.tensor.grad is not None}
             for m in (other, one)
         ]
-        points = [{d.name: d.tensor.detach() for d in m.parameters} for m in (other, one)]
+        points = [
+            {d.name: d.tensor.detach() for d in m.parameters} for m in (other, one)
+        ]
         assert one.loss is not None
         assert other.loss is not None
         images = [
-            {k: s.velocity.norm() for k, s in m.solve().items() if b_rank(m, k)}
+            {k: s.velocity.norm() for k, s in m.solve().items() if m.blocks[k].rank}
             for m in (other, one)
         ]
         found["steps"].append(
@@ -98,10 +101,6 @@ def compare(case: Case) -> dict[str, Any]:
     return found
 
 
-def b_rank(metric: ModelMetric, name: str) -> int:
-    return metric.blocks[name].rank
-
-
 def message(attempt: Callable[[], object]) -> str:
     try:
         attempt()
@@ -110,10 +109,12 @@ def message(attempt: Callable[[], object]) -> str:
     return "no error"
 
 
-def start(seed: int = 1) -> tuple[rm.LayerwiseMetric, rm.optim.RiemannianSGD]:
+def start(
+    seed: int = 1, group: dist.ProcessGroup | None = None
+) -> tuple[rm.LayerwiseMetric, rm.optim.RiemannianSGD]:
     torch.manual_seed(seed)
     metric = rm.LayerwiseMetric(mlp().double(), rm.output.Categorical(), mass=0.1)
-    rm.distributed.data_parallel(metric)
+    rm.distributed.data_parallel(metric, group)
     return metric, rm.optim.RiemannianSGD(metric, lr=0.3, momentum=0.5)
 
 
@@ -147,7 +148,7 @@ def refusals() -> dict[str, list[str]]:
     metric.set_mass(0.1)
     advance(metric, x, numbers)
     if rank == 0:
-        found["other calls"] = message(lambda: optimizer.step())
+        found["other calls"] = message(optimizer.step)
     else:
         found["other calls"] = message(lambda: advance(metric, x, numbers))
 
@@ -224,41 +225,47 @@ def resumed(folder: Path) -> dict[str, Any]:
     return {"equal": everywhere(straight == bits_of(metric))}
 
 
-def lonely(folder: Path, what: str) -> None:
-    """Rank 1 ends, or sleeps, in the third step; rank 0 writes what it notices."""
+def lonely(folder: Path) -> None:
+    """Rank 1 is killed after some steps, rank 2 sleeps; rank 0 writes what it sees."""
     rank = dist.get_rank()
-    metric, optimizer = start()
+    # How late a rank may be; not how late it may start.
+    late = timedelta(seconds=6)
+    groups = {partner: dist.new_group([0, partner], timeout=late) for partner in (1, 2)}
+    dist.barrier()
+    mine = {p: start(group=g) for p, g in groups.items() if rank in (0, p)}
+    if rank == 2:
+        time.sleep(600)
     x, numbers = features(4).double() + rank, torch.arange(4)
-    for step in range(100):
-        if rank == 1 and step == 3:
-            if what == "killed":
-                os.kill(os.getpid(), 9)
-            time.sleep(60)
-        begin = time.monotonic()
-        try:
-            advance(metric, x, numbers)
-            optimizer.step()
-        except rm.errors.DistributedError as error:
-            seconds = time.monotonic() - begin
-            report = {"error": str(error), "step": step, "seconds": seconds}
-            (folder / "noticed.json").write_text(json.dumps(report), "utf-8")
-            raise
+    noticed = {}
+    for partner, (metric, optimizer) in mine.items():
+        for step in range(4):
+            if rank == 1 and step == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+            begin = time.monotonic()
+            try:
+                advance(metric, x, numbers)
+                optimizer.step()
+            except rm.errors.DistributedError as error:
+                seconds = time.monotonic() - begin
+                report = {"error": str(error), "step": step, "seconds": seconds}
+                noticed[partner] = report
+                break
+    (folder / "noticed.json").write_text(json.dumps(noticed), "utf-8")
 
 
 def main() -> None:
     what, folder = sys.argv[1], Path(sys.argv[2])
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
-    if what in ("killed", "asleep"):
+    if what == "lonely":
         # Without an agent that ends the others.
         dist.init_process_group(
             "gloo",
             init_method=f"file://{folder}/meeting",
             rank=int(sys.argv[3]),
-            world_size=2,
-            timeout=timedelta(seconds=5),
+            world_size=3,
         )
-        lonely(folder, what)
+        lonely(folder)
         return
     dist.init_process_group("gloo", timeout=timedelta(seconds=30))
     names = list(CASES) if what == "all" else sys.argv[3:]
