@@ -226,12 +226,13 @@ class ModelMetric:
             elif found.rest is not None:
                 own = {name: gradient * e for name, e in found.rest.items()}
                 rest = own if rest is None else {n: own[n] + rest[n] for n in own}
-        if self.exchange is not None:
-            return self.exchange.solve(self.blocks, residual, rest, source)
-        return {
-            name: block.solve(residual=residual, covector=rest, source=source)
-            for name, block in self.blocks.items()
-        }
+        with self.full_precision():
+            if self.exchange is not None:
+                return self.exchange.solve(self.blocks, residual, rest, source)
+            return {
+                name: block.solve(residual=residual, covector=rest, source=source)
+                for name, block in self.blocks.items()
+            }
 
     def joint_loss(self, loss: Tensor) -> Tensor:
         """Return the loss of the examples of all processes that share the metric.
@@ -274,8 +275,18 @@ class ModelMetric:
 
     # --- how a pass becomes the state
 
-    def _guard(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.exchange is None else self.exchange.guard()
+    def full_precision(self) -> AbstractContextManager[object]:
+        """Switch autocast off inside this scope: it is for the forward pass only."""
+        kind = next(iter(self.parameters)).tensor.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            return torch.autocast(kind, enabled=False)
+        return nullcontext()
+
+    @contextmanager
+    def _guard(self) -> Iterator[None]:
+        shared = nullcontext() if self.exchange is None else self.exchange.guard()
+        with self.full_precision(), shared:
+            yield
 
     def _take(
         self,
@@ -285,7 +296,8 @@ class ModelMetric:
         heads: Sequence[Head],
     ) -> None:
         if self.exchange is not None:
-            found, loss = self.exchange.join(found, loss, heads, self.reduction)
+            with self.full_precision():
+                found, loss = self.exchange.join(found, loss, heads, self.reduction)
         if self._frozen and self.blocks:
             # The old factors do not span the new gradient.
             rest = {**zero_covectors(self.blocks), **found.gradient}
