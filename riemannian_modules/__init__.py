@@ -6,6 +6,7 @@ from types import ModuleType
 from riemannian_modules import (
     action,
     contraction,
+    distributed,
     errors,
     factors,
     functional,
@@ -33,6 +34,7 @@ __all__ = [
     "__version__",
     "action",
     "contraction",
+    "distributed",
     "errors",
     "factors",
     "functional",

@@ -17,6 +17,7 @@ from riemannian_modules.errors import (
 )
 from riemannian_modules.factors import MetricFactor
 from riemannian_modules.finite import looks_finite
+from riemannian_modules.reverse import loss_scale, scaled_grad
 from riemannian_modules.tape import Tape
 
 __all__ = [
@@ -125,13 +126,17 @@ def recorded_tape(tape: Tape | None, outputs: Sequence[Tensor]) -> Tape:
 
 
 def autograd_gradient(
-    loss: Tensor, parameters: DeclaredParameters
+    loss: Tensor, parameters: DeclaredParameters, scale: float = 1.0
 ) -> dict[str, Tensor | None]:
-    """Return autograd's own gradient by name; the graph is kept."""
+    """Return autograd's own gradient by name; the graph is kept.
+
+    Args:
+        loss: scalar.
+        parameters: the model's parameters.
+        scale: see :func:`riemannian_modules.reverse.scaled_grad`.
+    """
     declared = list(parameters)
-    grads: tuple[Tensor | None, ...] = torch.autograd.grad(
-        loss, [d.tensor for d in declared], retain_graph=True, allow_unused=True
-    )
+    grads = scaled_grad(loss, [d.tensor for d in declared], scale)
     return {
         d.name: g.to_dense() if g is not None and g.is_sparse else g
         for d, g in zip(declared, grads, strict=True)
@@ -232,9 +237,9 @@ def output_costates(loss: Tensor, outputs: Sequence[Tensor]) -> list[Tensor]:
             "loss.mean() (reduction='mean') or loss.sum() (reduction='sum')"
         )
     active = [output for output in outputs if output.requires_grad]
-    grads: tuple[Tensor | None, ...] = (None,) * len(active)
+    grads: Sequence[Tensor | None] = (None,) * len(active)
     if loss.requires_grad:
-        grads = torch.autograd.grad(loss, active, retain_graph=True, allow_unused=True)
+        grads = scaled_grad(loss, active, loss_scale(outputs))
     pairs = iter(grads)
     found = [next(pairs) if output.requires_grad else None for output in outputs]
     if all(costate is None for costate in found):

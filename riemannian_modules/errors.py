@@ -2,6 +2,7 @@
 
 __all__ = [
     "ContractionError",
+    "DistributedError",
     "EmptyBatchError",
     "LinearizationError",
     "LostManifoldError",
@@ -72,3 +73,7 @@ class ContractionError(RiemannianModulesError, ValueError):
 
 class ProblemError(RiemannianModulesError, ValueError):
     """A problem that the optimizers of another library could not work on."""
+
+
+class DistributedError(RiemannianModulesError, RuntimeError):
+    """The processes that train one model together do not act together."""

@@ -148,7 +148,7 @@ def _agreed(
         uses = watch.explaining(tape)
         carried = [known[position[id(use)]] for use in uses]
         try:
-            layouts, certain = _layouts(watch, uses, carried, first, n)
+            layouts, certain = _layouts(watch, uses, carried, first, n, tape.rounding)
             graph = Graph(True, layouts, [])
             needed = [narrowed(each, stop) for each in carried]
             whole = assemble(watch, uses, needed, graph, n)
@@ -182,6 +182,7 @@ def _layouts(
     carried: Sequence[Carried],
     first: int,
     examples: int,
+    rounding: float,
 ) -> tuple[list[tuple[Layout, ...]], bool]:
     """Return where the examples are in the outputs of every use; and if that is sure.
 
@@ -198,7 +199,7 @@ def _layouts(
                 continue
             layout, told = find_layout(each[first:], examples)
             certain = certain and told
-            if not is_linear(each[first:]):
+            if not is_linear(each[first:], rounding):
                 raise LinearizationError(
                     f"at {use.label} the way back is not linear: a hook changes the "
                     "gradients that arrive there; remove it, and use the .grad that "

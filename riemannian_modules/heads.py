@@ -293,6 +293,8 @@ def _stacks(
             pieces.append(outputs.new_zeros(rank - before - own, *outputs.shape))
         pieces += [each[index].unsqueeze(0) for each in extra]
         if pieces:
-            stacks.append(torch.cat([piece.to(outputs.dtype) for piece in pieces]))
+            # In half precision they would underflow before they can be scaled.
+            dtype = outputs.dtype if outputs.itemsize >= 4 else torch.float32
+            stacks.append(torch.cat([piece.to(dtype) for piece in pieces]))
         before += own
     return stacks

@@ -94,6 +94,7 @@ class Inverse:
         self._precision = precision
         self._trace = math.inf
         self._rows: Tensor | None = None
+        self._told: Tensor | None = None
 
     @cached_property
     def factor(self) -> woodbury.CholeskyFactor:
@@ -145,10 +146,22 @@ class Inverse:
     @property
     def succeeded(self) -> Tensor:
         """Whether the factorisation worked, a boolean scalar on the device."""
+        if self._told is not None:
+            return self._told
         if self.form == "base":
             return torch.ones((), dtype=torch.bool, device=self.block.device)
         # LAPACK's check for NaN is not made by every library for other devices.
         return (self.factor.info == 0) & self.factor.lower.diagonal().isfinite().all()
+
+    def adopt(self, trace: float, too_narrow: bool, succeeded: Tensor) -> None:
+        """Take over what another process found out when it factorised the same block.
+
+        Args:
+            trace: its :attr:`trace`.
+            too_narrow: its :attr:`too_narrow`.
+            succeeded: its :attr:`succeeded`.
+        """
+        self._trace, self.too_narrow, self._told = trace, too_narrow, succeeded
 
     def _loses_digits(self) -> bool:
         # The subtracting form loses log10 |S| digits; the trace bounds that.

@@ -171,7 +171,7 @@ class LayerwiseMetric(ModelMetric):
         self._pass(outputs, None)
 
     def _pass(self, outputs: OutputLike, loss: Tensor | None) -> None:
-        heads = pair(self.output, outputs)
-        with unfreed():
+        with self._guard(), unfreed():
+            heads = pair(self.output, outputs)
             found = self._recorder.linearize(heads, loss, self.reduction)
-        self._take(found, loss, self._recorder.close())
+        self._take(found, loss, self._recorder.close(), heads)

@@ -172,14 +172,22 @@ def find_layout(probes: Tensor, examples: int) -> tuple[Layout | None, bool]:
     return (fitting[0] if fitting else None), certain
 
 
-def is_linear(probes: Tensor) -> bool:
-    """Whether the parts of :func:`bit_probes` add up to the whole, as carried."""
+def is_linear(probes: Tensor, rounding: float = 0.0) -> bool:
+    """Whether the parts of :func:`bit_probes` add up to the whole, as carried.
+
+    Args:
+        probes: as in :func:`find_layout`.
+        rounding: the unit of rounding on the way, where it is not that of the probes.
+
+    Returns:
+        Whether they do.
+    """
     if probes.is_meta or len(probes) == 1:
         return True
     bits = (len(probes) - 1) // 2
     whole, ones, zeros = probes[:1], probes[1 : 1 + bits], probes[1 + bits :]
     error = (ones + zeros - whole).abs()
     size = ones.abs() + zeros.abs() + whole.abs()
-    tolerance = torch.finfo(probes.dtype).eps ** 0.5
+    tolerance = max(rounding, torch.finfo(probes.dtype).eps) ** 0.5
     finite = torch.isfinite(error)
     return not bool(((error > tolerance * (size + size.amax())) & finite).any())

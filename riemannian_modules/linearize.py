@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from riemannian_modules.errors import (
@@ -23,7 +24,7 @@ from riemannian_modules.errors import (
 from riemannian_modules.factors import MetricFactor, joined
 from riemannian_modules.heads import Rows
 from riemannian_modules.layout import Layout
-from riemannian_modules.reverse import reverse_pass
+from riemannian_modules.reverse import rescaled, reverse_pass, unit_scaled
 from riemannian_modules.rules import GENERIC, Call
 from riemannian_modules.tape import Use, settings_of
 from riemannian_modules.watch import Job, Watch
@@ -126,13 +127,20 @@ def carry(
         )
     edges = [edge for use in uses for edge in use.edges]
     active = [i for i, output in enumerate(outputs) if output.requires_grad]
+    dtypes = {use.dtype for use in uses} | {output.dtype for output in outputs}
+    back = None
+    if torch.float16 in dtypes:
+        # Its range is short; bfloat16 has that of float32.
+        stacks, back = unit_scaled(stacks)
     flat, batched = reverse_pass(
         [outputs[i] for i in active],
         edges,
-        [stacks[i] for i in active],
+        [stacks[i].to(outputs[i].dtype) for i in active],
         batched=batched,
         keep=keep,
     )
+    if back is not None:
+        flat = [None if each is None else rescaled(each, back) for each in flat]
     if all(each is None for each in flat):
         raise NotRecordedError(
             "these outputs do not come from the recorded pass; call the model inside "

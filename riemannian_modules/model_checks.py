@@ -32,16 +32,24 @@ def require_module(model: object) -> None:
 
 
 def require_own_memory(named: Mapping[str, Tensor]) -> None:
-    """Check that no two parameters share their memory.
+    """Check that parameters are whole, and that no two share their memory.
 
     Args:
         named: parameters by name.
 
     Raises:
-        LinearizationError: two do.
+        LinearizationError: one is a part of a tensor, or two share their memory.
     """
     found: dict[tuple[torch.device, int], str] = {}
     for name, tensor in named.items():
+        # A DTensor, without importing what makes them.
+        if hasattr(tensor, "device_mesh"):
+            raise LinearizationError(
+                f"parameter '{name}' is a {type(tensor).__name__}, divided among "
+                "processes as FSDP does it, but the Riesz map, the retraction and the "
+                "Gram matrix need all of it; keep whole parameters on every rank, with "
+                "riemannian_modules.distributed.data_parallel(metric)"
+            )
         if tensor.is_meta or tensor.numel() == 0:
             continue
         other = found.setdefault((tensor.device, tensor.data_ptr()), name)

@@ -1,8 +1,8 @@
 """The metrics of a model's blocks and the gradient in them: what optimizers need."""
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -19,7 +19,9 @@ from riemannian_modules.assembly import (
 )
 from riemannian_modules.declared import Blocks, DeclaredParameters
 from riemannian_modules.errors import MassError, NotRecordedError, ShapeError
+from riemannian_modules.exchange import Exchange
 from riemannian_modules.heads import (
+    Head,
     OutputMetricLike,
     Reduction,
     require_output_metrics,
@@ -54,6 +56,8 @@ class ModelMetric:
         passes: number of backward passes so far (frozen ones count).
         blocks: ``{block name: LayerMetric}`` of the last one.
         loss: value of the loss in the last backward pass, or None.
+        exchange: what makes one batch of those of several processes, or None; see
+            :func:`riemannian_modules.distributed.data_parallel`.
     """
 
     def __init__(
@@ -84,6 +88,7 @@ class ModelMetric:
         self._marks: dict[str, int] = {}
         self.passes = 0
         self.loss: Tensor | None = None
+        self.exchange: Exchange | None = None
         introduce(self, model)
 
     def __reduce_ex__(self, protocol: object) -> str:
@@ -221,10 +226,24 @@ class ModelMetric:
             elif found.rest is not None:
                 own = {name: gradient * e for name, e in found.rest.items()}
                 rest = own if rest is None else {n: own[n] + rest[n] for n in own}
-        return {
-            name: block.solve(residual=residual, covector=rest, source=source)
-            for name, block in self.blocks.items()
-        }
+        with self.full_precision():
+            if self.exchange is not None:
+                return self.exchange.solve(self.blocks, residual, rest, source)
+            return {
+                name: block.solve(residual=residual, covector=rest, source=source)
+                for name, block in self.blocks.items()
+            }
+
+    def joint_loss(self, loss: Tensor) -> Tensor:
+        """Return the loss of the examples of all processes that share the metric.
+
+        Args:
+            loss: scalar, the loss of this process' examples of the last pass.
+
+        Returns:
+            The loss; as it is where nothing is shared.
+        """
+        return loss if self.exchange is None else self.exchange.joint_loss(loss)
 
     @property
     def linearization(self) -> Linearization | None:
@@ -256,7 +275,29 @@ class ModelMetric:
 
     # --- how a pass becomes the state
 
-    def _take(self, found: Linearization, loss: Tensor | None, passed: Tape) -> None:
+    def full_precision(self) -> AbstractContextManager[object]:
+        """Switch autocast off inside this scope: it is for the forward pass only."""
+        kind = next(iter(self.parameters)).tensor.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            return torch.autocast(kind, enabled=False)
+        return nullcontext()
+
+    @contextmanager
+    def _guard(self) -> Iterator[None]:
+        shared = nullcontext() if self.exchange is None else self.exchange.guard()
+        with self.full_precision(), shared:
+            yield
+
+    def _take(
+        self,
+        found: Linearization,
+        loss: Tensor | None,
+        passed: Tape,
+        heads: Sequence[Head],
+    ) -> None:
+        if self.exchange is not None:
+            with self.full_precision():
+                found, loss = self.exchange.join(found, loss, heads, self.reduction)
         if self._frozen and self.blocks:
             # The old factors do not span the new gradient.
             rest = {**zero_covectors(self.blocks), **found.gradient}

@@ -32,7 +32,7 @@ from riemannian_modules.linearize import (
     linearize,
     narrowed,
 )
-from riemannian_modules.reverse import batching_pays
+from riemannian_modules.reverse import batching_pays, loss_scale
 from riemannian_modules.survey import survey
 from riemannian_modules.tape import Tape, Use
 from riemannian_modules.watch import Watch
@@ -173,7 +173,9 @@ class Recorder:
         ends = [tensor for tensor, _ in heads]
         expected = None
         if loss is not None:
-            expected = autograd_gradient(loss, self._parameters)
+            half = any(use.dtype == torch.float16 for use in tape.uses)
+            scale = loss_scale(ends, half=half)
+            expected = autograd_gradient(loss, self._parameters, scale)
         # Where something above has to explain a parameter, it must have been recorded.
         self._exploring = True
         with torch.no_grad():

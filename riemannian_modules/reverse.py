@@ -7,7 +7,14 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-__all__ = ["batching_pays", "reverse_pass"]
+__all__ = [
+    "batching_pays",
+    "loss_scale",
+    "rescaled",
+    "reverse_pass",
+    "scaled_grad",
+    "unit_scaled",
+]
 
 # So few cotangents are carried faster one by one.
 _FEW = 2
@@ -38,6 +45,107 @@ def batching_pays(operations: Iterable[object], device: torch.device) -> bool:
         return True
     names = [each for each in operations if isinstance(each, str)]
     return not any(name.startswith(_ONE_BY_ONE) for name in names)
+
+
+def loss_scale(values: Iterable[Tensor], *, half: bool = False) -> float:
+    """Return what to multiply a loss with so that float16 holds its derivative.
+
+    The derivative by the output of one of n examples is about 1/n of that of its own
+    loss, and float16 loses digits below 6e-5.
+
+    Args:
+        values: outputs, examples first.
+        half: whether float16 is used elsewhere.
+
+    >>> loss_scale([torch.zeros(100, 3, dtype=torch.float16)])
+    2048.0
+    >>> loss_scale([torch.zeros(100, 3)])
+    1.0
+    """
+    known = list(values)
+    if not (half or any(value.dtype == torch.float16 for value in known)):
+        return 1.0
+    # A loss in float16 takes no larger one.
+    return 2.0 ** min(15, (len(known[0]) - 1).bit_length() + 4)
+
+
+def scaled_grad(
+    loss: Tensor, tensors: Sequence[Tensor], scale: float
+) -> list[Tensor | None]:
+    """Return the derivative of a loss, without underflow in float16.
+
+    Args:
+        loss: scalar.
+        tensors: where the derivative is wanted.
+        scale: a power of two that the loss is multiplied with on the way.
+
+    Returns:
+        The derivative by each, at least in float32 where a scale is used; the graph is
+        kept. What overflows with the scale is taken without it.
+    """
+
+    def grad(factor: float) -> tuple[Tensor | None, ...]:
+        found: tuple[Tensor | None, ...] = torch.autograd.grad(
+            loss,
+            tensors,
+            torch.full_like(loss, factor),
+            retain_graph=True,
+            allow_unused=True,
+        )
+        return found
+
+    plain = grad(1.0)
+    if scale == 1.0:
+        return list(plain)
+    return [
+        None
+        if one is None or many is None
+        else torch.where(many.isfinite(), many.mul(1.0 / scale), one)
+        for one, many in zip(
+            map(_widened, plain), map(_widened, grad(scale)), strict=True
+        )
+    ]
+
+
+def _widened(value: Tensor | None) -> Tensor | None:
+    if value is None:
+        return None
+    value = value.to_dense() if value.is_sparse else value
+    return value.float() if value.itemsize < 4 else value
+
+
+def unit_scaled(stacks: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """Scale cotangents so that the largest entry of each is about one.
+
+    Args:
+        stacks: ``(k, n, *output)`` for each output.
+
+    Returns:
+        The scaled ones, and what takes the scale back, powers of two, ``(k,)``.
+
+    >>> stacks, back = unit_scaled([torch.tensor([[3e-6, 1e-6], [5.0, 0.0]])])
+    >>> stacks[0][:, 0], back
+    (tensor([0.7864, 0.6250]), tensor([3.8147e-06, 8.0000e+00]))
+    """
+    sizes = torch.stack([each.abs().flatten(1).amax(1) for each in stacks]).amax(0)
+    exponent = torch.frexp(sizes).exponent
+    back = torch.ldexp(torch.ones_like(sizes), exponent)
+    return [each / _column(back, each) for each in stacks], back
+
+
+def rescaled(carried: Tensor, back: Tensor) -> Tensor:
+    """Take the scale of :func:`unit_scaled` back, at least in float32.
+
+    Args:
+        carried: cotangents, ``(k, *shape)``.
+        back: ``(k,)``.
+    """
+    wide = carried.float() if carried.itemsize < 4 else carried
+    return wide * _column(back.to(wide), wide)
+
+
+def _column(values: Tensor, like: Tensor) -> Tensor:
+    return values.view(-1, *[1] * (like.ndim - 1))
 
 
 def reverse_pass(

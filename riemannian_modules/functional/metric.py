@@ -25,6 +25,7 @@ from riemannian_modules.errors import (
 from riemannian_modules.finite import looks_finite
 from riemannian_modules.functional.pointwise import Function, Pointwise, joined
 from riemannian_modules.heads import OutputLike, Reduction, output_rows
+from riemannian_modules.linearize import Linearization
 from riemannian_modules.mass import MassLike
 from riemannian_modules.model_metric import ModelMetric
 from riemannian_modules.output import Euclidean, OutputMetric
@@ -227,7 +228,8 @@ class FunctionalMetric(ModelMetric):
                 )
                 for name, rows in self._rows.items()
             ]
-        return torch.cat(found)
+        bent = torch.cat(found)
+        return bent if self.exchange is None else self.exchange.joint_rows(bent)
 
     # --- how functions become factors
 
@@ -261,6 +263,16 @@ class FunctionalMetric(ModelMetric):
         return found
 
     def _pass(self, outputs: OutputLike, loss: Tensor | None) -> None:
+        with self._guard():
+            found, stacks = self._differentiate(outputs, loss)
+        heads = [(value, self._outputs[name]) for name, value in self._values.items()]
+        self._take(found, loss, Tape(), heads)
+        self._rows, self._linearised = stacks, self._examples
+        self._values = {}
+
+    def _differentiate(
+        self, outputs: OutputLike, loss: Tensor | None
+    ) -> tuple[Linearization, dict[str, Tensor]]:
         given = dict(outputs) if isinstance(outputs, Mapping) else {_ONLY: outputs}
         if not self._values or any(
             given.get(name) is not value for name, value in self._values.items()
@@ -291,6 +303,4 @@ class FunctionalMetric(ModelMetric):
                 parts.append(function.linearize(self._point(), examples, rows))
                 stacks[name] = rows.stacks[0][: rows.rank]
             found = parts[0] if len(parts) == 1 else joined(parts)
-        self._take(found, loss, Tape())
-        self._rows, self._linearised = stacks, self._examples
-        self._values = {}
+        return found, stacks

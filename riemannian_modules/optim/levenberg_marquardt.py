@@ -241,7 +241,7 @@ class LevenbergMarquardt(torch.optim.Optimizer):
             step, bent = self._propose(model, before)
             self._move(moving, start, step.vectors)
             try:
-                reached = float(closure())
+                reached = float(self.metric.joint_loss(closure()))
             except BaseException:
                 self._restore(moving, start)
                 raise

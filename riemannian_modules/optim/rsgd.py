@@ -242,7 +242,7 @@ class RiemannianSGD(torch.optim.Optimizer):
             )
         self.metric.parameters.verify()
         self.metric.parameters.require_unmoved()
-        with torch.no_grad():
+        with torch.no_grad(), self.metric.full_precision():
             self._step()
         self._stepped = self.metric.passes
         return loss

@@ -1,0 +1,289 @@
+"""Data parallelism: every process holds some of the examples of one batch."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TypeVar, final
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from riemannian_modules.distributed.joining import (
+    Header,
+    header_of,
+    join_linearizations,
+    join_rows,
+    shares,
+)
+from riemannian_modules.distributed.ranks import Ranks
+from riemannian_modules.distributed.sharing import solve_shared
+from riemannian_modules.errors import DistributedError
+from riemannian_modules.exchange import Exchange
+from riemannian_modules.factors import MetricFactor
+from riemannian_modules.heads import Head, Reduction
+from riemannian_modules.linearize import Linearization
+from riemannian_modules.metric import LayerMetric, Solution
+from riemannian_modules.model_metric import ModelMetric
+
+__all__ = ["DataParallel", "data_parallel"]
+
+Metric = TypeVar("Metric", bound=ModelMetric)
+
+
+def data_parallel(metric: Metric, group: dist.ProcessGroup | None = None) -> Metric:
+    """Make one batch of the examples of all processes, from the next pass on.
+
+    Every process builds the same model, metric and optimizer, calls this, and from then
+    on records and goes backward with its own examples. ``metric.backward`` sets
+    ``.grad``, ``metric.loss`` and the blocks to those of the joined batch, and
+    ``optimizer.step`` moves the parameters of all processes to the same bits. It is the
+    step that one process takes with all examples: examples need not be divided evenly.
+
+    Parameters and buffers are those of rank 0 from now on. At every backward pass the
+    processes make sure that they still have the same parameters and masses.
+
+    Args:
+        metric: the metric of this process.
+        group: the processes that take part; None: all.
+
+    Returns:
+        The metric that was handed in.
+
+    Raises:
+        DistributedError: there is no process group, the metrics of the processes
+            differ, or the model is wrapped.
+
+    Cost of a pass: factors are sent to every process, of a linear layer
+    ``n (in + r out)`` numbers, and gradients are added up. The blocks are then solved
+    each on one process, so that a model of one block gains nothing from more processes
+    but the share of the passes.
+
+    >>> import riemannian_modules as rm
+    >>> store = dist.HashStore()
+    >>> dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    >>> model = torch.nn.Linear(3, 2)
+    >>> metric = rm.LayerwiseMetric(model, output=rm.output.Categorical(), mass=0.1)
+    >>> metric = data_parallel(metric)
+    >>> metric.exchange
+    DataParallel(rank 0 of 1)
+    >>> dist.destroy_process_group()
+    """
+    metric.exchange = DataParallel(metric, group)
+    return metric
+
+
+@final
+class DataParallel(Exchange):
+    """What :func:`data_parallel` gives to a metric.
+
+    Args:
+        metric: the metric.
+        group: the processes that take part; None: all.
+
+    Raises:
+        DistributedError: as in :func:`data_parallel`.
+    """
+
+    def __init__(
+        self, metric: ModelMetric, group: dist.ProcessGroup | None = None
+    ) -> None:
+        if not isinstance(metric, ModelMetric):
+            raise DistributedError(
+                f"data_parallel takes a metric, got a {type(metric).__name__}; build "
+                "LayerwiseMetric(model, output=...) on every rank and hand it on"
+            )
+        if any(isinstance(m, DistributedDataParallel) for m in metric.model.modules()):
+            raise DistributedError(
+                "the model is wrapped in DistributedDataParallel, which averages "
+                "gradients in loss.backward(); the metric does that itself. Build it "
+                "from the model inside (ddp.module)"
+            )
+        self._ranks = Ranks(group)
+        self._metric = metric
+        self._headers: list[Header] = []
+        self._shares: list[float] = []
+        self._require_alike()
+        self.broadcast()
+
+    def __repr__(self) -> str:
+        return f"DataParallel(rank {self._ranks.rank} of {self._ranks.size})"
+
+    def broadcast(self) -> None:
+        """Give every process the parameters and buffers of rank 0."""
+        model = self._metric.model
+        for tensor in [*model.parameters(), *model.buffers()]:
+            value = tensor.detach().as_subclass(Tensor).contiguous()
+            received = self._ranks.broadcast_(value.clone(), 0)
+            if not torch.equal(received, value):
+                with torch.no_grad():
+                    tensor.copy_(received)
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """Let an error inside this scope be an error of every process.
+
+        Raises:
+            Exception: what was raised inside.
+        """
+        try:
+            yield
+        except Exception as error:
+            self._ranks.agree("backward", None, error)
+
+    def join(
+        self,
+        found: Linearization,
+        loss: Tensor | None,
+        heads: Sequence[Head],
+        reduction: Reduction,
+    ) -> tuple[Linearization, Tensor | None]:
+        """Return the linearisation and the loss of all examples.
+
+        Args:
+            found: the linearisation of this process' examples.
+            loss: their loss.
+            heads: their outputs and what measures them.
+            reduction: how the loss sums over examples.
+
+        Returns:
+            The same on every process.
+
+        Raises:
+            DistributedError: another process failed, or has other parameters.
+        """
+        with torch.no_grad():
+            header, factors, pieces = header_of(found, heads)
+            notes = self._ranks.agree("backward", (header, self._marks()))
+            self._require_equal([marks for _, marks in notes])
+            self._headers = [header for header, _ in notes]
+            terms = [header.terms for header in self._headers]
+            self._shares = shares(terms, reduction)
+            like = {
+                declared.name: declared.tensor.detach().as_subclass(Tensor)
+                for declared in self._metric.parameters
+            }
+            joint = join_linearizations(
+                self._ranks, self._headers, self._shares, found, factors, pieces, like
+            )
+            return joint, None if loss is None else self.joint_loss(loss)
+
+    def solve(
+        self,
+        blocks: Mapping[str, LayerMetric],
+        residual: Tensor | None,
+        covector: Mapping[str, Tensor] | None,
+        source: Mapping[str, MetricFactor] | None,
+    ) -> dict[str, Solution]:
+        """Solve every block on one of the processes.
+
+        Args:
+            blocks: metrics by block, the same on every process.
+            residual: see :meth:`riemannian_modules.LayerMetric.solve`.
+            covector: see there.
+            source: see there.
+
+        Returns:
+            ``{block name: solution}``, bit for bit the same on every process.
+        """
+        with torch.no_grad():
+            return solve_shared(self._ranks, blocks, residual, covector, source)
+
+    def joint_loss(self, loss: Tensor) -> Tensor:
+        """Return the loss of all examples, for that of this process' examples.
+
+        Args:
+            loss: scalar, of the examples of the last pass.
+
+        Returns:
+            A scalar, the same bits on every process.
+
+        Raises:
+            DistributedError: there was no pass yet.
+        """
+        if not self._shares:
+            raise DistributedError(
+                "the ranks' shares of the batch are not known yet; call "
+                "metric.backward(loss, outputs) first"
+            )
+        value = torch.as_tensor(loss).detach()
+        share = self._shares[self._ranks.rank]
+        return self._ranks.sum_(value.double() * share).to(value.dtype)
+
+    def joint_rows(self, rows: Tensor) -> Tensor:
+        """Return what all processes say about their rows of K, in the order of K.
+
+        Args:
+            rows: ``(rank,)`` of this process, weighted as in its own batch.
+
+        Returns:
+            ``(total rank,)``.
+        """
+        offers = [header.offer for header in self._headers]
+        share = self._shares[self._ranks.rank]
+        return join_rows(self._ranks, offers, share**0.5 * rows)
+
+    # --- are they alike
+
+    def _require_alike(self) -> None:
+        """Compare what the metrics of the processes were built from.
+
+        Raises:
+            DistributedError: they differ; says in what.
+        """
+        metric = self._metric
+        own = (
+            type(metric).__name__,
+            repr(metric.output),
+            metric.grouping,
+            metric.reduction,
+            str(metric.precision),
+            [
+                (d.name, tuple(d.tensor.shape), str(d.tensor.dtype), d.manifold.name)
+                for d in metric.parameters
+            ],
+        )
+        for rank, other in enumerate(self._ranks.agree("data_parallel", own)):
+            pairs = zip(_WHAT, own, other, strict=True)
+            for what, mine, theirs in pairs:
+                if mine != theirs:
+                    raise DistributedError(
+                        f"the metrics of rank {self._ranks.rank} and rank {rank} have "
+                        f"different {what}: {mine} and {theirs}; build the same model "
+                        "and metric on every rank"
+                    )
+
+    def _marks(self) -> list[tuple[str, int]]:
+        """Return what has to be equal on all processes, as a number for its bits."""
+        found: list[tuple[str, Tensor]] = []
+        words: list[tuple[str, int]] = []
+        for declared in self._metric.parameters:
+            found.append((f"parameter '{declared.name}'", declared.tensor))
+            mass, what = declared.mass, f"the mass of '{declared.name}'"
+            words.append((what, hash(mass.scalar)))
+            tensors = (mass.row, mass.column, mass.diagonal)
+            found += [(what, each) for each in tensors if each is not None]
+        device = found[0][1].device
+        sums = torch.stack([_bits(each).to(device) for _, each in found]).tolist()
+        return [*zip((what for what, _ in found), sums, strict=True), *words]
+
+    def _require_equal(self, marks: Sequence[Sequence[tuple[str, int]]]) -> None:
+        for rank, own in enumerate(marks):
+            for (what, here), (_, there) in zip(own, marks[0], strict=True):
+                if here != there:
+                    raise DistributedError(
+                        f"{what} has other values on rank {rank} than on rank 0; "
+                        "nothing was changed. Change parameters and masses on all "
+                        "ranks alike (load the same checkpoint), or call "
+                        "metric.exchange.broadcast() on all of them"
+                    )
+
+
+_WHAT = ("kinds", "output metrics", "blocks", "reductions", "precisions", "parameters")
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """Return the sum of a tensor's bytes, eight at a time where it can be had."""
+    flat = tensor.detach().as_subclass(Tensor).contiguous().reshape(-1)
+    kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return flat.view(kinds[flat.itemsize]).sum(dtype=torch.int64)

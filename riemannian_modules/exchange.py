@@ -1,0 +1,90 @@
+"""What the metric of a model asks of the other processes that train it."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+
+from torch import Tensor
+
+from riemannian_modules.factors import MetricFactor
+from riemannian_modules.heads import Head, Reduction
+from riemannian_modules.linearize import Linearization
+from riemannian_modules.metric import LayerMetric, Solution
+
+__all__ = ["Exchange"]
+
+
+class Exchange(ABC):
+    """Makes one batch of those of several processes.
+
+    Every method is collective: all processes call the same ones in the same order.
+    """
+
+    @abstractmethod
+    def guard(self) -> AbstractContextManager[None]:
+        """Let an error inside this scope be an error of every process.
+
+        Without one, :meth:`join` has to follow.
+        """
+
+    @abstractmethod
+    def join(
+        self,
+        found: Linearization,
+        loss: Tensor | None,
+        heads: Sequence[Head],
+        reduction: Reduction,
+    ) -> tuple[Linearization, Tensor | None]:
+        """Return the linearisation and the loss of all examples.
+
+        Args:
+            found: the linearisation of this process' examples.
+            loss: their loss.
+            heads: their outputs and what measures them.
+            reduction: how the loss sums over examples.
+
+        Returns:
+            The same on every process.
+        """
+
+    @abstractmethod
+    def solve(
+        self,
+        blocks: Mapping[str, LayerMetric],
+        residual: Tensor | None,
+        covector: Mapping[str, Tensor] | None,
+        source: Mapping[str, MetricFactor] | None,
+    ) -> dict[str, Solution]:
+        """Solve every block on one of the processes.
+
+        Args:
+            blocks: metrics by block, the same on every process.
+            residual: see :meth:`riemannian_modules.LayerMetric.solve`.
+            covector: see there.
+            source: see there.
+
+        Returns:
+            ``{block name: solution}``, bit for bit the same on every process.
+        """
+
+    @abstractmethod
+    def joint_loss(self, loss: Tensor) -> Tensor:
+        """Return the loss of all examples, for that of this process' examples.
+
+        Args:
+            loss: scalar, of the examples of the last :meth:`join`.
+
+        Returns:
+            A scalar.
+        """
+
+    @abstractmethod
+    def joint_rows(self, rows: Tensor) -> Tensor:
+        """Return what all processes say about their rows of K, in the order of K.
+
+        Args:
+            rows: ``(rank,)``, weighted like the rows that :meth:`join` was given.
+
+        Returns:
+            ``(total rank,)``.
+        """

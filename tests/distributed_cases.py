@@ -1,0 +1,241 @@
+"""Models that are trained by several processes, and by one with the joined batch."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import riemannian_modules as rm
+from riemannian_modules.model_metric import ModelMetric
+
+Sizes = tuple[int, ...]
+
+
+class Blind(rm.output.OutputMetric):
+    """Rows that do not span the gradient, without the dice of sampled rows."""
+
+    def factor(self, outputs: Tensor) -> Tensor:
+        return outputs.detach().tanh().unsqueeze(1) + 0.1
+
+    def whiten(self, outputs: Tensor, cotangent: Tensor) -> tuple[None, Tensor]:
+        return None, cotangent
+
+
+class Tokens(nn.Module):
+    """An embedding whose weight is also the last layer's, and attention between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, 4)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.head = nn.Linear(4, 7, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        h = self.embedding(tokens)
+        h = h + self.attention(h, h, h, need_weights=False)[0]
+        logits: Tensor = self.head(h)
+        return logits
+
+
+class Routed(nn.Module):
+    """Uses one of its layers only where an example asks for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 4)
+        self.seldom = nn.Linear(4, 4)
+        self.last = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x).tanh()
+        if bool((x[:, 0] > 0).any()):
+            h = h + (x[:, :1] > 0) * self.seldom(h)
+        y: Tensor = self.last(h)
+        return y
+
+
+class TwoHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(3, 6)
+        self.one, self.other = nn.Linear(6, 3), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        h = self.body(x).tanh()
+        return {"one": self.one(h), "other": self.other(h)}
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 4))
+
+
+def curved() -> nn.Module:
+    return nn.Sequential(
+        rm.nn.Linear(3, 8, manifold=rm.manifolds.Sphere()),
+        nn.Tanh(),
+        rm.nn.Linear(8, 4, manifold=rm.manifolds.Stiefel()),
+    )
+
+
+def convolutional() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 3, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(12, 4),
+    )
+
+
+def features(n: int, *shape: int) -> Tensor:
+    return torch.randn(n, *(shape or (3,)))
+
+
+def entropy(outputs: Any, n: Tensor) -> Tensor:
+    flat = outputs.flatten(0, -2)
+    return F.cross_entropy(flat, n.flatten() % flat.shape[-1])
+
+
+def both(outputs: Any, n: Tensor) -> Tensor:
+    target = torch.stack([n.cos(), n.sin()], 1)
+    return entropy(outputs["one"], n) + F.mse_loss(outputs["other"], target)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, its loss, and how it is measured.
+
+    Attributes:
+        model: makes the model.
+        batch: makes the inputs of n examples.
+        loss: loss of the outputs and the examples' numbers.
+        output: metric on the outputs.
+        options: of the metric.
+        optimizer: of RiemannianSGD; None: LevenbergMarquardt.
+        functional: a function of the model and one example, for a FunctionalMetric.
+        tokens: positions of each example, which have a number of their own.
+        dtype: data type of the model.
+        tolerance: what joined steps may differ by, relative to the largest entry.
+    """
+
+    model: Callable[[], nn.Module] = mlp
+    batch: Callable[[int], Tensor] = features
+    loss: Callable[[Any, Tensor], Tensor] = entropy
+    output: Any = field(default_factory=rm.output.Categorical)
+    options: dict[str, Any] = field(default_factory=dict)
+    optimizer: dict[str, Any] | None = field(default_factory=lambda: {"lr": 0.3})
+    functional: Callable[..., Tensor] | None = None
+    tokens: int = 1
+    dtype: torch.dtype = torch.float64
+    tolerance: float = 1e-10
+
+    def metric(self, model: nn.Module) -> ModelMetric:
+        if self.functional is not None:
+            return rm.functional.FunctionalMetric(
+                model, self.functional, self.output, **self.options
+            )
+        options = {"mass": 0.1, **self.options}
+        return rm.LayerwiseMetric(model, self.output, **options)
+
+    def steps(self, metric: ModelMetric) -> Any:
+        if self.optimizer is None:
+            return rm.optim.LevenbergMarquardt(metric)
+        return rm.optim.RiemannianSGD(metric, **self.optimizer)
+
+    def numbers(self, n: int) -> Tensor:
+        return torch.arange(n * self.tokens).view(n, -1).squeeze(-1)
+
+    def step(
+        self, metric: ModelMetric, optimizer: Any, x: Tensor, numbers: Tensor
+    ) -> None:
+        """Record, go backward, step."""
+        if isinstance(metric, rm.LayerwiseMetric):
+            with metric.record():
+                outputs = metric.model(x)
+        else:
+            outputs = metric(x)  # type: ignore[operator]
+        metric.backward(self.loss(outputs, numbers), outputs)  # type: ignore[operator]
+
+        def again() -> Tensor:
+            if isinstance(metric, rm.LayerwiseMetric):
+                return self.loss(metric.model(x), numbers)
+            return self.loss(metric(x), numbers)  # type: ignore[operator]
+
+        optimizer.step(*([again] if self.optimizer is None else []))
+
+
+def slope(net: nn.Module, x: Tensor) -> Tensor:
+    return torch.func.jacrev(net)(x)[0] - x.cos()
+
+
+def smooth() -> nn.Module:
+    return nn.Sequential(nn.Linear(1, 6), nn.Tanh(), nn.Linear(6, 1))
+
+
+def half_mean(outputs: Any, n: Tensor) -> Tensor:
+    return 0.5 * outputs.square().sum(-1).mean()
+
+
+CASES: dict[str, Case] = {
+    "layer": Case(),
+    "tensor": Case(options={"blocks": "tensor"}),
+    "model": Case(options={"blocks": "model"}, optimizer={"lr": 1.0}),
+    "sum": Case(
+        loss=lambda z, n: F.cross_entropy(z, n % 4, reduction="sum"),
+        options={"reduction": "sum"},
+        optimizer={"lr": 0.1},
+    ),
+    "curved": Case(
+        model=curved,
+        optimizer={"lr": 0.1, "momentum": 0.5, "weight_decay": 0.01},
+    ),
+    "convolution": Case(model=convolutional, batch=lambda n: features(n, 1, 4, 4)),
+    "primal": Case(
+        model=lambda: nn.Linear(1, 2, bias=False), batch=lambda n: features(n, 1)
+    ),
+    "rest": Case(output=Blind(), options={"mass": 1.0}, optimizer={"lr": 0.1}),
+    "rest, model": Case(
+        output=Blind(),
+        options={"mass": 1.0, "blocks": "model"},
+        optimizer={"lr": 0.1, "momentum": 0.5},
+    ),
+    "no output metric": Case(output=None, options={"mass": 1.0}),
+    "tokens": Case(
+        model=Tokens,
+        batch=lambda n: torch.randint(7, (n, 3)),
+        tokens=3,
+    ),
+    "routed": Case(
+        model=Routed,
+        batch=lambda n: features(n) - 3.0 * (torch.arange(n) > 1).unsqueeze(1),
+    ),
+    "two outputs": Case(
+        model=TwoHeads,
+        loss=both,
+        output={"one": rm.output.Categorical(), "other": rm.output.Euclidean()},
+    ),
+    "masses": Case(
+        options={
+            "mass": {
+                "*.bias": 0.3,
+                "0.weight": (torch.linspace(0.1, 0.2, 8), torch.linspace(0.2, 0.3, 3)),
+                "2.weight": torch.linspace(0.1, 0.2, 32).view(4, 8),
+            }
+        }
+    ),
+    "Levenberg-Marquardt": Case(optimizer=None, options={"mass": 1.0}),
+    "functional": Case(
+        model=smooth,
+        batch=lambda n: features(n, 1),
+        output=rm.output.Euclidean(),
+        loss=half_mean,
+        functional=slope,
+        optimizer=None,
+        options={"mass": 1e-2},
+    ),
+    "float32": Case(dtype=torch.float32, tolerance=1e-4),
+}
