@@ -1,4 +1,4 @@
-"""Races of optimizers for equal seconds: this library, torch, geoopt and other peers.
+r"""Races of optimizers for equal seconds: this library, torch, geoopt and other peers.
 
 Every method has a small grid of settings (at most six), the same for its kind on every
 problem. One seed and a share of the seconds choose the setting; then the best methods

@@ -118,7 +118,7 @@ def plan(problem: Problem, options: argparse.Namespace) -> Plan:
     if problem.adam_epochs:
         seconds = adam_seconds(problem)
     if options.quick:
-        seconds = 0.3
+        seconds, problem.dense = 0.3, 4
     if options.seconds is not None:
         seconds = options.seconds
     seconds = float(f"{seconds:.3g}")

@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,9 +20,9 @@ import riemannian_modules as rm
 WHY = "belongs to the repository and the extra 'examples'"
 pytest.importorskip("sklearn", reason=WHY)
 convergence = pytest.importorskip("benchmarks.convergence", reason=WHY)
-ours, plots, race, results, tables = (
+ours, plan, plots, race, results, tables = (
     importlib.import_module(f"benchmarks.{name}")
-    for name in ("ours", "plots", "race", "results", "tables")
+    for name in ("ours", "plan", "plots", "race", "results", "tables")
 )
 problem_module = importlib.import_module("benchmarks.problem")
 Target = problem_module.Target
@@ -192,6 +193,29 @@ def test_both_ways_to_the_gradient_agree(name: str) -> None:
 def test_missing_data_are_named(tmp_path: Path) -> None:
     with pytest.raises(problem_module.UnavailableError, match="dataset-fashion-mnist"):
         PROBLEMS["fashion-mnist"]({"fashion-mnist": tmp_path})
+
+
+def test_fashion_mnist_has_the_seconds_of_two_epochs_of_adam(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for part, count in (("train", 300), ("t10k", 20)):
+        shapes = {"images-idx3": (count, 28, 28), "labels-idx1": (count,)}
+        for content, shape in shapes.items():
+            top = 10 if content == "labels-idx1" else 256
+            array = torch.randint(top, shape, generator=generator).byte()
+            head = bytes([0, 0, 8, len(shape)]) + struct.pack(f">{len(shape)}I", *shape)
+            path = tmp_path / f"{part}-{content}-ubyte"
+            path.write_bytes(head + array.numpy().tobytes())
+    problem = PROBLEMS["fashion-mnist"]({"fashion-mnist": tmp_path})
+    x, _ = next(problem.batches(0))
+    assert x.shape == (128, 784)
+    assert set(problem.look(problem.model(0))) == {"loss", "accuracy"}
+    clock = Clock()
+    monkeypatch.setattr(plan.time, "perf_counter", clock)
+    monkeypatch.setitem(METHODS, "adam", paced(clock, 0.25))
+    # Two epochs of two batches of 128 of the 300 images.
+    assert plan.adam_seconds(problem) == pytest.approx(2 * 2 * 0.25)
 
 
 # --- methods
