@@ -1,8 +1,10 @@
 """Several processes take the step that one takes with all of their examples."""
 
+import importlib.util
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -223,6 +225,21 @@ def test_without_a_process_group() -> None:
     with pytest.raises(rm.errors.DistributedError, match="init_process_group"):
         rm.distributed.data_parallel(metric)
     assert metric.exchange is None
+
+
+def test_the_example_runs_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    path = WORKER.parents[1] / "examples" / "distributed.py"
+    spec = importlib.util.spec_from_file_location("distributed_example", path)
+    assert spec is not None
+    assert spec.loader is not None
+    distributed = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(distributed)
+    assert distributed.main(["--steps", "30"]) == 0
+    said = capsys.readouterr().out
+    loss, accuracy = (float(x) for x in re.findall(r"(\d+\.\d+)", said))
+    assert loss < 0.3
+    assert accuracy > 90.0
+    assert not dist.is_initialized()
 
 
 # --- with processes
