@@ -359,5 +359,5 @@ def test_a_rank_that_is_gone_ends_the_others(
     found = noticed[rank]
     assert found["step"] == step
     assert "start all of them from a checkpoint" in found["error"]
-    # The timeout of the group is 6 seconds; that of torch is half an hour.
-    assert found["seconds"] < 30
+    # The timeouts are 3 minutes and 10 seconds; that of torch is half an hour.
+    assert found["seconds"] < 60
