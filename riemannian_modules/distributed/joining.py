@@ -91,7 +91,7 @@ def header_of(
 
 
 def shares(terms: Sequence[Sequence[int]], reduction: Reduction) -> list[float]:
-    """Return the share of every process. Implements :eq:`joint-batch` (its weights).
+    """Return the share of every process, the weights of :eq:`joint-batch`.
 
     Args:
         terms: for each process, the number of terms of each output's loss.
