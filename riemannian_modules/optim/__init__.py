@@ -1,5 +1,6 @@
 """Optimizers that step in the metric."""
 
+from riemannian_modules.optim.gauss_newton import GaussNewton, GaussNewtonReport
 from riemannian_modules.optim.levenberg_marquardt import (
     LevenbergMarquardt,
     TrialReport,
@@ -9,6 +10,8 @@ from riemannian_modules.optim.rsgd import RiemannianSGD
 
 __all__ = [
     "BlockReport",
+    "GaussNewton",
+    "GaussNewtonReport",
     "LevenbergMarquardt",
     "RiemannianSGD",
     "StepReport",

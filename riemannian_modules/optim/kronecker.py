@@ -4,7 +4,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import singledispatch
 
-import geoopt
 import torch
 from torch import Tensor
 
@@ -68,19 +67,19 @@ def _(factor: LinearFactor) -> Sides | None:
     if factor.inputs.shape[1] != 1:
         return None
     x = factor.inputs.squeeze(1)
-    l = factor.cotangents.squeeze(2)
+    rows = factor.cotangents.squeeze(2)
     long = x.square().sum(1).sqrt()
-    weight = l.square().sum((0, 2)).sqrt()
+    weight = rows.square().sum((0, 2)).sqrt()
     return Sides(
-        _product((l * long[:, None]).flatten(0, 1).mT),
+        _product((rows * long[:, None]).flatten(0, 1).mT),
         _product((x * weight[:, None]).mT),
     )
 
 
 @sides.register
 def _(factor: BiasFactor) -> Sides:
-    l = factor.cotangents.sum(2).flatten(0, 1)
-    return Sides(_product(l.mT), l.square().sum().view(1, 1))
+    rows = factor.cotangents.sum(2).flatten(0, 1)
+    return Sides(_product(rows.mT), rows.square().sum().view(1, 1))
 
 
 def _sides_in_coordinates(factor: MetricFactor, space: TangentSpace) -> Sides:
@@ -120,6 +119,7 @@ class KroneckerInverse:
     Cost: O(rank (in + out) (in + out)) for linear layers, and the rows themselves, in
     chunks, for all other factors and on manifolds; a cube of each side's length.
 
+    >>> import geoopt
     >>> from riemannian_modules.factors import DenseFactor
     >>> space = TangentSpace(geoopt.Euclidean(), torch.zeros(2))
     >>> part = Part("w", space, DenseFactor(torch.tensor([[1.0, 1.0]])))
@@ -151,10 +151,17 @@ class KroneckerInverse:
         found = {}
         for name, each in self._sides.items():
             left, right = each.left.double(), each.right.double()
+            dtype = self._spaces[name].point.dtype
+            if min(len(left), len(right)) == 1:
+                # One side of one entry: the other says it all, exactly.
+                longer = left if len(left) > 1 else right
+                own = _inverse(longer / self._scale, 1.0).to(dtype)
+                one = own.new_ones(1)
+                found[name] = (own, one) if longer is left else (one, own)
+                continue
             # Equal traces: the root of one shared out between the two sides.
             share = (self._scale * each.trace.double().clamp_min(1e-300)).sqrt()
-            ratio = (right.shape[0] / left.shape[0]) ** 0.5
-            dtype = self._spaces[name].point.dtype
+            ratio = (len(right) / len(left)) ** 0.5
             found[name] = (
                 _inverse(left / share, ratio).to(dtype),
                 _inverse(right / share, 1.0 / ratio).to(dtype),
@@ -172,7 +179,7 @@ class KroneckerInverse:
         z = space.root_adjoint(e)
         if name in self._inverses:
             left, right = self._inverses[name]
-            matrix = z.reshape(left.shape[0], right.shape[0])
+            matrix = z.reshape(len(left), len(right))
             z = _times(_times(matrix, left).mT, right).mT.reshape(z.shape)
         return space.root(z / self._scale)
 
