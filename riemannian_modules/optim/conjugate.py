@@ -114,8 +114,12 @@ class Proximal:
                 u = {name: t * v for name, v in start.items()}
                 r = self._less(r, t, start, lowered)
         y = precondition(r)
-        p, product, gains, count = y, _dot(r, y), [], 0
-        while count < iterations and product > 0.0:
+        p, product, count = y, _dot(r, y), 0
+        gains: list[float] = []
+        # Below that only rounding is left, which the recurrence would amplify.
+        largest = product if start is None else max(product, _dot(e, precondition(e)))
+        eps = max(torch.finfo(x.dtype).eps for x in y.values())
+        while count < iterations and product > eps * eps * largest:
             curvature, mass, lowered = self.curved(p)
             weight = curvature + mass
             if not weight > 0.0:

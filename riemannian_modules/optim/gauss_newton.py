@@ -18,46 +18,22 @@ from riemannian_modules.optim.kinds import require_kinds
 from riemannian_modules.optim.kronecker import KroneckerInverse
 from riemannian_modules.optim.output_map import OutputMap
 from riemannian_modules.optim.trial import Trial
+from riemannian_modules.optim.trial_reports import GaussNewtonReport
 from riemannian_modules.retractions import Default, Retraction
 
-__all__ = ["GaussNewton", "GaussNewtonReport"]
+__all__ = ["GaussNewton"]
 
 _ARMIJO = 1e-4
 
 
 @dataclass(frozen=True)
-class GaussNewtonReport:
-    """What one step of :class:`GaussNewton` did.
-
-    Attributes:
-        loss: where the step began.
-        new_loss: where it ended; the same if no trial was good.
-        predicted: by how much the quadratic model said that the loss falls.
-        ratio: actual over predicted decrease, NaN if no trial was good.
-        length: part of the proposed step that was taken.
-        iterations: conjugate gradient iterations, over all proposals.
-        trials: how many points were tried.
-        mass: by what the masses were multiplied since the optimizer was built.
-        accepted: whether the parameters moved.
-    """
-
+class _Point:
+    map: OutputMap
+    gradient: Mapping[str, Tensor]
     loss: float
-    new_loss: float
-    predicted: float
-    ratio: float
-    length: float
-    iterations: int
-    trials: int
-    mass: float
-    accepted: bool
 
-    def __str__(self) -> str:
-        end = "accepted" if self.accepted else "no step lowers the loss"
-        return (
-            f"loss {self.loss:.4e} -> {self.new_loss:.4e}  ratio {self.ratio:.2f}  "
-            f"length {self.length:.3g}  iterations {self.iterations}  "
-            f"mass x{self.mass:.2e}  trials {self.trials}: {end}"
-        )
+    def slope(self, u: Mapping[str, Tensor]) -> float:
+        return sum(float((self.gradient[name] * x).sum()) for name, x in u.items())
 
 
 class GaussNewton(torch.optim.Optimizer):
@@ -218,93 +194,94 @@ class GaussNewton(torch.optim.Optimizer):
             )
         metric.require_intact()
         metric.parameters.verify()
-        moving = {d.name: d for d in metric.parameters}
+        self.report = self._search(outputs, loss)
+        return self.report.new_loss
+
+    def _linearise(
+        self, outputs: Callable[[], OutputLike], loss: Callable[[Any], Tensor]
+    ) -> _Point:
         with torch.enable_grad():
             evaluated = outputs()
             map = OutputMap(
-                {name: d.tensor for name, d in moving.items()},
-                metric.output,
+                {d.name: d.tensor for d in self.metric.parameters},
+                self.metric.output,
                 evaluated,
-                metric.reduction,
+                self.metric.reduction,
             )
             value = loss(evaluated)
-        with torch.no_grad():
-            gradient = map.pull(_costates(value, map))
-            start = float(value.detach())
-            if not all(bool(e.isfinite().all()) for e in (value, *gradient.values())):
-                raise NonFiniteError(
-                    f"the loss is {start} where the step begins, or its gradient is "
-                    "not finite; nothing was changed. Load a good state"
-                )
-            self.report = self._search(
-                moving, map, gradient, start, lambda: float(loss(outputs()))
+            costates = torch.autograd.grad(
+                value, map.outputs, allow_unused=True, retain_graph=True
             )
-        return self.report.new_loss
+        cotangents = [
+            torch.zeros_like(z) if costate is None else costate.detach()
+            for z, costate in zip(map.outputs, costates, strict=True)
+        ]
+        gradient = map.pull(cotangents)
+        if not all(bool(e.isfinite().all()) for e in (value, *gradient.values())):
+            raise NonFiniteError(
+                f"the loss is {float(value.detach())} where the step begins, or its "
+                "gradient is not finite; nothing was changed. Load a good state"
+            )
+        return _Point(map, gradient, float(value.detach()))
 
     def _search(
-        self,
-        moving: Mapping[str, Declared],
-        map: OutputMap,
-        gradient: Mapping[str, Tensor],
-        loss: float,
-        closure: Callable[[], float],
+        self, outputs: Callable[[], OutputLike], loss: Callable[[Any], Tensor]
     ) -> GaussNewtonReport:
         group = self.param_groups[0]
+        moving = {d.name: d for d in self.metric.parameters}
         trial = Trial(moving, self.retraction)
         inverse = self._preconditioner(moving)
         before = self._before(moving)
+
+        def closure() -> float:
+            with torch.no_grad():
+                return float(loss(outputs()))
+
         iterations = tried = 0
         for _ in range(group["trials"]):
-            spaces = {name: d.space() for name, d in moving.items()}
-            model = Proximal(map, spaces, gradient)
-            found = model.minimise(inverse, before, group["iterations"], group["greed"])
+            # Anew after a trial that failed: it wrote what the graph had kept.
+            start = self._linearise(outputs, loss)
+            with torch.no_grad():
+                spaces = {name: d.space() for name, d in moving.items()}
+                model = Proximal(start.map, spaces, start.gradient)
+                found = model.minimise(
+                    inverse, before, group["iterations"], group["greed"]
+                )
+                length, reached, count = self._shorten(trial, found, start, closure)
             iterations += found.iterations
-            slope = sum(
-                float((gradient[n] * x).sum()) for n, x in found.vectors.items()
-            )
-            length, reached, count = self._shorten(trial, found, slope, loss, closure)
             tried += count
+            ratio = math.nan
             if length > 0.0:
-                ratio = (loss - reached) / found.decrease
+                ratio = (start.loss - reached) / found.decrease
                 self._remember(moving, found.vectors, length)
                 if length < 1.0 or ratio < group["bad"]:
                     self._weigh(inverse, group["grow"])
-                elif ratio > group["good"] and self._may_shrink(found, inverse):
+                elif ratio > group["good"] and self._may_shrink(found):
                     self._weigh(inverse, group["shrink"])
-                return GaussNewtonReport(
-                    loss,
-                    reached,
-                    found.decrease,
-                    ratio,
-                    length,
-                    iterations,
-                    tried,
-                    group["scale"],
-                    True,
-                )
+                break
             self._weigh(inverse, group["grow"] ** 2)
             before = None
         return GaussNewtonReport(
-            loss,
-            loss,
+            start.loss,
+            reached,
             found.decrease,
-            math.nan,
-            0.0,
+            ratio,
+            length,
             iterations,
             tried,
             group["scale"],
-            False,
+            length > 0.0,
         )
 
     def _shorten(
         self,
         trial: Trial,
         found: Truncated,
-        slope: float,
-        loss: float,
+        start: _Point,
         closure: Callable[[], float],
     ) -> tuple[float, float, int]:
         """Try the step and parts of it; back to the start if none lowers the loss."""
+        loss, slope = start.loss, start.slope(found.vectors)
         length = 1.0
         for count in range(1, self.param_groups[0]["shorten"] + 2):
             trial.move({name: length * x for name, x in found.vectors.items()})
@@ -346,23 +323,12 @@ class GaussNewton(torch.optim.Optimizer):
         for name, declared in moving.items():
             self.state[declared.tensor]["step"] = length * vectors[name]
 
-    def _may_shrink(self, found: Truncated, inverse: KroneckerInverse) -> bool:
+    def _may_shrink(self, found: Truncated) -> bool:
         # Below that a mass is lost in the rounding of the largest curvature.
         eps = max(torch.finfo(d.tensor.dtype).eps for d in self.metric.parameters)
-        return eps * max(found.stiffness, inverse.trace()) <= 1.0
+        return eps * found.stiffness <= 1.0
 
     def _weigh(self, inverse: KroneckerInverse, factor: float) -> None:
         self.metric.scale_mass(factor)
         inverse.scale_mass(factor)
         self.param_groups[0]["scale"] *= factor
-
-
-def _costates(value: Tensor, map: OutputMap) -> list[Tensor]:
-    with torch.enable_grad():
-        found = torch.autograd.grad(
-            value, map.outputs, allow_unused=True, retain_graph=True
-        )
-    return [
-        torch.zeros_like(z) if costate is None else costate.detach()
-        for z, costate in zip(map.outputs, found, strict=True)
-    ]

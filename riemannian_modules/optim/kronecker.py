@@ -137,11 +137,6 @@ class KroneckerInverse:
         self._scale = 1.0
         self._inverses = self._factorise()
 
-    def trace(self) -> float:
-        """Return the trace of ``K sharp K^T``, an upper bound of its eigenvalues."""
-        total = sum(float(each.trace.double()) for each in self._sides.values())
-        return total / self._scale
-
     def scale_mass(self, factor: float) -> None:
         """Multiply the mass by a positive number. Cost: a cube of each side."""
         self._scale *= factor

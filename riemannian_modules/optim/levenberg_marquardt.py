@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import geoopt
@@ -15,51 +14,15 @@ from riemannian_modules.functional import FunctionalMetric
 from riemannian_modules.model_metric import ModelMetric
 from riemannian_modules.optim.kinds import require_kinds
 from riemannian_modules.optim.quadratic import QuadraticModel, Step
+from riemannian_modules.optim.trial_reports import TrialReport
 from riemannian_modules.retractions import Default, Retraction
 
-__all__ = ["LevenbergMarquardt", "TrialReport"]
+__all__ = ["LevenbergMarquardt"]
 
 _ROUNDING = 1e-3
 # Of the differences that the second derivative along a step is taken from: what is left
 # of a correction that is one per cent off is a correction (Transtrum & Sethna, 2012).
 _SPACING = 0.1
-
-
-@dataclass(frozen=True)
-class TrialReport:
-    """What one step of :class:`LevenbergMarquardt` did.
-
-    Attributes:
-        loss: where the step began.
-        new_loss: where it ended; the same if no trial was good.
-        predicted: by how much the quadratic model said that the loss falls.
-        ratio: actual over predicted decrease, NaN if no trial was good.
-        coefficients: of the natural gradient step and of the step before.
-        bent: whether the geodesic correction entered.
-        trials: how many points were tried.
-        mass: by what the masses were multiplied since the optimizer was built.
-        accepted: whether the parameters moved.
-    """
-
-    loss: float
-    new_loss: float
-    predicted: float
-    ratio: float
-    coefficients: list[float]
-    bent: bool
-    trials: int
-    mass: float
-    accepted: bool
-
-    def __str__(self) -> str:
-        end = "accepted" if self.accepted else "no step lowers the loss"
-        lengths = ", ".join(f"{c:.3g}" for c in self.coefficients)
-        bent = ", bent" if self.bent else ""
-        return (
-            f"loss {self.loss:.4e} -> {self.new_loss:.4e}  ratio {self.ratio:.2f}  "
-            f"lengths {lengths}{bent}  mass x{self.mass:.2e}  trials {self.trials}: "
-            f"{end}"
-        )
 
 
 class LevenbergMarquardt(torch.optim.Optimizer):
