@@ -11,9 +11,11 @@ from torch import Tensor
 from riemannian_modules.declared import Declared
 from riemannian_modules.errors import NotRecordedError
 from riemannian_modules.functional import FunctionalMetric
+from riemannian_modules.metric import LayerMetric
 from riemannian_modules.model_metric import ModelMetric
 from riemannian_modules.optim.kinds import require_kinds
 from riemannian_modules.optim.quadratic import QuadraticModel, Step
+from riemannian_modules.optim.trial import Trial
 from riemannian_modules.optim.trial_reports import TrialReport
 from riemannian_modules.retractions import Default, Retraction
 
@@ -192,7 +194,7 @@ class LevenbergMarquardt(torch.optim.Optimizer):
         moving = {
             d.name: d for d in self.metric.parameters if d.tensor.grad is not None
         }
-        start = {name: d.tensor.detach().clone() for name, d in moving.items()}
+        points = Trial(moving, self.retraction)
         gradient = {
             name: d.tensor.grad
             for name, d in moving.items()
@@ -202,12 +204,8 @@ class LevenbergMarquardt(torch.optim.Optimizer):
         for trial in range(1, group["trials"] + 1):
             model = QuadraticModel(self.metric, gradient)
             step, bent = self._propose(model, before)
-            self._move(moving, start, step.vectors)
-            try:
-                reached = float(closure())
-            except BaseException:
-                self._restore(moving, start)
-                raise
+            points.move(step.vectors)
+            reached = float(points.look(closure))
             gain = loss - reached
             ratio = gain / step.decrease if step.decrease > 0.0 else math.nan
             if math.isfinite(reached) and gain > 0.0:
@@ -227,7 +225,7 @@ class LevenbergMarquardt(torch.optim.Optimizer):
                     group["scale"],
                     True,
                 )
-            self._restore(moving, start)
+            points.restore()
             self._weigh(group, group["grow"] ** 2)
             before = None
         return TrialReport(
@@ -255,24 +253,6 @@ class LevenbergMarquardt(torch.optim.Optimizer):
         corrected = {name: u + found[name] for name, u in step.vectors.items()}
         return Step(step.coefficients, corrected, step.decrease), True
 
-    def _move(
-        self,
-        moving: dict[str, Declared],
-        start: dict[str, Tensor],
-        vectors: dict[str, Tensor],
-    ) -> None:
-        for name, declared in moving.items():
-            point = start[name].as_subclass(Tensor)
-            declared.tensor.copy_(
-                self.retraction(declared.manifold, point, vectors[name])
-            )
-            declared.verified = declared.tensor._version
-
-    def _restore(self, moving: dict[str, Declared], start: dict[str, Tensor]) -> None:
-        for name, declared in moving.items():
-            declared.tensor.copy_(start[name])
-            declared.verified = declared.linearised = declared.tensor._version
-
     def _before(self, moving: dict[str, Declared]) -> dict[str, Tensor] | None:
         if not self.param_groups[0]["momentum"]:
             return None
@@ -294,11 +274,24 @@ class LevenbergMarquardt(torch.optim.Optimizer):
     def _may_shrink(self, factor: float) -> bool:
         # Below this mass rounding of the small matrix decides the step.
         return all(
-            torch.finfo(torch.float64).eps * block.inverse.trace <= _ROUNDING * factor
-            or not math.isfinite(block.inverse.trace)
+            _rounding(block) <= _ROUNDING * factor
             for block in self.metric.blocks.values()
         )
 
     def _weigh(self, group: dict[str, Any], factor: float) -> None:
         self.metric.scale_mass(factor)
         group["scale"] *= factor
+
+
+def _rounding(block: LayerMetric) -> float:
+    """Return the relative error that rounding leaves in the solve of a block."""
+    inverse = block.inverse
+    if inverse.form == "base":
+        return 0.0
+    lower = inverse.factor.lower
+    trace = inverse.trace
+    if not math.isfinite(trace):
+        # Not read on this device. The trace of L L^T is |L|^2, and the host waits for
+        # the loss anyway.
+        trace = float(lower.double().square().sum()) - len(lower)
+    return torch.finfo(lower.dtype).eps * trace

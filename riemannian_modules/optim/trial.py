@@ -29,17 +29,15 @@ class Trial:
         """Return where a parameter started, as a plain tensor."""
         return self.start[name].as_subclass(Tensor)
 
-    def points(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the points that tangent vectors lead to; nothing moves."""
-        return {
-            name: self._retraction(d.manifold, self.point(name), vectors[name])
-            for name, d in self.moving.items()
-        }
+    def along(self, name: str, vector: Tensor) -> Tensor:
+        """Return the point that a tangent vector of a parameter leads to."""
+        manifold = self.moving[name].manifold
+        return self._retraction(manifold, self.point(name), vector)
 
     @torch.no_grad()
     def move(self, vectors: Mapping[str, Tensor]) -> None:
         """Put the parameters where tangent vectors lead from the start."""
-        points = self.points(vectors)
+        points = {name: self.along(name, vectors[name]) for name in self.moving}
         for name, declared in self.moving.items():
             declared.tensor.copy_(points[name])
             declared.verified = declared.tensor._version
