@@ -293,5 +293,7 @@ def _rounding(block: LayerMetric) -> float:
     if not math.isfinite(trace):
         # Not read on this device. The trace of L L^T is |L|^2, and the host waits for
         # the loss anyway.
-        trace = float(lower.double().square().sum()) - len(lower)
-    return torch.finfo(lower.dtype).eps * trace
+        trace = float(lower.tril().double().square().sum()) - len(lower)
+    # What is in float32 now goes over to the block's precision when it has to.
+    widest = torch.promote_types(lower.dtype, inverse.block.precision)
+    return torch.finfo(widest).eps * trace

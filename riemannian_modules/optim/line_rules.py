@@ -97,7 +97,9 @@ class Armijo(LineRule):
     infinite.
 
     Args:
-        sufficient: part of the predicted decrease that is asked for, in (0, 1/2].
+        sufficient: part of the predicted decrease that is asked for, in (0, 1/2]. With
+            much less than a tenth steps are taken that go almost twice too far, and
+            gain nothing.
         trials: how many points to try.
 
     Raises:
@@ -110,7 +112,7 @@ class Armijo(LineRule):
     1.0
     """
 
-    sufficient: float = 1e-4
+    sufficient: float = 0.1
     trials: int = 20
 
     def __post_init__(self) -> None:
