@@ -41,11 +41,12 @@ class GaussNewton(torch.optim.Optimizer):
 
     Each step minimises the quadratic model of the loss, exact in the outputs of all
     examples and with the mass, by conjugate gradients on the tangent spaces (Martens,
-    2010). They start from the step before, and a Kronecker approximation of the rows
-    that the metric recorded last preconditions them (:class:`KroneckerInverse`):
-    sampled rows do, also of some of the examples only. How many iterations pay is read
-    off their progress. The mass follows the ratio of actual and predicted decrease, as
-    in :class:`LevenbergMarquardt`; a step that does not lower the loss is shortened
+    2010). They start from the step before, preconditioned by a Kronecker approximation
+    of the rows that the metric recorded last
+    (:class:`riemannian_modules.optim.kronecker.KroneckerInverse`): sampled rows do,
+    also of some of the examples only. How many iterations pay is read off their
+    progress. The mass follows the ratio of actual and predicted decrease, as in
+    :class:`LevenbergMarquardt`; a step that does not lower the loss is shortened
     first. Neither a step length nor a good first mass has to be found.
 
     For full batches and large ones: the loss must be the same function during a step,
