@@ -521,3 +521,13 @@ def test_functions_of_a_model_step_too():
         metric.pull_back(metric(points))
         final = optimizer.step(outputs, lambda z: z.square().mean())
     assert final < 1e-3
+
+
+def test_where_the_gradient_is_zero_nothing_moves():
+    model, metric, pull_back, outputs, _ = problem("stiefel")
+    optimizer = GaussNewton(metric)
+    pull_back()
+    before = [p.detach().clone() for p in model.parameters()]
+    assert optimizer.step(outputs, lambda z: (0.0 * z).sum() + 1.0) == 1.0
+    assert (optimizer.report.trials, optimizer.report.mass) == (0, 1.0)
+    assert all(map(torch.equal, before, model.parameters()))

@@ -252,8 +252,11 @@ class GaussNewton(torch.optim.Optimizer):
             iterations += found.iterations
             tried += count
             ratio = math.nan
+            if count == 0:
+                break  # the gradient is zero: more mass would not help
             if length > 0.0:
-                ratio = (start.loss - reached) / found.decrease
+                if found.decrease > 0.0:
+                    ratio = (start.loss - reached) / found.decrease
                 self._remember(moving, found.vectors, length)
                 if length < 1.0 or ratio < group["bad"]:
                     self._weigh(inverse, group["grow"])
@@ -283,6 +286,8 @@ class GaussNewton(torch.optim.Optimizer):
     ) -> tuple[float, float, int]:
         """Try the step and parts of it; back to the start if none lowers the loss."""
         loss, slope = start.loss, start.slope(found.vectors)
+        if not slope < 0.0:
+            return 0.0, loss, 0
         length = 1.0
         for count in range(1, self.param_groups[0]["shorten"] + 2):
             trial.move({name: length * x for name, x in found.vectors.items()})
