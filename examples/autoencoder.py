@@ -76,7 +76,7 @@ def adam(net: nn.Module, x: Tensor, mass: float, run: Run) -> Step:
     optimizer = torch.optim.Adam(net.parameters())
 
     def step(gone: float) -> float:
-        optimizer.param_groups[0]["lr"] = 1.5e-3 * (1.0 + math.cos(math.pi * gone))
+        optimizer.param_groups[0]["lr"] = 5e-3 * (1.0 + math.cos(math.pi * gone))
         optimizer.zero_grad()
         loss = F.mse_loss(net(x), x)
         loss.backward()
