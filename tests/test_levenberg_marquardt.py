@@ -17,7 +17,7 @@ from riemannian_modules.errors import MassError, NotRecordedError
 from riemannian_modules.functional import FunctionalMetric
 from riemannian_modules.optim import LevenbergMarquardt
 from riemannian_modules.optim.quadratic import QuadraticModel
-from riemannian_modules.output import Categorical, Euclidean
+from riemannian_modules.output import Categorical, Euclidean, Sampled
 
 SEEDS = st.integers(0, 2**31 - 1)
 
@@ -290,3 +290,61 @@ def test_a_scaled_mass_counts_at_once():
     torch.testing.assert_close(after, gram + 0.6 * torch.eye(len(before)))
     backward()
     torch.testing.assert_close(metric.blocks["model"].to_dense(), after)
+
+
+@pytest.mark.parametrize("blocks", ["tensor", "layer", "model"])
+@pytest.mark.parametrize(
+    "manifold", [None, rm.manifolds.Stiefel(), rm.manifolds.Sphere()], ids=str
+)
+def test_sampled_rows_and_every_kind_of_block_lower_the_loss(blocks, manifold):
+    model = nn.Sequential(
+        rm.nn.Linear(4, 3, manifold=manifold), nn.Tanh(), nn.Linear(3, 2)
+    )
+    x, y = torch.randn(40, 4), torch.randn(40, 2)
+    output = Sampled(Euclidean(1.0), probes=2)
+    metric = rm.LayerwiseMetric(model, output, mass=0.1, blocks=blocks)
+    optimizer = LevenbergMarquardt(metric)
+    before = start = float(F.mse_loss(model(x), y).detach())
+    for _ in range(15):
+        with metric.record():
+            z = model(x)
+        metric.backward(F.mse_loss(z, y), z)
+        after = optimizer.step(lambda: F.mse_loss(model(x), y))
+        assert after <= before
+        before = after
+    metric.parameters.verify()
+    assert after < 0.95 * start
+
+
+@pytest.mark.parametrize("precision", [None, torch.float32])
+@pytest.mark.parametrize("known", [True, False])
+def test_the_mass_stops_where_the_small_matrix_loses_its_digits(precision, known):
+    torch.manual_seed(2)
+    model = nn.Linear(4, 2).float()
+    x = torch.randn(3, 4, dtype=torch.float32)
+    y = model(x).detach() + 1.0
+    metric = rm.LayerwiseMetric(
+        model, Euclidean(1.0), mass=1e-3, blocks="model", precision=precision
+    )
+    optimizer = LevenbergMarquardt(metric, shrink=1e-2)
+    shrunk = 0
+    for _ in range(12):
+        with metric.record():
+            z = model(x)
+        # Another target each time, so that every step keeps its word.
+        metric.backward(F.mse_loss(z, y), z)
+        if not known:  # as on a device where reading it would make the host wait
+            for block in metric.blocks.values():
+                _ = block.inverse.factor
+                block.inverse._trace = math.inf
+        before = optimizer.param_groups[0]["scale"]
+        optimizer.step(lambda y=y: F.mse_loss(model(x), y))
+        shrunk += optimizer.param_groups[0]["scale"] < before
+        y = y + torch.randn(3, 2, dtype=torch.float32)
+    eps = torch.finfo(torch.float64 if precision is None else precision).eps
+    rows = x.square().sum() / 3 * 2 + 2
+    bound = eps * float(rows) / 1e-3
+    lowest = 1e-3 * optimizer.param_groups[0]["scale"]
+    assert lowest >= 0.99 * bound
+    assert shrunk >= (1 if precision is None else 0)
+    assert lowest < 1e4 * bound or precision is not None

@@ -1,16 +1,32 @@
 """Optimizers that step in the metric."""
 
-from riemannian_modules.optim.levenberg_marquardt import (
-    LevenbergMarquardt,
-    TrialReport,
-)
+from riemannian_modules.optim.gauss_newton import GaussNewton
+from riemannian_modules.optim.levenberg_marquardt import LevenbergMarquardt
+from riemannian_modules.optim.line_rules import Armijo, LineRule, StrongWolfe
+from riemannian_modules.optim.line_search import LineSearch
 from riemannian_modules.optim.report import BlockReport, StepReport
 from riemannian_modules.optim.rsgd import RiemannianSGD
+from riemannian_modules.optim.trial_reports import (
+    GaussNewtonReport,
+    LineSearchReport,
+    TrialReport,
+    TrustRegionReport,
+)
+from riemannian_modules.optim.trust_region import TrustRegion
 
 __all__ = [
+    "Armijo",
     "BlockReport",
+    "GaussNewton",
+    "GaussNewtonReport",
     "LevenbergMarquardt",
+    "LineRule",
+    "LineSearch",
+    "LineSearchReport",
     "RiemannianSGD",
     "StepReport",
+    "StrongWolfe",
     "TrialReport",
+    "TrustRegion",
+    "TrustRegionReport",
 ]

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import geoopt
@@ -12,54 +11,20 @@ from torch import Tensor
 from riemannian_modules.declared import Declared
 from riemannian_modules.errors import NotRecordedError
 from riemannian_modules.functional import FunctionalMetric
+from riemannian_modules.metric import LayerMetric
 from riemannian_modules.model_metric import ModelMetric
 from riemannian_modules.optim.kinds import require_kinds
 from riemannian_modules.optim.quadratic import QuadraticModel, Step
+from riemannian_modules.optim.trial import Trial
+from riemannian_modules.optim.trial_reports import TrialReport
 from riemannian_modules.retractions import Default, Retraction
 
-__all__ = ["LevenbergMarquardt", "TrialReport"]
+__all__ = ["LevenbergMarquardt"]
 
 _ROUNDING = 1e-3
 # Of the differences that the second derivative along a step is taken from: what is left
 # of a correction that is one per cent off is a correction (Transtrum & Sethna, 2012).
 _SPACING = 0.1
-
-
-@dataclass(frozen=True)
-class TrialReport:
-    """What one step of :class:`LevenbergMarquardt` did.
-
-    Attributes:
-        loss: where the step began.
-        new_loss: where it ended; the same if no trial was good.
-        predicted: by how much the quadratic model said that the loss falls.
-        ratio: actual over predicted decrease, NaN if no trial was good.
-        coefficients: of the natural gradient step and of the step before.
-        bent: whether the geodesic correction entered.
-        trials: how many points were tried.
-        mass: by what the masses were multiplied since the optimizer was built.
-        accepted: whether the parameters moved.
-    """
-
-    loss: float
-    new_loss: float
-    predicted: float
-    ratio: float
-    coefficients: list[float]
-    bent: bool
-    trials: int
-    mass: float
-    accepted: bool
-
-    def __str__(self) -> str:
-        end = "accepted" if self.accepted else "no step lowers the loss"
-        lengths = ", ".join(f"{c:.3g}" for c in self.coefficients)
-        bent = ", bent" if self.bent else ""
-        return (
-            f"loss {self.loss:.4e} -> {self.new_loss:.4e}  ratio {self.ratio:.2f}  "
-            f"lengths {lengths}{bent}  mass x{self.mass:.2e}  trials {self.trials}: "
-            f"{end}"
-        )
 
 
 class LevenbergMarquardt(torch.optim.Optimizer):
@@ -229,7 +194,7 @@ class LevenbergMarquardt(torch.optim.Optimizer):
         moving = {
             d.name: d for d in self.metric.parameters if d.tensor.grad is not None
         }
-        start = {name: d.tensor.detach().clone() for name, d in moving.items()}
+        points = Trial(moving, self.retraction)
         gradient = {
             name: d.tensor.grad
             for name, d in moving.items()
@@ -239,12 +204,8 @@ class LevenbergMarquardt(torch.optim.Optimizer):
         for trial in range(1, group["trials"] + 1):
             model = QuadraticModel(self.metric, gradient)
             step, bent = self._propose(model, before)
-            self._move(moving, start, step.vectors)
-            try:
-                reached = float(self.metric.joint_loss(closure()))
-            except BaseException:
-                self._restore(moving, start)
-                raise
+            points.move(step.vectors)
+            reached = float(self.metric.joint_loss(points.look(closure)))
             gain = loss - reached
             ratio = gain / step.decrease if step.decrease > 0.0 else math.nan
             if math.isfinite(reached) and gain > 0.0:
@@ -264,7 +225,7 @@ class LevenbergMarquardt(torch.optim.Optimizer):
                     group["scale"],
                     True,
                 )
-            self._restore(moving, start)
+            points.restore()
             self._weigh(group, group["grow"] ** 2)
             before = None
         return TrialReport(
@@ -292,24 +253,6 @@ class LevenbergMarquardt(torch.optim.Optimizer):
         corrected = {name: u + found[name] for name, u in step.vectors.items()}
         return Step(step.coefficients, corrected, step.decrease), True
 
-    def _move(
-        self,
-        moving: dict[str, Declared],
-        start: dict[str, Tensor],
-        vectors: dict[str, Tensor],
-    ) -> None:
-        for name, declared in moving.items():
-            point = start[name].as_subclass(Tensor)
-            declared.tensor.copy_(
-                self.retraction(declared.manifold, point, vectors[name])
-            )
-            declared.verified = declared.tensor._version
-
-    def _restore(self, moving: dict[str, Declared], start: dict[str, Tensor]) -> None:
-        for name, declared in moving.items():
-            declared.tensor.copy_(start[name])
-            declared.verified = declared.linearised = declared.tensor._version
-
     def _before(self, moving: dict[str, Declared]) -> dict[str, Tensor] | None:
         if not self.param_groups[0]["momentum"]:
             return None
@@ -331,11 +274,26 @@ class LevenbergMarquardt(torch.optim.Optimizer):
     def _may_shrink(self, factor: float) -> bool:
         # Below this mass rounding of the small matrix decides the step.
         return all(
-            torch.finfo(torch.float64).eps * block.inverse.trace <= _ROUNDING * factor
-            or not math.isfinite(block.inverse.trace)
+            _rounding(block) <= _ROUNDING * factor
             for block in self.metric.blocks.values()
         )
 
     def _weigh(self, group: dict[str, Any], factor: float) -> None:
         self.metric.scale_mass(factor)
         group["scale"] *= factor
+
+
+def _rounding(block: LayerMetric) -> float:
+    """Return the relative error that rounding leaves in the solve of a block."""
+    inverse = block.inverse
+    if inverse.form == "base":
+        return 0.0
+    lower = inverse.factor.lower
+    trace = inverse.trace
+    if not math.isfinite(trace):
+        # Not read on this device. The trace of L L^T is |L|^2, and the host waits for
+        # the loss anyway.
+        trace = float(lower.tril().double().square().sum()) - len(lower)
+    # What is in float32 now goes over to the block's precision when it has to.
+    widest = torch.promote_types(lower.dtype, inverse.block.precision)
+    return torch.finfo(widest).eps * trace

@@ -1,0 +1,340 @@
+"""Gauss-Newton steps for many outputs: conjugate gradients, the metric in front."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from riemannian_modules.block import Part
+from riemannian_modules.declared import Declared
+from riemannian_modules.errors import NonFiniteError, NotRecordedError
+from riemannian_modules.heads import OutputLike
+from riemannian_modules.model_metric import ModelMetric
+from riemannian_modules.optim.conjugate import Proximal, Truncated
+from riemannian_modules.optim.kinds import require_kinds
+from riemannian_modules.optim.kronecker import KroneckerInverse
+from riemannian_modules.optim.output_map import OutputMap
+from riemannian_modules.optim.trial import Trial
+from riemannian_modules.optim.trial_reports import GaussNewtonReport
+from riemannian_modules.retractions import Default, Retraction
+
+__all__ = ["GaussNewton"]
+
+_ARMIJO = 1e-4
+
+
+@dataclass(frozen=True)
+class _Point:
+    map: OutputMap
+    gradient: Mapping[str, Tensor]
+    loss: float
+
+    def slope(self, u: Mapping[str, Tensor]) -> float:
+        return sum(float((self.gradient[name] * x).sum()) for name, x in u.items())
+
+
+class GaussNewton(torch.optim.Optimizer):
+    """Steps of the exact Gauss-Newton metric where its rows are too many to factorise.
+
+    Each step minimises the quadratic model of the loss, exact in the outputs of all
+    examples and with the mass, by conjugate gradients on the tangent spaces (Martens,
+    2010). They start from the step before, preconditioned by a Kronecker approximation
+    of the rows that the metric recorded last
+    (:class:`riemannian_modules.optim.kronecker.KroneckerInverse`): sampled rows do,
+    also of some of the examples only. How many iterations pay is read off their
+    progress. The mass follows the ratio of actual and predicted decrease, as in
+    :class:`LevenbergMarquardt`; a step that does not lower the loss is shortened
+    first. Neither a step length nor a good first mass has to be found.
+
+    For full batches and large ones: the loss must be the same function during a step,
+    without dropout. ``.grad`` is not touched.
+
+    Args:
+        metric: the model's geometry, usually of ``output=Sampled(...)`` with one
+            probe; a sampled output metric counts as the one that it samples.
+        iterations: at most so many conjugate gradient iterations in a proposal.
+        greed: 1 maximises what the model gains for the work of this one step; smaller
+            numbers iterate longer.
+        shrink: factor of the mass after a good match, in (0, 1].
+        grow: factor of the mass after a bad match or a shortened step, and its square
+            after a proposal that no length saved; at least 1.
+        good: ratio of actual to predicted decrease above which a match is good.
+        bad: ratio below which it is bad.
+        shorten: how often a proposal may be shortened.
+        trials: how many proposals to make before the step is given up.
+        retraction: how a tangent step becomes a point.
+
+    Attributes:
+        report: what the last step did, a :class:`GaussNewtonReport`; None before it.
+
+    Cost: a reverse pass, then two products with the derivative of the outputs for each
+    iteration, about as much as a forward and a backward pass; and a forward pass for
+    each point tried. It reads the loss, so the host waits for the device.
+
+    Raises:
+        ValueError: a hyperparameter out of its range.
+        TypeError: the first argument is no metric, or the retraction none.
+
+    >>> import riemannian_modules as rm
+    >>> _ = torch.manual_seed(0)
+    >>> model = torch.nn.Sequential(
+    ...     torch.nn.Linear(1, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)
+    ... ).double()
+    >>> x = torch.linspace(-2.0, 2.0, 30, dtype=torch.float64).unsqueeze(1)
+    >>> output = rm.output.Sampled(rm.output.Euclidean(2.0))
+    >>> metric = rm.LayerwiseMetric(model, output=output, mass=1e-2)
+    >>> optimizer = GaussNewton(metric)
+    >>> for _ in range(30):
+    ...     with metric.record():
+    ...         outputs = model(x)
+    ...     metric.pull_back(outputs)
+    ...     final = optimizer.step(
+    ...         lambda: model(x), lambda z: torch.nn.functional.mse_loss(z, x.sin())
+    ...     )
+    >>> final < 1e-4
+    True
+    """
+
+    def __init__(
+        self,
+        metric: ModelMetric,
+        *,
+        iterations: int = 60,
+        greed: float = 0.5,
+        shrink: float = 0.5,
+        grow: float = 2.0,
+        good: float = 0.75,
+        bad: float = 0.25,
+        shorten: int = 4,
+        trials: int = 6,
+        retraction: Retraction | None = None,
+    ) -> None:
+        require_kinds("GaussNewton(metric)", metric, retraction)
+        if not (0.0 < shrink <= 1.0 <= grow and 0.0 < bad <= good):
+            raise ValueError(
+                f"shrink={shrink}, grow={grow}, bad={bad}, good={good}: needs "
+                "0 < shrink <= 1 <= grow and 0 < bad <= good"
+            )
+        if not (iterations >= 1 and greed >= 0.0 and shorten >= 0 and trials >= 1):
+            raise ValueError(
+                f"iterations={iterations}, greed={greed}, shorten={shorten}, "
+                f"trials={trials}: needs at least one iteration and one trial, and no "
+                "negative numbers"
+            )
+        self.metric = metric
+        self.retraction = Default() if retraction is None else retraction
+        self.report: GaussNewtonReport | None = None
+        defaults = {
+            "iterations": iterations,
+            "greed": greed,
+            "shrink": shrink,
+            "grow": grow,
+            "good": good,
+            "bad": bad,
+            "shorten": shorten,
+            "trials": trials,
+            "scale": 1.0,
+        }
+        super().__init__([d.tensor for d in metric.parameters], defaults)
+
+    def __reduce_ex__(self, protocol: object) -> str:
+        raise TypeError(
+            "the optimizer belongs to its metric and cannot be copied or pickled; use "
+            "state_dict() and load_state_dict() on an optimizer built anew"
+        )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refuse a second group: one quadratic model holds all parameters.
+
+        Args:
+            param_group: as in torch.optim.Optimizer.
+
+        Raises:
+            ValueError: there is a group already.
+        """
+        if self.param_groups:
+            raise ValueError(
+                "GaussNewton moves all parameters of its metric together; it has no "
+                "further groups"
+            )
+        super().add_param_group(param_group)
+
+    def step(  # type: ignore[override]
+        self,
+        outputs: Callable[[], OutputLike],
+        loss: Callable[[Any], Tensor],
+    ) -> float:
+        """Take one step, preconditioned by what ``metric`` recorded last.
+
+        Nothing changes if an error is raised.
+
+        Args:
+            outputs: evaluates the model on the whole batch; called once with
+                gradients, and once without for each point tried.
+            loss: the loss as a function of what ``outputs`` returns.
+
+        Returns:
+            The loss at the new point.
+
+        Raises:
+            NotRecordedError: the metric was never pulled back, or no graph leads from
+                the outputs to the parameters.
+            NonFiniteError: the loss or its gradient is not finite where the step
+                begins.
+            OutputMetricError: an output has no metric.
+        """
+        metric = self.metric
+        if not metric.blocks:
+            raise NotRecordedError(
+                "nothing was recorded yet that could precondition the step: run the "
+                "model inside metric.record() and call metric.pull_back(outputs), or "
+                "metric.backward(loss, outputs), first"
+            )
+        metric.require_intact()
+        metric.parameters.verify()
+        self.report = self._search(outputs, loss)
+        return self.report.new_loss
+
+    def _linearise(
+        self, outputs: Callable[[], OutputLike], loss: Callable[[Any], Tensor]
+    ) -> _Point:
+        with torch.enable_grad():
+            evaluated = outputs()
+            map = OutputMap(
+                {d.name: d.tensor for d in self.metric.parameters},
+                self.metric.output,
+                evaluated,
+                self.metric.reduction,
+            )
+            value = loss(evaluated)
+            costates = torch.autograd.grad(
+                value, map.outputs, allow_unused=True, retain_graph=True
+            )
+        cotangents = [
+            torch.zeros_like(z) if costate is None else costate.detach()
+            for z, costate in zip(map.outputs, costates, strict=True)
+        ]
+        gradient = map.pull(cotangents)
+        if not all(bool(e.isfinite().all()) for e in (value, *gradient.values())):
+            raise NonFiniteError(
+                f"the loss is {float(value.detach())} where the step begins, or its "
+                "gradient is not finite; nothing was changed. Load a good state"
+            )
+        return _Point(map, gradient, float(value.detach()))
+
+    def _search(
+        self, outputs: Callable[[], OutputLike], loss: Callable[[Any], Tensor]
+    ) -> GaussNewtonReport:
+        group = self.param_groups[0]
+        moving = {d.name: d for d in self.metric.parameters}
+        trial = Trial(moving, self.retraction)
+        inverse = self._preconditioner(moving)
+        before = self._before(moving)
+
+        def closure() -> float:
+            with torch.no_grad():
+                return float(loss(outputs()))
+
+        iterations = tried = 0
+        for _ in range(group["trials"]):
+            # Anew after a trial that failed: it wrote what the graph had kept.
+            start = self._linearise(outputs, loss)
+            with torch.no_grad():
+                spaces = {name: d.space() for name, d in moving.items()}
+                model = Proximal(start.map, spaces, start.gradient)
+                found = model.minimise(
+                    inverse, before, group["iterations"], group["greed"]
+                )
+                length, reached, count = self._shorten(trial, found, start, closure)
+            iterations += found.iterations
+            tried += count
+            ratio = math.nan
+            if count == 0:
+                break  # the gradient is zero: more mass would not help
+            if length > 0.0:
+                if found.decrease > 0.0:
+                    ratio = (start.loss - reached) / found.decrease
+                self._remember(moving, found.vectors, length)
+                if length < 1.0 or ratio < group["bad"]:
+                    self._weigh(inverse, group["grow"])
+                elif ratio > group["good"] and self._may_shrink(found):
+                    self._weigh(inverse, group["shrink"])
+                break
+            self._weigh(inverse, group["grow"] ** 2)
+            before = None
+        return GaussNewtonReport(
+            start.loss,
+            reached,
+            found.decrease,
+            ratio,
+            length,
+            iterations,
+            tried,
+            group["scale"],
+            length > 0.0,
+        )
+
+    def _shorten(
+        self,
+        trial: Trial,
+        found: Truncated,
+        start: _Point,
+        closure: Callable[[], float],
+    ) -> tuple[float, float, int]:
+        """Try the step and parts of it; back to the start if none lowers the loss."""
+        loss, slope = start.loss, start.slope(found.vectors)
+        if not slope < 0.0:
+            return 0.0, loss, 0
+        length = 1.0
+        for count in range(1, self.param_groups[0]["shorten"] + 2):
+            trial.move({name: length * x for name, x in found.vectors.items()})
+            reached = trial.look(closure)
+            # Where rounding hides what is asked for, any decrease will do.
+            if reached < loss and reached <= loss + _ARMIJO * length * slope:
+                return length, reached, count
+            rise = reached - loss - length * slope
+            part = -0.5 * length * slope / rise if rise > 0.0 else 0.5
+            length *= min(0.5, max(0.1, part)) if math.isfinite(rise) else 0.1
+        trial.restore()
+        return 0.0, loss, count
+
+    def _preconditioner(self, moving: Mapping[str, Declared]) -> KroneckerInverse:
+        factors = {
+            part.name: part.factor
+            for block in self.metric.blocks.values()
+            for part in block.parts
+        }
+        return KroneckerInverse(
+            Part(name, d.space(), factors.get(name)) for name, d in moving.items()
+        )
+
+    def _before(self, moving: Mapping[str, Declared]) -> dict[str, Tensor] | None:
+        found = {}
+        for name, declared in moving.items():
+            last = self.state.get(declared.tensor, {}).get("step")
+            if last is None:
+                return None
+            found[name] = declared.space().project(last)
+        return found
+
+    def _remember(
+        self,
+        moving: Mapping[str, Declared],
+        vectors: Mapping[str, Tensor],
+        length: float,
+    ) -> None:
+        for name, declared in moving.items():
+            self.state[declared.tensor]["step"] = length * vectors[name]
+
+    def _may_shrink(self, found: Truncated) -> bool:
+        # Below that a mass is lost in the rounding of the largest curvature.
+        eps = max(torch.finfo(d.tensor.dtype).eps for d in self.metric.parameters)
+        return eps * found.stiffness <= 1.0
+
+    def _weigh(self, inverse: KroneckerInverse, factor: float) -> None:
+        self.metric.scale_mass(factor)
+        inverse.scale_mass(factor)
+        self.param_groups[0]["scale"] *= factor

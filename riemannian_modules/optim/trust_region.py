@@ -1,0 +1,224 @@
+"""Steps that stay where the quadratic model has kept its word."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from riemannian_modules.errors import NotRecordedError
+from riemannian_modules.model_metric import ModelMetric
+from riemannian_modules.optim.kinds import require_kinds
+from riemannian_modules.optim.quadratic import QuadraticModel
+from riemannian_modules.optim.trial import Trial
+from riemannian_modules.optim.trial_reports import TrustRegionReport
+from riemannian_modules.retractions import Default, Retraction
+
+__all__ = ["TrustRegion"]
+
+_EDGE = 0.99
+
+
+class TrustRegion(torch.optim.Optimizer):
+    """Natural-gradient steps no longer in the metric than a radius that adapts.
+
+    Implements :eq:`trust-region`. The step along the natural gradient minimises the
+    quadratic model, all blocks together and with the mass, as far as its norm in the
+    metric stays below the radius. The ratio of actual and predicted decrease moves the
+    radius (Conn, Gould & Toint, 2000, section 6.1). The mass stays as it is; where it
+    should adapt, :class:`LevenbergMarquardt` is the choice.
+
+    Args:
+        metric: the model's geometry.
+        radius: bound of the first step's norm; None: the first step is not bounded,
+            and its length is the first radius.
+        largest: the radius never exceeds it.
+        good: ratio above which a step that was bounded makes the radius grow.
+        bad: ratio below which the radius shrinks.
+        accept: ratio above which a step is taken; at least 0 and at most ``bad``.
+        grow: factor of the radius after a good bounded step.
+        shrink: the radius after a bad step, in lengths of that step; in (0, 1).
+        trials: how many points to try before the step is given up.
+        retraction: how a tangent step becomes a point.
+
+    Attributes:
+        report: what the last step did, a :class:`TrustRegionReport`; None before it.
+
+    Cost: the solve of the metric, a product with K, and a forward pass for each point
+    tried. It reads the loss, so the host waits for the device.
+
+    Raises:
+        ValueError: a hyperparameter out of its range.
+        TypeError: no metric, or a retraction that is none.
+
+    >>> import riemannian_modules as rm
+    >>> _ = torch.manual_seed(0)
+    >>> model = torch.nn.Linear(3, 1)
+    >>> metric = rm.LayerwiseMetric(model, output=rm.output.Euclidean(2.0), mass=1e-3)
+    >>> optimizer = TrustRegion(metric, radius=0.1)
+    >>> x = torch.randn(20, 3)
+    >>> for _ in range(20):
+    ...     with metric.record():
+    ...         outputs = model(x)
+    ...     metric.backward((outputs - 1.0).square().mean(), outputs)
+    ...     final = optimizer.step(lambda: (model(x) - 1.0).square().mean())
+    >>> final < 1e-5
+    True
+    """
+
+    def __init__(
+        self,
+        metric: ModelMetric,
+        *,
+        radius: float | None = None,
+        largest: float = math.inf,
+        good: float = 0.75,
+        bad: float = 0.25,
+        accept: float = 1e-4,
+        grow: float = 2.0,
+        shrink: float = 0.25,
+        trials: int = 12,
+        retraction: Retraction | None = None,
+    ) -> None:
+        require_kinds("TrustRegion(metric)", metric, retraction)
+        if not (0.0 <= accept <= bad < good < 1.0 and trials >= 1):
+            raise ValueError(
+                f"accept={accept}, bad={bad}, good={good}, trials={trials}: needs "
+                "0 <= accept <= bad < good < 1 and at least one trial"
+            )
+        if not (0.0 < shrink < 1.0 <= grow and largest > 0.0):
+            raise ValueError(
+                f"shrink={shrink}, grow={grow}, largest={largest}: needs "
+                "0 < shrink < 1 <= grow and a positive bound"
+            )
+        if radius is not None and not 0.0 < radius <= largest:
+            raise ValueError(
+                f"radius={radius}: must be positive and at most largest={largest}"
+            )
+        self.metric = metric
+        self.retraction = Default() if retraction is None else retraction
+        self.report: TrustRegionReport | None = None
+        self._stepped = 0
+        defaults = {
+            "radius": radius,
+            "largest": largest,
+            "good": good,
+            "bad": bad,
+            "accept": accept,
+            "grow": grow,
+            "shrink": shrink,
+            "trials": trials,
+        }
+        super().__init__([d.tensor for d in metric.parameters], defaults)
+
+    def __reduce_ex__(self, protocol: object) -> str:
+        raise TypeError(
+            "the optimizer belongs to its metric and cannot be copied or pickled; use "
+            "state_dict() and load_state_dict() on an optimizer built anew"
+        )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refuse a second group: one quadratic model holds all parameters.
+
+        Args:
+            param_group: as in torch.optim.Optimizer.
+
+        Raises:
+            ValueError: there is a group already.
+        """
+        if self.param_groups:
+            raise ValueError(
+                "TrustRegion moves all parameters of its metric together; it has no "
+                "further groups"
+            )
+        super().add_param_group(param_group)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> float:  # type: ignore[override]
+        """Take one step from the last ``metric.backward``.
+
+        If no step is good enough, or an error is raised, the parameters are what they
+        were, bit for bit.
+
+        Args:
+            closure: returns the loss of the last backward pass at the parameters'
+                present values; called without gradients, once for each trial.
+
+        Returns:
+            The loss at the new point.
+
+        Raises:
+            NotRecordedError: no ``metric.backward`` since the last step.
+            NotPositiveDefiniteError: a block's small matrix could not be factorised.
+            TypeError: no closure.
+        """
+        if closure is None:
+            raise TypeError(
+                "step() needs the loss as a function, to try points: "
+                "optimizer.step(lambda: loss_function(model(x), y))"
+            )
+        metric = self.metric
+        if metric.passes == self._stepped or metric.loss is None:
+            raise NotRecordedError(
+                "call metric.backward(loss, outputs) before every optimizer.step()"
+            )
+        metric.parameters.verify()
+        metric.parameters.require_unmoved()
+        with torch.no_grad():
+            self.report = self._search(closure, float(metric.loss))
+        self._stepped = metric.passes
+        return self.report.new_loss
+
+    def _search(self, closure: Callable[[], Any], loss: float) -> TrustRegionReport:
+        group = self.param_groups[0]
+        moving = {
+            d.name: d for d in self.metric.parameters if d.tensor.grad is not None
+        }
+        gradient = {
+            name: d.tensor.grad
+            for name, d in moving.items()
+            if d.tensor.grad is not None
+        }
+        trial = Trial(moving, self.retraction)
+        model = QuadraticModel(self.metric, gradient)
+        found = self.metric.natural_gradient()
+        best = model.best([{name: -found[name] for name in moving}])
+        slope = model.slope(best.vectors)
+        # At the minimum along a line half the slope is gained, with the mass.
+        whole = math.sqrt(max(0.0, -slope))
+        curvature = max(0.0, -2.0 * (best.decrease + slope))
+        radius = group["radius"]
+        taken, count = False, 0
+        while count < group["trials"] and not taken:
+            count += 1
+            part = 1.0 if radius is None or whole <= radius else radius / whole
+            predicted = -part * slope - 0.5 * part * part * curvature
+            trial.move({name: part * x for name, x in best.vectors.items()})
+            reached = float(trial.look(closure))
+            gain = loss - reached
+            ratio = gain / predicted if predicted > 0.0 else math.nan
+            norm = part * whole
+            taken = math.isfinite(reached) and gain > 0.0 and ratio > group["accept"]
+            if not (taken and ratio >= group["bad"]):
+                radius = group["shrink"] * norm
+            elif radius is None:
+                radius = norm
+            elif ratio > group["good"] and norm >= _EDGE * radius:
+                radius = group["grow"] * radius
+            if whole == 0.0:
+                radius = group["radius"]
+                break
+            radius = min(radius, group["largest"])
+        if not taken:
+            trial.restore()
+        group["radius"] = radius
+        return TrustRegionReport(
+            loss,
+            reached if taken else loss,
+            predicted,
+            ratio,
+            norm,
+            math.inf if radius is None else radius,
+            part == 1.0,
+            count,
+            taken,
+        )
