@@ -47,6 +47,33 @@ class _Use:
     edge: GradientEdge
 
 
+class _Uses:
+    """Remembers the products of streams with the parameters of a point."""
+
+    def __init__(self, point: Point) -> None:
+        self._names = {id(value): name for name, value in point.items()}
+        self.all: list[_Use] = []
+
+    def remember(
+        self, weight: Tensor, bias: Tensor | None, inputs: Tensor, outputs: Tensor
+    ) -> None:
+        """Remember ``outputs = inputs W^T + b``.
+
+        Raises:
+            LinearizationError: W or b is computed from parameters.
+        """
+        for each in (weight, bias):
+            if each is not None and each.requires_grad and id(each) not in self._names:
+                raise LinearizationError(
+                    "a linear layer computes its weight or bias from parameters (a "
+                    "parametrization); give the DifferentialOperator structured=False, "
+                    "which differentiates any network"
+                )
+        if outputs.requires_grad:
+            names = self._names.get(id(weight)), self._names.get(id(bias))
+            self.all.append(_Use(*names, inputs.detach(), get_gradient_edge(outputs)))
+
+
 @final
 class Streamed(PointSet):
     """A differential operator on a network, whose K is not formed.
@@ -68,11 +95,11 @@ class Streamed(PointSet):
 
     def values(self, point: Point, examples: Sequence[Tensor]) -> Tensor:
         """Return the residuals at all points, ``(n, *output)``."""
-        return self._evaluate(point, examples, None)
+        return self._evaluate(point, examples)[0]
 
     def _evaluate(
-        self, point: Point, examples: Sequence[Tensor], uses: list[_Use] | None
-    ) -> Tensor:
+        self, point: Point, examples: Sequence[Tensor], *, recording: bool = False
+    ) -> tuple[Tensor, list[_Use]]:
         points = examples[0]
         if points.ndim != 2:
             raise ShapeError(
@@ -80,42 +107,20 @@ class Streamed(PointSet):
                 "a DifferentialOperator takes points (n, inputs) first"
             )
         while True:
-            if uses is not None:
-                uses.clear()
+            uses = _Uses(point)
+            start = lift(points, self._orders, uses.remember if recording else None)
             try:
-                return self._once(point, points, examples, uses)
+                return self._residuals(self._through(point, start), examples), uses.all
             except MissingStreamError as error:
                 # Only a first evaluation comes here: it finds out what is asked for.
                 self._orders = self._orders.including(error.terms)
 
-    def _once(
-        self,
-        point: Point,
-        points: Tensor,
-        examples: Sequence[Tensor],
-        uses: list[_Use] | None,
-    ) -> Tensor:
-        orders, inputs = self._orders, points.shape[1]
-        names = {id(value): name for name, value in point.items()}
-
-        def remember(weight: Tensor, bias: Tensor | None, x: Tensor, y: Tensor) -> None:
-            assert uses is not None
-            for each in (weight, bias):
-                if each is not None and each.requires_grad and id(each) not in names:
-                    raise LinearizationError(
-                        "a linear layer computes its weight or bias from parameters "
-                        "(a parametrization); use structured=False in the "
-                        "DifferentialOperator, which differentiates any network"
-                    )
-            if y.requires_grad:
-                found = names.get(id(weight)), names.get(id(bias))
-                uses.append(_Use(*found, x.detach(), get_gradient_edge(y)))
-
-        start = lift(points, orders, None if uses is None else remember)
-        end = self._through(point, start)
+    def _residuals(self, end: Streams, examples: Sequence[Tensor]) -> Tensor:
+        inputs = examples[0].shape[1]
 
         def residual(data: Tensor, *example: Tensor) -> Tensor:
-            return self._operator.at(StreamJet(data, orders, inputs), *example)
+            jet = StreamJet(data, end.orders, inputs)
+            return self._operator.at(jet, *example)
 
         outputs: Tensor = vmap(residual)(end.data, *examples)
         return outputs
@@ -128,8 +133,8 @@ class Streamed(PointSet):
             raise LinearizationError(f"{self.label}, in {where}: {error}") from error
         if not isinstance(end, Streams):
             raise LinearizationError(
-                f"{self.label}: the network returns a {type(end).__name__}, to which no "
-                "derivatives were carried; give the DifferentialOperator "
+                f"{self.label}: the network returns a {type(end).__name__}, to which "
+                "no derivatives were carried; give the DifferentialOperator "
                 "structured=False, which differentiates any network"
             )
         return end
@@ -178,9 +183,8 @@ class Streamed(PointSet):
         leaves = {
             name: value.detach().requires_grad_() for name, value in point.items()
         }
-        uses: list[_Use] = []
         with torch.enable_grad():
-            outputs = self._evaluate(leaves, examples, uses)
+            outputs, uses = self._evaluate(leaves, examples, recording=True)
         count, truth = len(stack), None
         if not self._checked:
             stack = torch.cat([stack, _probe(outputs.detach())])
@@ -201,7 +205,11 @@ class Streamed(PointSet):
     def _truth(
         self, outputs: Tensor, leaves: Point, cotangent: Tensor
     ) -> dict[str, Tensor]:
-        """Return autograd's derivative of all parameters for one cotangent."""
+        """Return autograd's derivative of all parameters for one cotangent.
+
+        Raises:
+            LinearizationError: the outputs depend on other parameters.
+        """
         if not outputs.requires_grad:
             return {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
         strange = _leaves_of(outputs) - {id(leaf) for leaf in leaves.values()}
@@ -244,14 +252,15 @@ def _factors(
     rank: int,
 ) -> dict[str, MetricFactor]:
     found: dict[str, list[MetricFactor]] = {name: [] for name in point}
-    for use, l in zip(uses, carried, strict=True):
-        if l is None:
+    for use, rows in zip(uses, carried, strict=True):
+        if rows is None:
             continue
         if use.weight is not None:
-            found[use.weight].append(LinearFactor(use.inputs, l))
+            found[use.weight].append(LinearFactor(use.inputs, rows))
         if use.bias is not None:
             # The bias moves the value alone.
-            found[use.bias].append(BiasFactor(l if l.shape[2] == 1 else l[:, :, :1]))
+            value = rows if rows.shape[2] == 1 else rows[:, :, :1]
+            found[use.bias].append(BiasFactor(value))
     return {
         name: joined(factors)
         if factors

@@ -12,7 +12,7 @@ for each example, and its factor is that of any layer that does (Dangel et al., 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -25,13 +25,8 @@ from riemannian_modules.functional.orders import Orders
 __all__ = ["Recording", "Streams", "lift"]
 
 
-class Recording(Protocol):
-    """Is told of every product of streams with a weight."""
-
-    def __call__(
-        self, weight: Tensor, bias: Tensor | None, inputs: Tensor, outputs: Tensor
-    ) -> None:
-        """Remember ``outputs = inputs W^T + b``; both ``(n, streams, width)``."""
+# Is told weight, bias, inputs and outputs of every product ``x W^T + b`` of streams.
+Recording = Callable[[Tensor, Tensor | None, Tensor, Tensor], None]
 
 
 @final
