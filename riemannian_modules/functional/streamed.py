@@ -7,9 +7,9 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.func import functional_call, vmap
+from torch.func import functional_call
 
-from riemannian_modules.errors import LinearizationError, ShapeError
+from riemannian_modules.errors import LinearizationError
 from riemannian_modules.factors import (
     BiasFactor,
     DenseFactor,
@@ -17,12 +17,10 @@ from riemannian_modules.factors import (
     MetricFactor,
     joined,
 )
-from riemannian_modules.functional.jet import MissingStreamError, StreamJet
 from riemannian_modules.functional.operator import DifferentialOperator
-from riemannian_modules.functional.orders import Orders
 from riemannian_modules.functional.pointset import Point, PointSet
 from riemannian_modules.functional.pointwise import finished
-from riemannian_modules.functional.streams import Streams, lift
+from riemannian_modules.functional.streams import Streams
 from riemannian_modules.heads import Rows
 from riemannian_modules.linearize import Linearization
 from riemannian_modules.reverse import reverse_pass
@@ -89,7 +87,6 @@ class Streamed(PointSet):
     ) -> None:
         self._model = model
         self._operator = operator
-        self._orders = Orders()
         self._checked = False
         self.label = label
 
@@ -100,43 +97,21 @@ class Streamed(PointSet):
     def _evaluate(
         self, point: Point, examples: Sequence[Tensor], *, recording: bool = False
     ) -> tuple[Tensor, list[_Use]]:
-        points = examples[0]
-        if points.ndim != 2:
-            raise ShapeError(
-                f"the first examples of {self.label} have shape {tuple(points.shape)}; "
-                "a DifferentialOperator takes points (n, inputs) first"
-            )
-        while True:
-            uses = _Uses(point)
-            start = lift(points, self._orders, uses.remember if recording else None)
-            try:
-                return self._residuals(self._through(point, start), examples), uses.all
-            except MissingStreamError as error:
-                # Only a first evaluation comes here: it finds out what is asked for.
-                self._orders = self._orders.including(error.terms)
+        uses = _Uses(point)
 
-    def _residuals(self, end: Streams, examples: Sequence[Tensor]) -> Tensor:
-        inputs = examples[0].shape[1]
+        def through(start: Streams) -> Any:
+            uses.all.clear()
+            return self._through(point, start)
 
-        def residual(data: Tensor, *example: Tensor) -> Tensor:
-            jet = StreamJet(data, end.orders, inputs)
-            return self._operator.at(jet, *example)
+        record = uses.remember if recording else None
+        return self._operator.evaluate(through, examples, record), uses.all
 
-        outputs: Tensor = vmap(residual)(end.data, *examples)
-        return outputs
-
-    def _through(self, point: Point, start: Streams) -> Streams:
+    def _through(self, point: Point, start: Streams) -> Any:
         try:
-            end: Any = functional_call(self._model, point, (start,))
+            end = functional_call(self._model, point, (start,))
         except (LinearizationError, AttributeError, TypeError) as error:
             where = self._innermost(point, start)
             raise LinearizationError(f"{self.label}, in {where}: {error}") from error
-        if not isinstance(end, Streams):
-            raise LinearizationError(
-                f"{self.label}: the network returns a {type(end).__name__}, to which "
-                "no derivatives were carried; give the DifferentialOperator "
-                "structured=False, which differentiates any network"
-            )
         return end
 
     def _innermost(self, point: Point, start: Streams) -> str:
