@@ -71,21 +71,25 @@ def race(
 
 
 def levenberg_marquardt(
-    metric: rm.functional.FunctionalMetric, loss: Callable[[Any], Tensor], examples: Any
+    metric: rm.functional.FunctionalMetric,
+    loss: Callable[[Any], Tensor],
+    *examples: Any,
+    **settings: float,
 ) -> Step:
     """Return a step of this library.
 
     Args:
         metric: the metric of the residuals.
         loss: of the metric's outputs.
-        examples: what the metric is called with, one argument.
+        *examples: what the metric is called with.
+        **settings: of the optimizer.
     """
-    optimizer = rm.optim.LevenbergMarquardt(metric)
+    optimizer = rm.optim.LevenbergMarquardt(metric, **settings)
 
     def step(_: float) -> float:
-        values = metric(examples)
+        values = metric(*examples)
         metric.backward(loss(values), values)
-        return optimizer.step(lambda: loss(metric(examples)))
+        return optimizer.step(lambda: loss(metric(*examples)))
 
     return step
 
