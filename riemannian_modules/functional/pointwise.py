@@ -88,12 +88,12 @@ class Pointwise(PointSet):
 
         few = sum(each.numel() for each in point.values()) < len(stack)
         dims = (1, *[0] * len(examples))
-        jacobian = vmap(
-            forth if few else back, dims, out_dims=1, chunk_size=self._chunk_size
-        )
+        # Examples first: torch misplaces what is the same for all of them elsewhere.
+        jacobian = vmap(forth if few else back, dims, chunk_size=self._chunk_size)
         pulled: Point = jacobian(stack, *examples)
         whole: dict[str, MetricFactor] = {
-            name: DenseFactor(each.flatten(0, 1)) for name, each in pulled.items()
+            name: DenseFactor(each.movedim(1, 0).flatten(0, 1))
+            for name, each in pulled.items()
         }
         return finished(whole, rows, y, len(examples[0]))
 
