@@ -23,7 +23,10 @@ from riemannian_modules.errors import (
     ShapeError,
 )
 from riemannian_modules.finite import looks_finite
-from riemannian_modules.functional.pointwise import Function, Pointwise, joined
+from riemannian_modules.functional.operator import DifferentialOperator
+from riemannian_modules.functional.pointset import PointSet, joined
+from riemannian_modules.functional.pointwise import Function, Pointwise
+from riemannian_modules.functional.streamed import Streamed
 from riemannian_modules.heads import OutputLike, Reduction, output_rows
 from riemannian_modules.linearize import Linearization
 from riemannian_modules.mass import MassLike
@@ -51,9 +54,10 @@ class FunctionalMetric(ModelMetric):
         model: the model.
         function: ``function(net, *example)`` returns the output of *one* example, a
             tensor of any shape; ``net`` is the model with the parameters of the
-            moment, a function like the model that torch.func can differentiate. A
-            dictionary of functions for several sets of points, each with its own
-            examples.
+            moment, a function like the model that torch.func can differentiate (for
+            a :class:`Parameters` module a dictionary instead). Or a
+            :class:`DifferentialOperator`. A dictionary of functions for several sets
+            of points, each with its own examples.
         output: metric on these outputs, a dictionary for several; the default is that
             of ``0.5 * outputs.square().sum()`` for each example, so
             ``Euclidean(2.0)`` is that of torch's MSE over residuals of one entry.
@@ -68,7 +72,8 @@ class FunctionalMetric(ModelMetric):
         version: number of pull-backs so far.
         blocks: ``{block name: LayerMetric}`` of the last one.
 
-    Cost: rows are stored, ``rank * parameters`` numbers; otherwise as any layer metric.
+    Cost: rows are stored, ``rank * parameters`` numbers, unless the functions are
+    DifferentialOperators; otherwise as any layer metric.
 
     Raises:
         OutputMetricError: functions and output metrics do not match.
@@ -124,7 +129,7 @@ class FunctionalMetric(ModelMetric):
         )
         self.chunk_size = chunk_size
         self._functions = {
-            name: Pointwise(model, each, name, chunk_size)
+            name: _point_set(model, each, name, chunk_size)
             for name, each in functions.items()
         }
         self._outputs = {name: outputs[name] for name in functions}
@@ -304,3 +309,12 @@ class FunctionalMetric(ModelMetric):
                 stacks[name] = rows.stacks[0][: rows.rank]
             found = parts[0] if len(parts) == 1 else joined(parts)
         return found, stacks
+
+
+def _point_set(
+    model: nn.Module, function: Function, name: str, chunk_size: int | None
+) -> PointSet:
+    label = f"function '{name}'" if name else "the function"
+    if isinstance(function, DifferentialOperator) and function.structured:
+        return Streamed(model, function, label)
+    return Pointwise(model, function, label, chunk_size)

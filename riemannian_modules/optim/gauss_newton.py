@@ -14,7 +14,7 @@ from riemannian_modules.errors import NonFiniteError, NotRecordedError
 from riemannian_modules.heads import OutputLike
 from riemannian_modules.model_metric import ModelMetric
 from riemannian_modules.optim.conjugate import Proximal, Truncated
-from riemannian_modules.optim.kinds import require_kinds
+from riemannian_modules.optim.kinds import require_alone, require_kinds
 from riemannian_modules.optim.kronecker import KroneckerInverse
 from riemannian_modules.optim.output_map import OutputMap
 from riemannian_modules.optim.trial import Trial
@@ -180,6 +180,7 @@ class GaussNewton(torch.optim.Optimizer):
             The loss at the new point.
 
         Raises:
+            DistributedError: the metric is shared by several processes.
             NotRecordedError: the metric was never pulled back, or no graph leads from
                 the outputs to the parameters.
             NonFiniteError: the loss or its gradient is not finite where the step
@@ -193,6 +194,7 @@ class GaussNewton(torch.optim.Optimizer):
                 "model inside metric.record() and call metric.pull_back(outputs), or "
                 "metric.backward(loss, outputs), first"
             )
+        require_alone("GaussNewton", metric)
         metric.require_intact()
         metric.parameters.verify()
         self.report = self._search(outputs, loss)

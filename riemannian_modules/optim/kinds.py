@@ -1,9 +1,10 @@
 """What is handed to an optimizer, and what people hand to it instead."""
 
+from riemannian_modules.errors import DistributedError
 from riemannian_modules.model_metric import ModelMetric
 from riemannian_modules.retractions import Retraction
 
-__all__ = ["require_kinds"]
+__all__ = ["require_alone", "require_kinds"]
 
 
 def require_kinds(call: str, metric: object, retraction: object) -> None:
@@ -30,4 +31,22 @@ def require_kinds(call: str, metric: object, retraction: object) -> None:
         raise TypeError(
             f"retraction={retraction!r}; pass an instance of a Retraction, such as "
             "riemannian_modules.retractions.Exponential()"
+        )
+
+
+def require_alone(optimizer: str, metric: ModelMetric) -> None:
+    """Refuse a metric that several processes share.
+
+    Args:
+        optimizer: what cannot work with it.
+        metric: the metric.
+
+    Raises:
+        DistributedError: it is shared.
+    """
+    if metric.exchange is not None:
+        raise DistributedError(
+            f"{optimizer} differentiates the loss of this process' examples only, and "
+            "the metric is shared by several processes; use RiemannianSGD, "
+            "TrustRegion or LevenbergMarquardt, whose steps are those of all examples"
         )

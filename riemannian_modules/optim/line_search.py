@@ -9,7 +9,7 @@ from torch import Tensor
 
 from riemannian_modules.errors import NonFiniteError, NotRecordedError
 from riemannian_modules.model_metric import ModelMetric
-from riemannian_modules.optim.kinds import require_kinds
+from riemannian_modules.optim.kinds import require_alone, require_kinds
 from riemannian_modules.optim.line_rules import Armijo, LineRule
 from riemannian_modules.optim.trial import Trial
 from riemannian_modules.optim.trial_reports import LineSearchReport
@@ -120,6 +120,7 @@ class LineSearch(torch.optim.Optimizer):
             The loss at the new point.
 
         Raises:
+            DistributedError: the metric is shared by several processes.
             NotRecordedError: no ``metric.backward`` since the last step.
             NonFiniteError: the loss was NaN or infinite at every point.
             NotPositiveDefiniteError: a block's small matrix could not be factorised.
@@ -135,6 +136,7 @@ class LineSearch(torch.optim.Optimizer):
             raise NotRecordedError(
                 "call metric.backward(loss, outputs) before every optimizer.step()"
             )
+        require_alone("LineSearch", metric)
         metric.parameters.verify()
         metric.parameters.require_unmoved()
         with metric.frozen():

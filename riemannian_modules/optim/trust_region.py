@@ -193,7 +193,7 @@ class TrustRegion(torch.optim.Optimizer):
             part = 1.0 if radius is None or whole <= radius else radius / whole
             predicted = -part * slope - 0.5 * part * part * curvature
             trial.move({name: part * x for name, x in best.vectors.items()})
-            reached = float(trial.look(closure))
+            reached = float(self.metric.joint_loss(trial.look(closure)))
             gain = loss - reached
             ratio = gain / predicted if predicted > 0.0 else math.nan
             norm = part * whole

@@ -1,0 +1,267 @@
+"""Differential operators on networks of linear layers, with structured factors."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.func import functional_call
+
+from riemannian_modules.errors import LinearizationError
+from riemannian_modules.factors import (
+    BiasFactor,
+    DenseFactor,
+    LinearFactor,
+    MetricFactor,
+    joined,
+)
+from riemannian_modules.functional.operator import DifferentialOperator
+from riemannian_modules.functional.pointset import Point, PointSet
+from riemannian_modules.functional.pointwise import finished
+from riemannian_modules.functional.streams import Streams
+from riemannian_modules.heads import Rows
+from riemannian_modules.linearize import Linearization
+from riemannian_modules.reverse import reverse_pass
+
+__all__ = ["Streamed"]
+
+
+@dataclass(frozen=True)
+class _Use:
+    """A product of streams with a weight.
+
+    Attributes:
+        weight: name of the weight, None if it is frozen.
+        bias: name of the bias, None if it is frozen or there is none.
+        inputs: ``(n, streams, in)``.
+        edge: where the product enters the graph.
+    """
+
+    weight: str | None
+    bias: str | None
+    inputs: Tensor
+    edge: GradientEdge
+
+
+class _Uses:
+    """Remembers the products of streams with the parameters of a point."""
+
+    def __init__(self, point: Point) -> None:
+        self._names = {id(value): name for name, value in point.items()}
+        self.all: list[_Use] = []
+
+    def remember(
+        self, weight: Tensor, bias: Tensor | None, inputs: Tensor, outputs: Tensor
+    ) -> None:
+        """Remember ``outputs = inputs W^T + b``.
+
+        Raises:
+            LinearizationError: W or b is computed from parameters.
+        """
+        for each in (weight, bias):
+            if each is not None and each.requires_grad and id(each) not in self._names:
+                raise LinearizationError(
+                    "a linear layer computes its weight or bias from parameters (a "
+                    "parametrization); give the DifferentialOperator structured=False, "
+                    "which differentiates any network"
+                )
+        if outputs.requires_grad:
+            names = self._names.get(id(weight)), self._names.get(id(bias))
+            self.all.append(_Use(*names, inputs.detach(), get_gradient_edge(outputs)))
+
+
+@final
+class Streamed(PointSet):
+    """A differential operator on a network, whose K is not formed.
+
+    Args:
+        model: the network.
+        operator: the operator.
+        label: what errors call it.
+    """
+
+    def __init__(
+        self, model: nn.Module, operator: DifferentialOperator, label: str
+    ) -> None:
+        self._model = model
+        self._operator = operator
+        self._checked = False
+        self.label = label
+
+    def values(self, point: Point, examples: Sequence[Tensor]) -> Tensor:
+        """Return the residuals at all points, ``(n, *output)``."""
+        return self._evaluate(point, examples)[0]
+
+    def _evaluate(
+        self, point: Point, examples: Sequence[Tensor], *, recording: bool = False
+    ) -> tuple[Tensor, list[_Use]]:
+        uses = _Uses(point)
+
+        def through(start: Streams) -> Any:
+            uses.all.clear()
+            return self._through(point, start)
+
+        record = uses.remember if recording else None
+        return self._operator.evaluate(through, examples, record), uses.all
+
+    def _through(self, point: Point, start: Streams) -> Any:
+        try:
+            end = functional_call(self._model, point, (start,))
+        except (LinearizationError, AttributeError, TypeError) as error:
+            where = self._innermost(point, start)
+            raise LinearizationError(f"{self.label}, in {where}: {error}") from error
+        return end
+
+    def _innermost(self, point: Point, start: Streams) -> str:
+        """Return the module in which the pass through the network fails, in words."""
+        running: list[str] = []
+        handles = []
+        for name, module in self._model.named_modules():
+            kind = type(module).__name__
+            label = f"layer '{name}' ({kind})" if name else f"the model ({kind})"
+            handles += [
+                module.register_forward_pre_hook(
+                    lambda *_, label=label: running.append(label)
+                ),
+                module.register_forward_hook(lambda *_: running.pop() and None),
+            ]
+        try:
+            functional_call(self._model, point, (start,))
+        except (LinearizationError, AttributeError, TypeError):
+            return running[-1] if running else "the model"
+        finally:
+            for handle in handles:
+                handle.remove()
+        return "the model"
+
+    def linearize(
+        self, point: Point, examples: Sequence[Tensor], rows: Rows
+    ) -> Linearization:
+        """Pull the rows back to the products with weights. Implements :eq:`jet-factor`.
+
+        Args:
+            point: values of the parameters.
+            examples: points ``(n, inputs)`` and further tensors.
+            rows: rows of the output metric and costate.
+
+        Returns:
+            Structured factors, and the gradient if there is a costate.
+
+        Raises:
+            LinearizationError: the network or the function uses parameters elsewhere
+                than in linear layers.
+        """
+        y = None if rows.has_rest else rows.residual
+        stack = rows.stacks[0] if y is None else rows.stacks[0][: rows.rank]
+        leaves = {
+            name: value.detach().requires_grad_() for name, value in point.items()
+        }
+        with torch.enable_grad():
+            outputs, uses = self._evaluate(leaves, examples, recording=True)
+        count, truth = len(stack), None
+        if not self._checked:
+            stack = torch.cat([stack, _probe(outputs.detach())])
+            truth = self._truth(outputs, leaves, stack[-1])
+        edges = [use.edge for use in uses]
+        carried: Sequence[Tensor | None] = [None] * len(edges)
+        if edges and outputs.requires_grad:
+            carried, _ = reverse_pass([outputs], edges, [stack], batched=True)
+        whole = _factors(uses, carried, point, len(stack) * len(outputs))
+        if truth is not None:
+            n = len(outputs)
+            last = {m: f.narrow(count * n, (count + 1) * n) for m, f in whole.items()}
+            self._compare({m: f.row_sum() for m, f in last.items()}, truth)
+            whole = {m: f.narrow(0, count * n) for m, f in whole.items()}
+            self._checked = True
+        return finished(whole, rows, y, len(outputs))
+
+    def _truth(
+        self, outputs: Tensor, leaves: Point, cotangent: Tensor
+    ) -> dict[str, Tensor]:
+        """Return autograd's derivative of all parameters for one cotangent.
+
+        Raises:
+            LinearizationError: the outputs depend on other parameters.
+        """
+        if not outputs.requires_grad:
+            return {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
+        strange = _leaves_of(outputs) - {id(leaf) for leaf in leaves.values()}
+        if strange:
+            raise LinearizationError(
+                f"{self.label} depends on parameters otherwise than through its first "
+                "argument; use a plain function of the network (of a Parameters "
+                "module, if there is more than a network) instead"
+            )
+        grads = torch.autograd.grad(
+            outputs,
+            list(leaves.values()),
+            cotangent,
+            retain_graph=True,
+            allow_unused=True,
+        )
+        return {
+            name: torch.zeros_like(leaf) if grad is None else grad
+            for (name, leaf), grad in zip(leaves.items(), grads, strict=True)
+        }
+
+    def _compare(self, found: Point, truth: Point) -> None:
+        for name, expected in truth.items():
+            if expected.is_meta:
+                continue
+            error, size = (found[name] - expected).norm(), expected.norm()
+            if not error <= torch.finfo(expected.dtype).eps ** 0.5 * (size + 1e-30):
+                raise LinearizationError(
+                    f"{self.label}: parameter '{name}' is used elsewhere than in a "
+                    f"linear layer (derivatives differ by {float(error):.1e} of "
+                    f"{float(size):.1e}); give the DifferentialOperator "
+                    "structured=False, which differentiates any network"
+                )
+
+
+def _factors(
+    uses: Sequence[_Use],
+    carried: Sequence[Tensor | None],
+    point: Point,
+    rank: int,
+) -> dict[str, MetricFactor]:
+    found: dict[str, list[MetricFactor]] = {name: [] for name in point}
+    for use, rows in zip(uses, carried, strict=True):
+        if rows is None:
+            continue
+        if use.weight is not None:
+            found[use.weight].append(LinearFactor(use.inputs, rows))
+        if use.bias is not None:
+            # The bias moves the value alone.
+            value = rows if rows.shape[2] == 1 else rows[:, :, :1]
+            found[use.bias].append(BiasFactor(value))
+    return {
+        name: joined(factors)
+        if factors
+        else DenseFactor(point[name].new_zeros(1).expand(rank, *point[name].shape))
+        for name, factors in found.items()
+    }
+
+
+def _probe(outputs: Tensor) -> Tensor:
+    """Return one cotangent without symmetries, ``(1, n, *output)``."""
+    count = torch.arange(1, outputs.numel() + 1, device=outputs.device)
+    share = torch.frac(count.to(torch.float32) * 0.61803398875)
+    return (1.0 + share).to(outputs.dtype).view_as(outputs).unsqueeze(0)
+
+
+def _leaves_of(outputs: Tensor) -> set[int]:
+    """Return the tensors that a graph ends in."""
+    found: set[int] = set()
+    waiting, seen = [outputs.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            found.add(id(variable))
+        waiting += [following for following, _ in node.next_functions]
+    return found
