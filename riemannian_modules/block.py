@@ -187,6 +187,18 @@ class Block:
         """Return ``K sharp K^T``, ``(rank, rank)``, lower triangle valid."""
         return self._factor.gram(dtype)
 
+    def gram_product(self, a: Tensor) -> Tensor:
+        """Return ``K sharp K^T a`` in the block's precision, without the matrix."""
+        return self._factor.gram_product(a).to(self.precision)
+
+    def gram_columns(self, index: Tensor) -> Tensor:
+        """Return some columns of ``K sharp K^T``, ``(rank, k)``."""
+        return self._factor.gram_columns(index)
+
+    def gram_diagonal(self) -> Tensor:
+        """Return the diagonal of ``K sharp K^T``, ``(rank,)``."""
+        return self._factor.gram_diagonal()
+
     def coordinate_gram(self, rows: Tensor | None = None) -> Tensor:
         """Return ``(K C)^T (K C)``, ``(size, size)``, float64, lower triangle valid.
 
