@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from riemannian_modules.declared import DeclaredParameters
 from riemannian_modules.linearize import Linearization
 from riemannian_modules.metric import LayerMetric, Part
+from riemannian_modules.strategy import Solver
 
 if TYPE_CHECKING:
     from riemannian_modules.model_metric import ModelMetric
@@ -70,6 +71,8 @@ def block_metrics(
     version: int,
     precision: torch.dtype | None,
     wide: Collection[str] = (),
+    solver: Solver = "auto",
+    before: Blocks | None = None,
 ) -> dict[str, LayerMetric]:
     """Return the metric of every group of parameters that the pass reached.
 
@@ -80,6 +83,8 @@ def block_metrics(
         version: number of the pull-back.
         precision: see :class:`riemannian_modules.LayerMetric`.
         wide: names of metrics for which float32 is not worth a try.
+        solver: see :class:`riemannian_modules.LayerMetric`.
+        before: metrics of the pass before, from which conjugate gradients start warm.
 
     Returns:
         ``{metric name: metric}``; groups without a reached parameter are left out.
@@ -98,6 +103,8 @@ def block_metrics(
                 version=version,
                 precision=precision,
                 narrow=group not in wide,
+                solver=solver,
+                start=before[group].last if before and group in before else None,
             )
     return metrics
 
@@ -153,6 +160,8 @@ def reweighted(blocks: Blocks, factor: float) -> dict[str, LayerMetric]:
             version=block.version,
             precision=block.precision,
             narrow=not block.too_narrow,
+            solver=block.solver,
+            start=block.last,
         )
         for name, block in blocks.items()
     }

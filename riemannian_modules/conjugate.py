@@ -10,6 +10,7 @@ solution is ``x = sharp (e + K^T d)``, and a residual ``rho = t - S d`` changes 
 The norm of x itself is known from vectors of length rank, see :meth:`Target.energy`.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,7 +23,8 @@ Map = Callable[[Tensor], Tensor]
 
 _TOLERANCE = {torch.float64: 1e-7}
 _LOOSE = 1e-5
-_EVERY = 4
+_EVERY = {"cpu": 1, "meta": 0}
+_SELDOM = 4
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def conjugate_gradients(
     tolerance: float,
     limit: int,
     precondition: Map,
-    start: Tensor | None = None,
+    start: tuple[Tensor, Tensor] | None = None,
 ) -> Iterates:
     """Solve ``d + M d = y - b``.
 
@@ -121,10 +123,10 @@ def conjugate_gradients(
         tolerance: bound of the step's relative error.
         limit: at most this many products.
         precondition: a positive definite approximation of ``(1 + M)^-1``.
-        start: a first guess, scaled to the best of its multiples.
+        start: a first guess and its product with M.
 
     Returns:
-        Where it ended; with d = 0 if the target is zero.
+        Where it ended; without convergence also if a number was not finite.
 
     >>> M = torch.diag(torch.tensor([1.0, 3.0], dtype=torch.float64))
     >>> zero = torch.zeros(2, dtype=torch.float64)
@@ -134,34 +136,27 @@ def conjugate_gradients(
     (tensor([0.5000, 0.2500], dtype=torch.float64), 2)
     """
     t = target.y - target.b
-    d, Md, used = torch.zeros_like(t), torch.zeros_like(t), 0
-    if start is not None:
-        Ms, used = product(start), 1
-        curvature = start @ (start + Ms)
-        best = (start @ t) / curvature.clamp_min(torch.finfo(t.dtype).tiny)
-        d, Md = best * start, best * Ms
+    tiny = torch.finfo(t.dtype).tiny
+    d, Md = (torch.zeros_like(t), torch.zeros_like(t)) if start is None else start
     r = t - d - Md
-    every = {"cpu": 1, "meta": limit + 1}.get(t.device.type, _EVERY)
-
-    def error() -> Tensor:
-        # Not 0 / 0 where nothing moves at all.
-        size = target.energy(d, Md).clamp_min(torch.finfo(t.dtype).tiny).sqrt()
-        return r.norm() / size
-
+    every = _EVERY.get(t.device.type, _SELDOM)
     z = precondition(r)
     p, rz = z, r @ z
-    while True:
-        now = error()
-        if used % every == 0 and bool(now <= tolerance):
-            return Iterates(d, Md, now, used, True)
-        if used >= limit:
-            return Iterates(d, Md, now, used, None if every > limit else False)
+    for used in range(limit + 1):
+        # Not 0 / 0 where nothing moves at all.
+        error = r.norm() / target.energy(d, Md).clamp_min(tiny).sqrt()
+        if every and (used % every == 0 or used == limit):
+            reached = float(error)
+            if reached <= tolerance or used == limit or not math.isfinite(reached):
+                return Iterates(d, Md, error, used, reached <= tolerance)
+        if used == limit:
+            break
         Mp = product(p)
-        used += 1
         q = p + Mp
         # Zero over zero once the residual is exactly zero.
-        alpha = rz / (p @ q).clamp_min(torch.finfo(t.dtype).tiny)
+        alpha = rz / (p @ q).clamp_min(tiny)
         d, Md, r = d + alpha * p, Md + alpha * Mp, r - alpha * q
         z = precondition(r)
         before, rz = rz, r @ z
-        p = z + rz / before.clamp_min(torch.finfo(t.dtype).tiny) * p
+        p = z + rz / before.clamp_min(tiny) * p
+    return Iterates(d, Md, error, limit, None)

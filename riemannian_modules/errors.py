@@ -8,6 +8,7 @@ __all__ = [
     "ManifoldContractError",
     "MassError",
     "NonFiniteError",
+    "NotConvergedWarning",
     "NotOnManifoldError",
     "NotPositiveDefiniteError",
     "NotRecordedError",
@@ -52,6 +53,10 @@ class LostManifoldError(RiemannianModulesError, RuntimeError):
 
 class NotPositiveDefiniteError(RiemannianModulesError, RuntimeError):
     """The small matrix of a layer metric could not be factorised."""
+
+
+class NotConvergedWarning(RuntimeWarning):
+    """Conjugate gradients ended above their tolerance, and a direct solve is no help."""
 
 
 class NotRecordedError(RiemannianModulesError, RuntimeError):

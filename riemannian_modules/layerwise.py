@@ -27,6 +27,7 @@ from riemannian_modules.heads import (
 from riemannian_modules.mass import MassLike
 from riemannian_modules.model_metric import ModelMetric
 from riemannian_modules.recorder import Recorder
+from riemannian_modules.strategy import Solver
 
 __all__ = ["LayerwiseMetric"]
 
@@ -49,6 +50,9 @@ class LayerwiseMetric(ModelMetric):
         reduction: how the loss sums over examples, ``"mean"`` or ``"sum"``.
         precision: data type of the small matrices; None: float64 up to rank 2048, or
             float32 where that costs a float32 model no accuracy.
+        solver: how each block is solved: ``"auto"`` (what is expected to cost least),
+            ``"cholesky"``, ``"primal"``, ``"cg"`` or
+            :class:`riemannian_modules.ConjugateGradients` with its settings.
 
     Attributes:
         grouping: the ``blocks`` that it was made with.
@@ -87,6 +91,7 @@ class LayerwiseMetric(ModelMetric):
         blocks: Blocks = "layer",
         reduction: Reduction = "mean",
         precision: torch.dtype | None = None,
+        solver: Solver = "auto",
     ) -> None:
         super().__init__(
             model,
@@ -95,6 +100,7 @@ class LayerwiseMetric(ModelMetric):
             blocks=blocks,
             reduction=reduction,
             precision=precision,
+            solver=solver,
         )
         self._recorder = Recorder(model, self.parameters)
 
@@ -117,6 +123,7 @@ class LayerwiseMetric(ModelMetric):
             blocks=self.grouping,
             reduction=self.reduction,
             precision=self.precision,
+            solver=self.solver,
         )
 
     @contextmanager

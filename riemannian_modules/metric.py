@@ -12,6 +12,7 @@ from riemannian_modules.block import Block, Part, Vectors
 from riemannian_modules.errors import ShapeError
 from riemannian_modules.factors import MetricFactor
 from riemannian_modules.inverse import Inverse, Solution
+from riemannian_modules.strategy import Solver, require_solver
 
 __all__ = ["LayerMetric", "Part", "Solution"]
 
@@ -34,8 +35,14 @@ class LayerMetric:
         precision: data type of the small matrix; None: float64 up to rank 2048, or
             float32 where that costs a float32 model no accuracy; never below that.
         narrow: whether float32 is worth a try where ``precision`` is None.
+        solver: ``"cholesky"``, ``"primal"``, ``"cg"``,
+            :class:`riemannian_modules.ConjugateGradients` or ``"auto"``, the
+            cheapest that suits.
+        start: a first guess of conjugate gradients that start warm: ``inverse.last``
+            of an earlier metric.
 
     Raises:
+        ValueError: an unknown solver.
         ShapeError: no parts, or factors that do not fit together or their tensors.
 
     >>> import geoopt
@@ -55,7 +62,12 @@ class LayerMetric:
         version: int = 0,
         precision: torch.dtype | None = None,
         narrow: bool = True,
+        solver: Solver = "auto",
+        start: Tensor | None = None,
     ) -> None:
+        require_solver(solver)
+        self.solver: Solver = solver
+        self._start = start
         self.precision = precision
         self._narrow = narrow
         self.version = version
@@ -97,7 +109,19 @@ class LayerMetric:
     @cached_property
     def inverse(self) -> Inverse:
         """The factorised inverse, made when first needed."""
-        return Inverse(self._block, self.precision, narrow=self._narrow)
+        return Inverse(
+            self._block,
+            self.precision,
+            narrow=self._narrow,
+            solver=self.solver,
+            start=self._start,
+        )
+
+    @property
+    def last(self) -> Tensor | None:
+        """What conjugate gradients ended with last; None if they did not run."""
+        known = self.__dict__.get("inverse")
+        return None if known is None else known.last
 
     # --- the metric and its inverse
 
@@ -169,7 +193,7 @@ class LayerMetric:
         """Solve ``g(x, .) = K^T y + e`` for the tangent vector x.
 
         Implements :eq:`push-through` for the first summand and :eq:`woodbury`
-        (rank < dim) or :eq:`primal` for the second. Cost of the first call: the
+        (rank < dim) or :eq:`primal` for the second; or :eq:`cg-step` for both. Cost of the first call: the
         Gram matrix and O(m^3 / 3) with m the smaller of rank and dim.
 
         Args:
@@ -294,7 +318,11 @@ class LayerMetric:
         if all(_equal(new.space.point, old.space.point) for new, old in pairs):
             return self
         return LayerMetric(
-            parts, name=self.name, version=self.version, precision=self.precision
+            parts,
+            name=self.name,
+            version=self.version,
+            precision=self.precision,
+            solver=self.solver,
         )
 
     def double(self) -> "LayerMetric":
@@ -304,6 +332,7 @@ class LayerMetric:
             name=self.name,
             version=self.version,
             precision=torch.float64,
+            solver=self.solver,
         )
 
     def _vectors(self, u: Tensor | Vectors) -> Vectors:

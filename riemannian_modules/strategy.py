@@ -1,0 +1,126 @@
+"""Which way a block is solved: what the user asks for, or what costs least."""
+
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from riemannian_modules import woodbury
+from riemannian_modules.block import Block
+from riemannian_modules.conjugate import ConjugateGradients
+from riemannian_modules.cost_model import (
+    TYPICAL_ITERATIONS,
+    Costs,
+    costs,
+    predicted_iterations,
+)
+from riemannian_modules.iterative import IterativeSolver
+
+__all__ = ["Solver", "Strategy", "require_solver"]
+
+Solver = Literal["auto", "cholesky", "primal", "cg"] | ConjugateGradients
+
+_NAMES = ("auto", "cholesky", "primal", "cg")
+# Below this rank a direct solve is cheaper than to ask.
+_FEW_ROWS = 384
+# How many times dearer a direct solve may be that follows iterations in vain.
+_REACH = 10.0
+
+
+def require_solver(solver: Solver) -> None:
+    """Raise ValueError for anything that is no solver."""
+    if not isinstance(solver, ConjugateGradients) and solver not in _NAMES:
+        raise ValueError(
+            f"solver={solver!r}; choose one of {_NAMES} or a ConjugateGradients(...)"
+        )
+
+
+class Strategy:
+    """How one block is solved.
+
+    Args:
+        block: the block.
+        solver: ``"cholesky"`` (dual), ``"primal"``, ``"cg"`` or its settings; or
+            ``"auto"``: the direct form that suits the shape, or on the CPU conjugate
+            gradients where they are expected to cost less.
+        small: data type of the small matrix.
+        start: a first guess of conjugate gradients.
+
+    Attributes:
+        form: inner matrix of the direct solve, ``"dual"``, ``"primal"`` or ``"base"``.
+    """
+
+    def __init__(
+        self, block: Block, solver: Solver, small: torch.dtype, start: Tensor | None
+    ) -> None:
+        self._block = block
+        self._solver = solver
+        self._small = small
+        self._start = start
+        self._given_up = False
+        self.form = "base"
+        if block.rank and solver in ("cholesky", "primal"):
+            self.form = "dual" if solver == "cholesky" else "primal"
+        elif block.rank:
+            self.form = woodbury.branch(block.rank, block.dim)
+
+    @cached_property
+    def costs(self) -> Costs:
+        """What the ways to solve the block are expected to cost."""
+        return costs(self._block, self._small, self._how.pivots)
+
+    @property
+    def _how(self) -> ConjugateGradients:
+        solver = self._solver
+        return solver if isinstance(solver, ConjugateGradients) else _DEFAULT
+
+    @cached_property
+    def iterative(self) -> IterativeSolver:
+        """The solver by conjugate gradients, made when first needed."""
+        start = self._start if self._how.warm_start else None
+        return IterativeSolver(self._block, self._how, self.costs.pivots, start)
+
+    @property
+    def known(self) -> IterativeSolver | None:
+        """The solver by conjugate gradients if it was needed."""
+        found: IterativeSolver | None = self.__dict__.get("iterative")
+        return found
+
+    @property
+    def limit(self) -> int:
+        """How many iterations conjugate gradients may take; 0: they do not run."""
+        return 0 if self._given_up else self._limit
+
+    @cached_property
+    def _limit(self) -> int:
+        if self.form == "base" or self._solver in ("cholesky", "primal"):
+            return 0
+        if self._solver != "auto":
+            return self._how.iterations
+        block = self._block
+        if block.rank < _FEW_ROWS or block.device.type != "cpu":
+            return 0
+        known = self.costs
+        if known.iterative(TYPICAL_ITERATIONS) >= known.direct(self.form):
+            return 0
+        # Now that the preconditioner is worth making, it tells more.
+        remaining = float(self.iterative.preconditioner.remaining)
+        tolerance = self._how.bound(block.dtype)
+        expected = predicted_iterations(remaining, known.pivots, tolerance)
+        most = known.affordable(self.form)
+        return most if expected <= most else 0
+
+    def give_up(self) -> bool:
+        """Say that iterations were in vain; return whether a direct solve is in reach.
+
+        Then they do not run again.
+        """
+        known = self.costs
+        if known.direct(self.form) > _REACH * known.iterative(self._limit):
+            return False
+        self._given_up = True
+        return True
+
+
+_DEFAULT = ConjugateGradients()
