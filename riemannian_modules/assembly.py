@@ -104,7 +104,9 @@ def block_metrics(
                 precision=precision,
                 narrow=group not in wide,
                 solver=solver,
-                start=before[group].last if before and group in before else None,
+                start=before[group].inverse.last
+                if before and group in before
+                else None,
             )
     return metrics
 
@@ -161,7 +163,7 @@ def reweighted(blocks: Blocks, factor: float) -> dict[str, LayerMetric]:
             precision=block.precision,
             narrow=not block.too_narrow,
             solver=block.solver,
-            start=block.last,
+            start=block.inverse.last,
         )
         for name, block in blocks.items()
     }

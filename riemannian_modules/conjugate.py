@@ -1,4 +1,6 @@
-r"""Conjugate gradients for ``(1 + M) d = t`` with products with ``M = K sharp K^T`` only.
+r"""Conjugate gradients for ``(1 + M) d = t`` with products with M only.
+
+``M = K sharp K^T`` is never formed.
 
 The rule by which they stop is about the step that comes out, not about d. For the
 Riesz problem ``g(x, .) = K^T y + e`` with ``b = K sharp e`` and ``t = y - b`` the
@@ -74,12 +76,12 @@ class Target:
     b: Tensor
     base: Tensor
 
-    def energy(self, d: Tensor, Md: Tensor) -> Tensor:
+    def energy(self, d: Tensor, md: Tensor) -> Tensor:
         """Return ``g(x, x)`` for ``x = sharp (e + K^T d)``, once d is close enough.
 
         Implements :eq:`cg-energy`. Not less than ``|K x|^2``, which has no subtraction.
         """
-        velocity = self.b + Md
+        velocity = self.b + md
         value = self.base + self.b @ d + self.y @ velocity
         return torch.maximum(value, velocity.square().sum())
 
@@ -90,14 +92,14 @@ class Iterates:
 
     Attributes:
         d: ``(rank,)``.
-        Md: ``M d``.
+        md: ``M d``.
         error: bound of the step's relative error in the metric, a scalar.
         iterations: products with M.
         converged: whether the error is below the tolerance; None where it was not read.
     """
 
     d: Tensor
-    Md: Tensor
+    md: Tensor
     error: Tensor
     iterations: int
     converged: bool | None
@@ -137,26 +139,26 @@ def conjugate_gradients(
     """
     t = target.y - target.b
     tiny = torch.finfo(t.dtype).tiny
-    d, Md = (torch.zeros_like(t), torch.zeros_like(t)) if start is None else start
-    r = t - d - Md
+    d, md = (torch.zeros_like(t), torch.zeros_like(t)) if start is None else start
+    r = t - d - md
     every = _EVERY.get(t.device.type, _SELDOM)
     z = precondition(r)
     p, rz = z, r @ z
     for used in range(limit + 1):
         # Not 0 / 0 where nothing moves at all.
-        error = r.norm() / target.energy(d, Md).clamp_min(tiny).sqrt()
+        error = r.norm() / target.energy(d, md).clamp_min(tiny).sqrt()
         if every and (used % every == 0 or used == limit):
             reached = float(error)
             if reached <= tolerance or used == limit or not math.isfinite(reached):
-                return Iterates(d, Md, error, used, reached <= tolerance)
+                return Iterates(d, md, error, used, reached <= tolerance)
         if used == limit:
             break
-        Mp = product(p)
-        q = p + Mp
+        mp = product(p)
+        q = p + mp
         # Zero over zero once the residual is exactly zero.
         alpha = rz / (p @ q).clamp_min(tiny)
-        d, Md, r = d + alpha * p, Md + alpha * Mp, r - alpha * q
+        d, md, r = d + alpha * p, md + alpha * mp, r - alpha * q
         z = precondition(r)
         before, rz = rz, r @ z
         p = z + rz / before.clamp_min(tiny) * p
-    return Iterates(d, Md, error, limit, None)
+    return Iterates(d, md, error, limit, None)

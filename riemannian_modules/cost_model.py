@@ -15,7 +15,6 @@ import math
 from dataclasses import dataclass
 from functools import singledispatch
 
-import geoopt
 import torch
 
 from riemannian_modules.block import Block
@@ -156,7 +155,7 @@ class Costs:
         product: seconds for a product with the small matrix and what belongs to an
             iteration.
         pivots: columns in the preconditioner that suit these costs.
-        prepare: seconds for the preconditioner.
+        column: seconds for one of them.
         cholesky: seconds for Gram matrix, factorisation and solve in the dual.
         primal: the same in the primal.
     """
@@ -164,7 +163,7 @@ class Costs:
     rank: int
     product: float
     pivots: int
-    prepare: float
+    column: float
     cholesky: float
     primal: float
 
@@ -172,27 +171,30 @@ class Costs:
         """Return the seconds of the direct solve of a form."""
         return self.primal if form == "primal" else self.cholesky
 
+    def pivoting(self, pivots: int) -> float:
+        """Return the seconds for a preconditioner with this many columns."""
+        small = 3 * DOUBLE * self.rank * pivots**2 / PRODUCT
+        return pivots * self.column + small + (40 * CALL if pivots else 0.0)
+
     def iterative(self, iterations: int) -> float:
         """Return the seconds of conjugate gradients."""
-        return self.prepare + iterations * self.product
+        return self.pivoting(self.pivots) + iterations * self.product
 
     def affordable(self, form: str) -> int:
         """Return the iterations after which the direct solve would have been done."""
-        left = self.direct(form) - self.prepare
+        left = self.direct(form) - self.pivoting(self.pivots)
         return max(0, math.floor(left / self.product)) if left > 0 else 0
 
 
-def costs(
-    block: Block, small: torch.dtype, pivots: int | None = None, size: int | None = None
-) -> Costs:
+def costs(block: Block, small: torch.dtype, pivots: int | None = None) -> Costs:
     """Return what the ways to solve a block cost.
 
     Args:
         block: the block.
         small: data type of the small matrix.
         pivots: columns in the preconditioner; None: chosen.
-        size: entries that the primal form counts; None: all of the block.
 
+    >>> import geoopt
     >>> from riemannian_modules import TangentSpace
     >>> from riemannian_modules.block import Part
     >>> space = TangentSpace(geoopt.Euclidean(), torch.zeros(256, 256))
@@ -207,25 +209,23 @@ def costs(
     >>> few.cholesky < few.iterative(8), many.cholesky > 10 * many.iterative(8)
     (True, True)
     """
-    R, p = block.rank, size or block.size
+    rank, p = block.rank, block.size
     total = Work(0.0, 0.0, 0.0)
     for part in block.parts:
         if part.factor is not None:
             total = total + work(part.factor, part.space)
     wide = DOUBLE if small == torch.float64 else 1.0
     own = DOUBLE if block.dtype == torch.float64 else 1.0
-    vectors = 12 * R / STREAM + 20 * CALL
+    vectors = 12 * rank / STREAM + 20 * CALL
     product = own * total.product + vectors
     if pivots is None:
-        most = min(MOST_PIVOTS, R // 8, int(4 * product / (own * total.column)))
+        most = min(MOST_PIVOTS, rank // 8, int(4 * product / (own * total.column)))
         pivots = most if most >= FEWEST_PIVOTS else 0
-    product += 4 * R * pivots / STREAM
-    prepare = own * pivots * total.column + 8 * DOUBLE * R * pivots**2 / PRODUCT
-    prepare += (60 * CALL if pivots else 0.0) + own * R * math.sqrt(p) / STREAM
-    lower = wide * (R**3 / 6 / CHOLESKY + 2 * R**2 / STREAM)
+    product += 4 * rank * pivots / STREAM
+    lower = wide * (rank**3 / 6 / CHOLESKY + 2 * rank**2 / STREAM)
     cholesky = wide * total.gram + lower + 2 * own * total.product + 20 * CALL
-    primal = DOUBLE * ((R * p**2 / 2) / PRODUCT + p**3 / 6 / CHOLESKY) + 20 * CALL
-    return Costs(R, product, pivots, prepare, cholesky, primal)
+    primal = DOUBLE * ((rank * p**2 / 2) / PRODUCT + p**3 / 6 / CHOLESKY) + 20 * CALL
+    return Costs(rank, product, pivots, own * total.column, cholesky, primal)
 
 
 def predicted_iterations(remaining: float, pivots: int, tolerance: float) -> int:

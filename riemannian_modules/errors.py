@@ -56,7 +56,7 @@ class NotPositiveDefiniteError(RiemannianModulesError, RuntimeError):
 
 
 class NotConvergedWarning(RuntimeWarning):
-    """Conjugate gradients ended above their tolerance, and a direct solve is no help."""
+    """Conjugate gradients ended above their tolerance, a direct solve is too dear."""
 
 
 class NotRecordedError(RiemannianModulesError, RuntimeError):

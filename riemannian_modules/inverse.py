@@ -78,7 +78,7 @@ class Inverse:
 
     @property
     def last(self) -> Tensor | None:
-        """What conjugate gradients ended with last, ``(rank,)``; None if they did not run."""
+        """Where conjugate gradients ended last, ``(rank,)``; None if they did not run."""
         known = self.strategy.known
         return None if known is None else known.last
 

@@ -1,6 +1,6 @@
 """A block solved by conjugate gradients: the steps around the loop."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property
 
@@ -30,7 +30,8 @@ class IterativeSolver:
     Args:
         block: the block.
         how: tolerance and limits.
-        pivots: columns in the preconditioner.
+        pivots: columns in the preconditioner, at most.
+        worth: see :class:`PivotedPreconditioner`.
         start: ``d`` of an earlier solve, a first guess.
     """
 
@@ -39,11 +40,13 @@ class IterativeSolver:
         block: Block,
         how: ConjugateGradients,
         pivots: int,
+        worth: Callable[[float, int], bool] | None = None,
         start: Tensor | None = None,
     ) -> None:
         self.block = block
         self.how = how
-        self.pivots = pivots
+        self._pivots = pivots
+        self._worth = worth
         self.tolerance = how.bound(block.dtype)
         self.last: Tensor | None = None
         fits = start is not None and start.shape == (block.rank,)
@@ -53,7 +56,9 @@ class IterativeSolver:
     def preconditioner(self) -> PivotedPreconditioner:
         """The preconditioner, made when first needed."""
         block = self.block
-        return PivotedPreconditioner(self.diagonal, block.gram_columns, self.pivots)
+        return PivotedPreconditioner(
+            self.diagonal, block.gram_columns, self._pivots, self._worth
+        )
 
     @cached_property
     def diagonal(self) -> Tensor:
@@ -100,7 +105,7 @@ class IterativeSolver:
         found = self._iterate(target, guess, self.tolerance, limit)
         self.last = found.d
         x = self._vectors(found, e, source)
-        velocity, used = target.b + found.Md, found.iterations + (guess is not None)
+        velocity, used = target.b + found.md, found.iterations + (guess is not None)
         if e is not None and refine:
             # The subtraction lost digits of e: solve for the error that is left.
             lowered = block.rmatvec(block.matvec(x) - target.y)
@@ -112,7 +117,7 @@ class IterativeSolver:
             again = self._iterate(more, None, self.tolerance**0.5, limit)
             correction = self._vectors(again, left, None)
             x = {name: x[name] + correction[name] for name in x}
-            velocity = velocity + more.b + again.Md
+            velocity = velocity + more.b + again.md
             used += again.iterations
         return Solution(x, velocity, block, "cg", used, found.converged, found.error)
 
@@ -144,10 +149,10 @@ class IterativeSolver:
     def _scaled(self, start: Tensor, target: Target) -> tuple[Tensor, Tensor]:
         """Return the multiple of a guess that is best in the norm of S, and M of it."""
         start = start.to(target.y)
-        Ms = self.block.gram_product(start)
+        ms = self.block.gram_product(start)
         tiny = torch.finfo(start.dtype).tiny
-        scale = start @ (target.y - target.b) / (start @ (start + Ms)).clamp_min(tiny)
-        return scale * start, scale * Ms
+        scale = start @ (target.y - target.b) / (start @ (start + ms)).clamp_min(tiny)
+        return scale * start, scale * ms
 
     def _iterate(
         self,

@@ -35,11 +35,8 @@ class LayerMetric:
         precision: data type of the small matrix; None: float64 up to rank 2048, or
             float32 where that costs a float32 model no accuracy; never below that.
         narrow: whether float32 is worth a try where ``precision`` is None.
-        solver: ``"cholesky"``, ``"primal"``, ``"cg"``,
-            :class:`riemannian_modules.ConjugateGradients` or ``"auto"``, the
-            cheapest that suits.
-        start: a first guess of conjugate gradients that start warm: ``inverse.last``
-            of an earlier metric.
+        solver: as in :class:`riemannian_modules.LayerwiseMetric`.
+        start: first guess of warm conjugate gradients, another's ``inverse.last``.
 
     Raises:
         ValueError: an unknown solver.
@@ -117,12 +114,6 @@ class LayerMetric:
             start=self._start,
         )
 
-    @property
-    def last(self) -> Tensor | None:
-        """What conjugate gradients ended with last; None if they did not run."""
-        known = self.__dict__.get("inverse")
-        return None if known is None else known.last
-
     # --- the metric and its inverse
 
     def inner(self, u: Tensor | Vectors, v: Tensor | Vectors) -> Tensor:
@@ -193,8 +184,8 @@ class LayerMetric:
         """Solve ``g(x, .) = K^T y + e`` for the tangent vector x.
 
         Implements :eq:`push-through` for the first summand and :eq:`woodbury`
-        (rank < dim) or :eq:`primal` for the second; or :eq:`cg-step` for both. Cost of the first call: the
-        Gram matrix and O(m^3 / 3) with m the smaller of rank and dim.
+        (rank < dim) or :eq:`primal` for the second. Cost of the first call: the Gram
+        matrix and O(m^3 / 3) with m the smaller of rank and dim.
 
         Args:
             residual: whitened residual y, ``(rank,)``, or None for zero.

@@ -29,7 +29,14 @@ _REACH = 10.0
 
 
 def require_solver(solver: Solver) -> None:
-    """Raise ValueError for anything that is no solver."""
+    """Check that a solver is one.
+
+    Args:
+        solver: what the user gave.
+
+    Raises:
+        ValueError: it is none.
+    """
     if not isinstance(solver, ConjugateGradients) and solver not in _NAMES:
         raise ValueError(
             f"solver={solver!r}; choose one of {_NAMES} or a ConjugateGradients(...)"
@@ -79,7 +86,19 @@ class Strategy:
     def iterative(self) -> IterativeSolver:
         """The solver by conjugate gradients, made when first needed."""
         start = self._start if self._how.warm_start else None
-        return IterativeSolver(self._block, self._how, self.costs.pivots, start)
+        worth = self._worth if self._how.pivots is None else None
+        pivots = self.costs.pivots
+        return IterativeSolver(self._block, self._how, pivots, worth, start)
+
+    def _worth(self, remaining: float, pivots: int) -> bool:
+        """Whether doubling the pivots saves more iterations than it costs.
+
+        What remains is guessed to halve.
+        """
+        known, tolerance = self.costs, self._how.bound(self._block.dtype)
+        now = predicted_iterations(remaining, pivots, tolerance)
+        then = predicted_iterations(remaining / 2, 2 * pivots, tolerance)
+        return (now - then) * known.product > known.pivoting(2 * pivots)
 
     @property
     def known(self) -> IterativeSolver | None:
@@ -107,7 +126,8 @@ class Strategy:
         # Now that the preconditioner is worth making, it tells more.
         remaining = float(self.iterative.preconditioner.remaining)
         tolerance = self._how.bound(block.dtype)
-        expected = predicted_iterations(remaining, known.pivots, tolerance)
+        pivots = len(self.iterative.preconditioner.pivots)
+        expected = predicted_iterations(remaining, pivots, tolerance)
         most = known.affordable(self.form)
         return most if expected <= most else 0
 

@@ -2,7 +2,8 @@ r"""Products with ``M = K sharp K^T`` that do not form it: with a vector, and co
 
 For a linear layer on a Euclidean weight both go through the small matrix
 ``X X^T / mass``, so that a product costs ``O(n^2 out + rank out)`` where that
-is less than ``O(n in out)``; all other factors multiply by K^T, ``sharp`` and K in turn.
+is less than ``O(n in out)``; all other factors multiply by K^T, ``sharp`` and K in
+turn.
 """
 
 from functools import singledispatch
