@@ -78,7 +78,7 @@ class Inverse:
 
     @property
     def last(self) -> Tensor | None:
-        """Where conjugate gradients ended last, ``(rank,)``; None if they did not run."""
+        """Where conjugate gradients ended last, ``(rank,)``; or None."""
         known = self.strategy.known
         return None if known is None else known.last
 

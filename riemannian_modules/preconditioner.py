@@ -2,9 +2,9 @@ r"""An approximate inverse of ``S = 1 + M`` from a few columns of M.
 
 With ``C = M[:, P]`` and ``W = M[P, P]`` the matrix ``C W^-1 C^T`` is the part of M that
 the rows P see (column Nystroem, a partial Cholesky factorisation in blocks). P is
-chosen in rounds that double it, in proportion to what is left of the diagonal, as in randomly
-pivoted Cholesky (arXiv 2207.06503), with a fixed sequence in place of random numbers:
-the same metric gives the same step.
+chosen in rounds that double it, in proportion to what is left of the diagonal, as in
+randomly pivoted Cholesky (arXiv 2207.06503), with a fixed sequence in place of random
+numbers: the same metric gives the same step.
 """
 
 import math

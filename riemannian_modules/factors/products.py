@@ -86,7 +86,7 @@ def _(
 ) -> Tensor:
     rows = factor.rows(0, factor.rank)
     images = space.sharp(rows[index])
-    return rows.flatten(1) @ images.reshape(len(index), -1).mT
+    return rows.reshape(factor.rank, -1) @ images.reshape(len(index), -1).mT
 
 
 @gram_columns.register(BiasFactor)
@@ -151,5 +151,5 @@ def gram_diagonal(
     found = []
     for start in range(0, factor.rank, step):
         rows = factor.rows(start, min(start + step, factor.rank))
-        found.append((rows * space.sharp(rows)).flatten(1).sum(1))
+        found.append((rows * space.sharp(rows)).reshape(len(rows), -1).sum(1))
     return torch.cat(found)
