@@ -111,6 +111,12 @@ def block_metrics(
     return metrics
 
 
+def _last(block: LayerMetric | None) -> Tensor | None:
+    # Asking must not make an inverse that nobody needed.
+    known = None if block is None else vars(block).get("inverse")
+    return None if known is None else known.last
+
+
 def bind_views(metrics: Blocks, parameters: DeclaredParameters) -> None:
     """Hand metrics of single parameters to their MetricManifolds.
 
@@ -163,7 +169,7 @@ def reweighted(blocks: Blocks, factor: float) -> dict[str, LayerMetric]:
             precision=block.precision,
             narrow=not block.too_narrow,
             solver=block.solver,
-            start=block.inverse.last,
+            start=_last(block),
         )
         for name, block in blocks.items()
     }

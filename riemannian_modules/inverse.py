@@ -62,7 +62,6 @@ class Inverse:
         self,
         block: Block,
         precision: torch.dtype | None = None,
-        *,
         narrow: bool = True,
         solver: Solver = "auto",
         start: Tensor | None = None,

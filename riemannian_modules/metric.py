@@ -106,13 +106,8 @@ class LayerMetric:
     @cached_property
     def inverse(self) -> Inverse:
         """The factorised inverse, made when first needed."""
-        return Inverse(
-            self._block,
-            self.precision,
-            narrow=self._narrow,
-            solver=self.solver,
-            start=self._start,
-        )
+        how = self.solver, self._start
+        return Inverse(self._block, self.precision, self._narrow, *how)
 
     # --- the metric and its inverse
 
