@@ -5,7 +5,7 @@ r"""Conjugate gradients for ``(1 + M) d = t`` with products with M only.
 The rule by which they stop is about the step that comes out, not about d. For the
 Riesz problem ``g(x, .) = K^T y + e`` with ``b = K sharp e`` and ``t = y - b`` the
 solution is ``x = sharp (e + K^T d)``, and a residual ``rho = t - S d`` changes x by
-``sharp K^T S^-1 rho``, whose norm in the metric is at most that of rho:
+``sharp K^T S^-1 rho``, whose norm in the metric is at most that of rho::
 
     |dx|_g^2 = rho^T S^-1 M rho <= |rho|^2 .
 

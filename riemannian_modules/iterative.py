@@ -71,13 +71,16 @@ class IterativeSolver:
         on_host = self.block.device.type == "cpu"
         return float(self.diagonal.double().sum()) if on_host else float("inf")
 
+    @property
+    def too_wide(self) -> bool:
+        """Whether float32 leaves too large an error of a block in lower precision."""
+        eps = torch.finfo(torch.float32).eps
+        wide = eps * self.trace**0.5 > _SINGLE_LOSS
+        return wide and self.block.dtype != torch.float64
+
     @cached_property
     def _wide(self) -> Block | None:
-        """The block in float64 where products in float32 leave too large an error."""
-        if self.block.dtype == torch.float64:
-            return None
-        eps = torch.finfo(torch.float32).eps
-        return None if eps * self.trace**0.5 <= _SINGLE_LOSS else self.block.double()
+        return self.block.double() if self.too_wide else None
 
     def solve(
         self,

@@ -124,6 +124,9 @@ class Strategy:
         if known.iterative(TYPICAL_ITERATIONS) >= known.direct(self.form):
             return 0
         # Now that the preconditioner is worth making, it tells more.
+        if self.iterative.too_wide:
+            self.costs = costs(block, torch.float64, self._how.pivots)
+            known = self.costs
         remaining = float(self.iterative.preconditioner.remaining)
         tolerance = self._how.bound(block.dtype)
         pivots = len(self.iterative.preconditioner.pivots)
