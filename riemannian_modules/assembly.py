@@ -72,6 +72,7 @@ def block_metrics(
     precision: torch.dtype | None,
     wide: Collection[str] = (),
     solver: Solver = "auto",
+    max_memory: int | None = None,
     before: Blocks | None = None,
 ) -> dict[str, LayerMetric]:
     """Return the metric of every group of parameters that the pass reached.
@@ -84,6 +85,7 @@ def block_metrics(
         precision: see :class:`riemannian_modules.LayerMetric`.
         wide: names of metrics for which float32 is not worth a try.
         solver: see :class:`riemannian_modules.LayerMetric`.
+        max_memory: see :class:`riemannian_modules.LayerMetric`.
         before: metrics of the pass before, from which conjugate gradients start warm.
 
     Returns:
@@ -104,6 +106,7 @@ def block_metrics(
                 precision=precision,
                 narrow=group not in wide,
                 solver=solver,
+                max_memory=max_memory,
                 start=before[group].inverse.last
                 if before and group in before
                 else None,
@@ -169,6 +172,7 @@ def reweighted(blocks: Blocks, factor: float) -> dict[str, LayerMetric]:
             precision=block.precision,
             narrow=not block.too_narrow,
             solver=block.solver,
+            max_memory=block.max_memory,
             start=_last(block),
         )
         for name, block in blocks.items()

@@ -7,6 +7,7 @@ __all__ = [
     "LostManifoldError",
     "ManifoldContractError",
     "MassError",
+    "MemoryBoundError",
     "NonFiniteError",
     "NotConvergedWarning",
     "NotOnManifoldError",
@@ -37,6 +38,10 @@ class EmptyBatchError(RiemannianModulesError, ValueError):
 
 class MassError(RiemannianModulesError, ValueError):
     """A mass that is not positive, or that its manifold cannot carry."""
+
+
+class MemoryBoundError(RiemannianModulesError, MemoryError):
+    """A block cannot be solved within the bound that ``max_memory`` sets."""
 
 
 class NotOnManifoldError(RiemannianModulesError, ValueError):

@@ -51,6 +51,7 @@ class Inverse:
         solver: ``"cholesky"`` (dual), ``"primal"``, ``"cg"``, or ``"auto"``: the direct
             form that suits the shape, or conjugate gradients where they are expected
             to cost less.
+        max_memory: bytes that a solve may hold besides the factors; None: no bound.
         start: a first guess of conjugate gradients, :attr:`last` of another inverse.
 
     Attributes:
@@ -65,12 +66,13 @@ class Inverse:
         narrow: bool = True,
         solver: Solver = "auto",
         start: Tensor | None = None,
+        max_memory: int | None = None,
     ) -> None:
         self.block = block
         self.too_narrow = not narrow
         self._precision = precision
         small = precision or (block.dtype if narrow else torch.float64)
-        self.strategy = Strategy(block, solver, small, start)
+        self.strategy = Strategy(block, solver, small, start, max_memory)
         self.form = self.strategy.form
         self._trace = math.inf
         self._rows: Tensor | None = None
@@ -84,6 +86,10 @@ class Inverse:
     @cached_property
     def factor(self) -> woodbury.CholeskyFactor:
         """Cholesky factor of S (dual) or G (primal), made when first needed."""
+        with self.strategy.bounded(self.form):
+            return self._factorised()
+
+    def _factorised(self) -> woodbury.CholeskyFactor:
         if self.form == "primal":
             self._rows = self.block.all_coordinate_rows()
             matrix = self.block.coordinate_gram(self._rows)
@@ -168,8 +174,10 @@ class Inverse:
         iterative = self.strategy.iterative
         refine = bool(refinements)
         if refinements is None and e is not None:
-            refine = _loses_digits(self.block, iterative.trace)
-        found = iterative.solve(y, e, source, limit, refine)
+            with self.strategy.bounded("cg"):
+                refine = _loses_digits(self.block, iterative.trace)
+        with self.strategy.bounded("cg"):
+            found = iterative.solve(y, e, source, limit, refine)
         if found.converged is not False:
             return found
         if not self.strategy.give_up():

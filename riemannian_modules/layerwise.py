@@ -53,6 +53,8 @@ class LayerwiseMetric(ModelMetric):
         solver: how each block is solved: ``"auto"`` (what is expected to cost least),
             ``"cholesky"``, ``"primal"``, ``"cg"`` or
             :class:`riemannian_modules.ConjugateGradients` with its settings.
+        max_memory: bound on what solving a block holds at one time besides its
+            factors, in bytes or such as ``"512MiB"``; None: no bound.
 
     Attributes:
         grouping: the ``blocks`` that it was made with.
@@ -92,6 +94,7 @@ class LayerwiseMetric(ModelMetric):
         reduction: Reduction = "mean",
         precision: torch.dtype | None = None,
         solver: Solver = "auto",
+        max_memory: int | str | None = None,
     ) -> None:
         super().__init__(
             model,
@@ -101,6 +104,7 @@ class LayerwiseMetric(ModelMetric):
             reduction=reduction,
             precision=precision,
             solver=solver,
+            max_memory=max_memory,
         )
         self._recorder = Recorder(model, self.parameters)
 
@@ -124,6 +128,7 @@ class LayerwiseMetric(ModelMetric):
             reduction=self.reduction,
             precision=self.precision,
             solver=self.solver,
+            max_memory=self.max_memory,
         )
 
     @contextmanager

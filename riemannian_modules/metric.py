@@ -8,15 +8,14 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from riemannian_modules.block import Block, Part, Vectors
+from riemannian_modules.block import Block, Part, Vectors, small_precision
 from riemannian_modules.errors import ShapeError
 from riemannian_modules.factors import MetricFactor
 from riemannian_modules.inverse import Inverse, Solution
+from riemannian_modules.memory_model import parse_bytes
 from riemannian_modules.strategy import Solver, require_solver
 
 __all__ = ["LayerMetric", "Part", "Solution"]
-
-DOUBLE_RANK = 2048
 
 V = TypeVar("V", Tensor, Vectors)
 
@@ -36,6 +35,7 @@ class LayerMetric:
             float32 where that costs a float32 model no accuracy; never below that.
         narrow: whether float32 is worth a try where ``precision`` is None.
         solver: as in :class:`riemannian_modules.LayerwiseMetric`.
+        max_memory: as in :class:`riemannian_modules.LayerwiseMetric`.
         start: first guess of warm conjugate gradients, another's ``inverse.last``.
 
     Raises:
@@ -61,14 +61,16 @@ class LayerMetric:
         narrow: bool = True,
         solver: Solver = "auto",
         start: Tensor | None = None,
+        max_memory: int | str | None = None,
     ) -> None:
         require_solver(solver)
+        self.max_memory = parse_bytes(max_memory)
         self.solver: Solver = solver
         self._start = start
         self.precision = precision
         self._narrow = narrow
         self.version = version
-        self._block = Block(parts, name, precision or _precision(parts))
+        self._block = Block(parts, name, precision or small_precision(parts))
 
     def __repr__(self) -> str:
         names = ", ".join(part.name for part in self.parts)
@@ -106,7 +108,7 @@ class LayerMetric:
     @cached_property
     def inverse(self) -> Inverse:
         """The factorised inverse, made when first needed."""
-        how = self.solver, self._start
+        how = self.solver, self._start, self.max_memory
         return Inverse(self._block, self.precision, self._narrow, *how)
 
     # --- the metric and its inverse
@@ -309,6 +311,7 @@ class LayerMetric:
             version=self.version,
             precision=self.precision,
             solver=self.solver,
+            max_memory=self.max_memory,
         )
 
     def double(self) -> "LayerMetric":
@@ -319,6 +322,7 @@ class LayerMetric:
             version=self.version,
             precision=torch.float64,
             solver=self.solver,
+            max_memory=self.max_memory,
         )
 
     def _vectors(self, u: Tensor | Vectors) -> Vectors:
@@ -340,10 +344,3 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     # Off the CPU comparing would wait for the device; a new metric is right too.
     same = a.data_ptr() == b.data_ptr() and a.shape == b.shape
     return a.device.type == "cpu" and (same or torch.equal(a, b))
-
-
-def _precision(parts: Sequence[Part]) -> torch.dtype:
-    rank = max((p.factor.rank for p in parts if p.factor is not None), default=0)
-    if rank <= DOUBLE_RANK:
-        return torch.float64
-    return torch.promote_types(parts[0].space.point.dtype, torch.float32)

@@ -24,6 +24,7 @@ LAYERS = (
         "cost_model",
         "inverse",
         "iterative",
+        "memory_model",
         "metric",
         "preconditioner",
         "solution",

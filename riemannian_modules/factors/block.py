@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from riemannian_modules.factors.base import MetricFactor
+from riemannian_modules.factors.chunks import is_bounded
 from riemannian_modules.factors.dense import DenseFactor
 from riemannian_modules.factors.linear import BiasFactor, LinearFactor, memory
 from riemannian_modules.factors.linear_gram import absorbs_bias
@@ -22,7 +23,7 @@ from riemannian_modules.factors.products import (
     gram_product,
     has_kernel,
 )
-from riemannian_modules.factors.slabs import add_lower
+from riemannian_modules.factors.slabs import add_lower, gram_of_whole_rows
 from riemannian_modules.tangent import TangentSpace
 
 __all__ = ["BlockFactor"]
@@ -96,14 +97,14 @@ class BlockFactor:
             if isinstance(factor, LinearFactor):
                 bias = self._bias_weight(index)
                 total = factor.gram(space, dtype, bias=bias, onto=total)
-            elif type(factor) is DenseFactor:
+            elif type(factor) is DenseFactor and not is_bounded():
                 rows = factor.rows(0, factor.rank).to(dtype)
                 images = space.to(dtype).sharp(rows)
                 stored.append(
                     (rows.reshape(len(rows), -1), images.reshape(len(rows), -1))
                 )
             else:
-                gram = factor.gram(space, dtype)
+                gram = _in_chunks(factor, space, dtype)
                 total = gram if total is None else total.add_(gram)
         if stored:
             # One product for all of them, and only its lower triangle.
@@ -206,6 +207,13 @@ class BlockFactor:
                 torch.sub(e[index], covector, out=covector)
             found.append(space.sharp_(covector))
         return found
+
+
+def _in_chunks(factor: MetricFactor, space: TangentSpace, dtype: torch.dtype) -> Tensor:
+    if type(factor) is DenseFactor and is_bounded() and factor.shape:
+        rows = DenseFactor(factor.rows(0, factor.rank).to(dtype))
+        return gram_of_whole_rows(rows, space.to(dtype))
+    return factor.gram(space, dtype)
 
 
 def _total(summands: Iterator[Tensor]) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from riemannian_modules.factors.base import MetricFactor
+from riemannian_modules.factors.chunks import most_entries
 from riemannian_modules.factors.dense import DenseFactor
 from riemannian_modules.factors.linear import BiasFactor, LinearFactor
 from riemannian_modules.tangent import TangentSpace
@@ -20,6 +21,10 @@ from riemannian_modules.tangent import TangentSpace
 __all__ = ["gram_columns", "gram_diagonal", "gram_product", "has_kernel"]
 
 _ENTRIES = 1 << 20
+
+
+def _most() -> int:
+    return min(_ENTRIES, most_entries())
 
 
 def has_kernel(factor: MetricFactor, space: TangentSpace) -> bool:
@@ -106,7 +111,7 @@ def _(
     left, right = l[index], x[index % n]
     if not has_kernel(factor, space):
         images = space.sharp(left.mT @ right)
-        step = max(1, _ENTRIES // (n * positions * out))
+        step = max(1, _most() // (n * positions * out))
         return torch.cat([_times(factor, u) for u in images.split(step)], 1)
     assert space.divisor is not None
     kernel = torch.addmm(
@@ -147,7 +152,7 @@ def gram_diagonal(
         l, x = factor.cotangents.squeeze(2), factor.inputs.squeeze(1)
         lengths = x.square().sum(-1) / space.divisor + bias
         return (l.square().sum(-1) * lengths).view(-1)
-    step = max(1, _ENTRIES // space.point.numel())
+    step = max(1, _most() // space.point.numel())
     found = []
     for start in range(0, factor.rank, step):
         rows = factor.rows(start, min(start + step, factor.rank))
