@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from riemannian_modules.declared import DeclaredParameters
 from riemannian_modules.linearize import Linearization
 from riemannian_modules.metric import LayerMetric, Part
+from riemannian_modules.strategy import Solver
 
 if TYPE_CHECKING:
     from riemannian_modules.model_metric import ModelMetric
@@ -70,6 +71,9 @@ def block_metrics(
     version: int,
     precision: torch.dtype | None,
     wide: Collection[str] = (),
+    solver: Solver = "auto",
+    max_memory: int | None = None,
+    before: Blocks | None = None,
 ) -> dict[str, LayerMetric]:
     """Return the metric of every group of parameters that the pass reached.
 
@@ -80,6 +84,9 @@ def block_metrics(
         version: number of the pull-back.
         precision: see :class:`riemannian_modules.LayerMetric`.
         wide: names of metrics for which float32 is not worth a try.
+        solver: see :class:`riemannian_modules.LayerMetric`.
+        max_memory: see :class:`riemannian_modules.LayerMetric`.
+        before: metrics of the pass before, from which conjugate gradients start warm.
 
     Returns:
         ``{metric name: metric}``; groups without a reached parameter are left out.
@@ -98,8 +105,19 @@ def block_metrics(
                 version=version,
                 precision=precision,
                 narrow=group not in wide,
+                solver=solver,
+                max_memory=max_memory,
+                start=before[group].inverse.last
+                if before and group in before
+                else None,
             )
     return metrics
+
+
+def _last(block: LayerMetric | None) -> Tensor | None:
+    # Asking must not make an inverse that nobody needed.
+    known = None if block is None else vars(block).get("inverse")
+    return None if known is None else known.last
 
 
 def bind_views(metrics: Blocks, parameters: DeclaredParameters) -> None:
@@ -153,6 +171,9 @@ def reweighted(blocks: Blocks, factor: float) -> dict[str, LayerMetric]:
             version=block.version,
             precision=block.precision,
             narrow=not block.too_narrow,
+            solver=block.solver,
+            max_memory=block.max_memory,
+            start=_last(block),
         )
         for name, block in blocks.items()
     }

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from riemannian_modules.errors import ShapeError
 from riemannian_modules.factors import BlockFactor, MetricFactor
+from riemannian_modules.factors.chunks import most_entries
 from riemannian_modules.factors.slabs import add_lower
 from riemannian_modules.tangent import TangentSpace
 
-__all__ = ["Block", "Part", "Vectors"]
+__all__ = ["Block", "Part", "Vectors", "small_precision"]
 
-_CHUNK_ENTRIES = 1 << 22
+DOUBLE_RANK = 2048
 
 Vectors = Mapping[str, Tensor]
 
@@ -187,6 +188,18 @@ class Block:
         """Return ``K sharp K^T``, ``(rank, rank)``, lower triangle valid."""
         return self._factor.gram(dtype)
 
+    def gram_product(self, a: Tensor) -> Tensor:
+        """Return ``K sharp K^T a`` in the block's precision, without the matrix."""
+        return self._factor.gram_product(a).to(self.precision)
+
+    def gram_columns(self, index: Tensor) -> Tensor:
+        """Return some columns of ``K sharp K^T``, ``(rank, k)``."""
+        return self._factor.gram_columns(index)
+
+    def gram_diagonal(self) -> Tensor:
+        """Return the diagonal of ``K sharp K^T``, ``(rank,)``."""
+        return self._factor.gram_diagonal()
+
     def coordinate_gram(self, rows: Tensor | None = None) -> Tensor:
         """Return ``(K C)^T (K C)``, ``(size, size)``, float64, lower triangle valid.
 
@@ -202,13 +215,13 @@ class Block:
 
     def all_coordinate_rows(self) -> Tensor | None:
         """Return ``K C`` in float64 if it is small, else None."""
-        if self.rank * self.size > _CHUNK_ENTRIES:
+        if self.rank * self.size > most_entries():
             return None
         return torch.cat(list(self.coordinate_rows()))
 
     def coordinate_rows(self) -> Iterator[Tensor]:
         """Yield ``K C`` in float64, in chunks of rows that bound the memory."""
-        step = max(1, _CHUNK_ENTRIES // self.size)
+        step = max(1, most_entries() // self.size)
         wide = [(part.factor, part.space.to(torch.float64)) for part in self.parts]
         for start in range(0, self.rank, step):
             stop = min(start + step, self.rank)
@@ -235,3 +248,11 @@ class Block:
             part.name: piece.view_as(part.space.point)
             for part, piece in zip(self.parts, flat.split(sizes), strict=True)
         }
+
+
+def small_precision(parts: Sequence[Part]) -> torch.dtype:
+    """Return the data type of the small matrix: float64 up to a rank of 2048."""
+    rank = max((p.factor.rank for p in parts if p.factor is not None), default=0)
+    if rank <= DOUBLE_RANK:
+        return torch.float64
+    return torch.promote_types(parts[0].space.point.dtype, torch.float32)

@@ -8,7 +8,9 @@ __all__ = [
     "LostManifoldError",
     "ManifoldContractError",
     "MassError",
+    "MemoryBoundError",
     "NonFiniteError",
+    "NotConvergedWarning",
     "NotOnManifoldError",
     "NotPositiveDefiniteError",
     "NotRecordedError",
@@ -39,6 +41,10 @@ class MassError(RiemannianModulesError, ValueError):
     """A mass that is not positive, or that its manifold cannot carry."""
 
 
+class MemoryBoundError(RiemannianModulesError, MemoryError):
+    """A block cannot be solved within the bound that ``max_memory`` sets."""
+
+
 class NotOnManifoldError(RiemannianModulesError, ValueError):
     """A parameter's value lies off the manifold that it was declared on."""
 
@@ -53,6 +59,10 @@ class LostManifoldError(RiemannianModulesError, RuntimeError):
 
 class NotPositiveDefiniteError(RiemannianModulesError, RuntimeError):
     """The small matrix of a layer metric could not be factorised."""
+
+
+class NotConvergedWarning(RuntimeWarning):
+    """Conjugate gradients ended above their tolerance, a direct solve is too dear."""
 
 
 class NotRecordedError(RiemannianModulesError, RuntimeError):

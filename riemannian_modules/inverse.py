@@ -5,12 +5,14 @@ With the masses absorbed in ``sharp`` and ``C C^T = sharp`` the inverse of
 
 - dual:    ``sharp K^T S^-1 y`` for a covector ``K^T y``, and
   ``sharp (e - K^T S^-1 K sharp e)`` for any other, with ``S = 1 + K sharp K^T``;
-- primal:  ``C G^-1 C^T e`` with ``G = 1 + (K C)^T (K C)``.
+- primal:  ``C G^-1 C^T e`` with ``G = 1 + (K C)^T (K C)``;
+- cg:      ``sharp (e + K^T d)`` with ``S d = y - K sharp e``, never forming S.
 """
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -18,9 +20,10 @@ from torch import Tensor
 
 from riemannian_modules import woodbury
 from riemannian_modules.block import Block, Vectors
-from riemannian_modules.errors import NotPositiveDefiniteError
+from riemannian_modules.errors import NotConvergedWarning, NotPositiveDefiniteError
 from riemannian_modules.factors import MetricFactor
-from riemannian_modules.finite import looks_finite
+from riemannian_modules.solution import Solution
+from riemannian_modules.strategy import Solver, Strategy
 
 __all__ = ["Inverse", "Solution"]
 
@@ -31,41 +34,10 @@ _SINGLE_LOSS = 7e-6
 Source = Mapping[str, MetricFactor] | None
 
 
-@dataclass(frozen=True)
-class Solution:
-    """A solved Riesz problem ``g(x, .) = e`` with what is known about it.
-
-    Attributes:
-        vectors: ``{parameter name: x}``, tangent vectors.
-        velocity: ``K x``, the whitened velocity of the outputs, ``(rank,)``.
-        base: the base metric at the point, for :attr:`squared_norm`.
-        branch: which form ran: ``"base"`` (no factor), ``"push-through"``,
-            ``"woodbury"``, ``"push-through + woodbury"``, ``"primal"``, ``"qr"``.
-    """
-
-    vectors: dict[str, Tensor]
-    velocity: Tensor
-    base: Block
-    branch: str
-
-    def __repr__(self) -> str:
-        names = ", ".join(self.vectors)
-        return f"Solution({names}; rank {len(self.velocity)}, {self.branch})"
-
-    def looks_finite(self) -> bool:
-        """Return False if a number on the CPU is not finite."""
-        return all(map(looks_finite, (*self.vectors.values(), self.velocity)))
-
-    def total(self) -> Tensor:
-        """Return the sum of all entries, which is finite only if they are."""
-        sums = [vector.sum() for vector in self.vectors.values()]
-        return torch.stack([*sums, self.velocity.sum().to(sums[0].dtype)]).sum()
-
-    @cached_property
-    def squared_norm(self) -> Tensor:
-        """``g(x, x)``, a scalar: the base metric's part and ``|K x|^2``."""
-        flat = {p.name: p.space.flat(self.vectors[p.name]) for p in self.base.parts}
-        return self.base.pair(flat, self.vectors) + self.velocity.square().sum()
+def _loses_digits(block: Block, trace: float) -> bool:
+    # The subtracting form loses log10 |S| digits; the trace bounds that.
+    # Where it is not known, refine always.
+    return not torch.finfo(block.dtype).eps * trace <= _LOSS
 
 
 class Inverse:
@@ -76,8 +48,14 @@ class Inverse:
         precision: data type of S; None: the block's, unless the model is in lower
             precision and float32 is accurate enough (looked up on the CPU only).
         narrow: whether float32 is worth a try.
+        solver: ``"cholesky"`` (dual), ``"primal"``, ``"cg"``, or ``"auto"``: the direct
+            form that suits the shape, or conjugate gradients where they are expected
+            to cost less.
+        max_memory: bytes that a solve may hold besides the factors; None: no bound.
+        start: a first guess of conjugate gradients, :attr:`last` of another inverse.
 
     Attributes:
+        form: the inner matrix, ``"dual"`` or ``"primal"``; ``"base"`` without rows.
         too_narrow: whether float32 was tried in vain.
     """
 
@@ -85,20 +63,34 @@ class Inverse:
         self,
         block: Block,
         precision: torch.dtype | None = None,
-        *,
         narrow: bool = True,
+        solver: Solver = "auto",
+        start: Tensor | None = None,
+        max_memory: int | None = None,
     ) -> None:
         self.block = block
         self.too_narrow = not narrow
-        self.form = woodbury.branch(block.rank, block.dim) if block.rank else "base"
         self._precision = precision
+        small = precision or (block.dtype if narrow else torch.float64)
+        self.strategy = Strategy(block, solver, small, start, max_memory)
+        self.form = self.strategy.form
         self._trace = math.inf
         self._rows: Tensor | None = None
         self._told: Tensor | None = None
 
+    @property
+    def last(self) -> Tensor | None:
+        """Where conjugate gradients ended last, ``(rank,)``; or None."""
+        known = self.strategy.known
+        return None if known is None else known.last
+
     @cached_property
     def factor(self) -> woodbury.CholeskyFactor:
         """Cholesky factor of S (dual) or G (primal), made when first needed."""
+        with self.strategy.bounded(self.form):
+            return self._factorised()
+
+    def _factorised(self) -> woodbury.CholeskyFactor:
         if self.form == "primal":
             self._rows = self.block.all_coordinate_rows()
             matrix = self.block.coordinate_gram(self._rows)
@@ -140,15 +132,16 @@ class Inverse:
 
     @property
     def trace(self) -> float:
-        """Trace of ``K sharp K^T``, known on the CPU after the factorisation only."""
-        return self._trace
+        """Trace of ``K sharp K^T``, known on the CPU after a solve only."""
+        known = self.strategy.known
+        return known.trace if self._trace == math.inf and known else self._trace
 
     @property
     def succeeded(self) -> Tensor:
         """Whether the factorisation worked, a boolean scalar on the device."""
         if self._told is not None:
             return self._told
-        if self.form == "base":
+        if self.form == "base" or self.strategy.limit:
             return torch.ones((), dtype=torch.bool, device=self.block.device)
         # LAPACK's check for NaN is not made by every library for other devices.
         return (self.factor.info == 0) & self.factor.lower.diagonal().isfinite().all()
@@ -162,11 +155,6 @@ class Inverse:
             succeeded: its :attr:`succeeded`.
         """
         self._trace, self.too_narrow, self._told = trace, too_narrow, succeeded
-
-    def _loses_digits(self) -> bool:
-        # The subtracting form loses log10 |S| digits; the trace bounds that.
-        # Where it is not known, refine always.
-        return not torch.finfo(self.block.dtype).eps * self._trace <= _LOSS
 
     def solve(
         self,
@@ -193,13 +181,39 @@ class Inverse:
         """
         if self.form == "base" or (y is None and e is None):
             return self._base(e)
+        limit = self.strategy.limit
+        if limit == 0:
+            return self._direct(y, e, source, refinements)
+        iterative = self.strategy.iterative
+        refine = bool(refinements)
+        if refinements is None and e is not None:
+            with self.strategy.bounded("cg"):
+                refine = _loses_digits(self.block, iterative.trace)
+        with self.strategy.bounded("cg"):
+            found = iterative.solve(y, e, source, limit, refine)
+        if found.converged is not False:
+            return found
+        if not self.strategy.give_up():
+            warnings.warn(iterative.complaint(found), NotConvergedWarning, stacklevel=2)
+            return found
+        direct = self._direct(y, e, source, refinements)
+        branch = f"cg, then {direct.branch}"
+        return replace(direct, branch=branch, iterations=found.iterations)
+
+    def _direct(
+        self,
+        y: Tensor | None,
+        e: Vectors | None,
+        source: Source,
+        refinements: int | None,
+    ) -> Solution:
         # Reading a flag is free on the CPU only; elsewhere `succeeded` carries it.
         if self.factor.info.device.type == "cpu" and int(self.factor.info) != 0:
             return self._retry(y, e)
         if self.form == "primal":
             return self._coordinates(y, e, self.factor.solve, "primal")
         if refinements is None:
-            refinements = int(e is not None and self._loses_digits())
+            refinements = int(e is not None and _loses_digits(self.block, self._trace))
         return self._dual(y, e, source, refinements)
 
     def _base(self, e: Vectors | None) -> Solution:

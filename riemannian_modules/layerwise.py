@@ -27,6 +27,7 @@ from riemannian_modules.heads import (
 from riemannian_modules.mass import MassLike
 from riemannian_modules.model_metric import ModelMetric
 from riemannian_modules.recorder import Recorder
+from riemannian_modules.strategy import Solver
 
 __all__ = ["LayerwiseMetric"]
 
@@ -49,6 +50,11 @@ class LayerwiseMetric(ModelMetric):
         reduction: how the loss sums over examples, ``"mean"`` or ``"sum"``.
         precision: data type of the small matrices; None: float64 up to rank 2048, or
             float32 where that costs a float32 model no accuracy.
+        solver: how each block is solved: ``"auto"`` (what is expected to cost least),
+            ``"cholesky"``, ``"primal"``, ``"cg"`` or
+            :class:`riemannian_modules.ConjugateGradients` with its settings.
+        max_memory: bound on what solving a block holds at one time besides its
+            factors, in bytes or such as ``"512MiB"``; None: no bound.
 
     Attributes:
         grouping: the ``blocks`` that it was made with.
@@ -87,6 +93,8 @@ class LayerwiseMetric(ModelMetric):
         blocks: Blocks = "layer",
         reduction: Reduction = "mean",
         precision: torch.dtype | None = None,
+        solver: Solver = "auto",
+        max_memory: int | str | None = None,
     ) -> None:
         super().__init__(
             model,
@@ -95,6 +103,8 @@ class LayerwiseMetric(ModelMetric):
             blocks=blocks,
             reduction=reduction,
             precision=precision,
+            solver=solver,
+            max_memory=max_memory,
         )
         self._recorder = Recorder(model, self.parameters)
 
@@ -117,6 +127,8 @@ class LayerwiseMetric(ModelMetric):
             blocks=self.grouping,
             reduction=self.reduction,
             precision=self.precision,
+            solver=self.solver,
+            max_memory=self.max_memory,
         )
 
     @contextmanager

@@ -8,14 +8,14 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from riemannian_modules.block import Block, Part, Vectors
+from riemannian_modules.block import Block, Part, Vectors, small_precision
 from riemannian_modules.errors import ShapeError
 from riemannian_modules.factors import MetricFactor
 from riemannian_modules.inverse import Inverse, Solution
+from riemannian_modules.memory_model import parse_bytes
+from riemannian_modules.strategy import Solver, require_solver
 
 __all__ = ["LayerMetric", "Part", "Solution"]
-
-DOUBLE_RANK = 2048
 
 V = TypeVar("V", Tensor, Vectors)
 
@@ -34,8 +34,12 @@ class LayerMetric:
         precision: data type of the small matrix; None: float64 up to rank 2048, or
             float32 where that costs a float32 model no accuracy; never below that.
         narrow: whether float32 is worth a try where ``precision`` is None.
+        solver: as in :class:`riemannian_modules.LayerwiseMetric`.
+        max_memory: as in :class:`riemannian_modules.LayerwiseMetric`.
+        start: first guess of warm conjugate gradients, another's ``inverse.last``.
 
     Raises:
+        ValueError: an unknown solver.
         ShapeError: no parts, or factors that do not fit together or their tensors.
 
     >>> import geoopt
@@ -55,11 +59,18 @@ class LayerMetric:
         version: int = 0,
         precision: torch.dtype | None = None,
         narrow: bool = True,
+        solver: Solver = "auto",
+        start: Tensor | None = None,
+        max_memory: int | str | None = None,
     ) -> None:
+        require_solver(solver)
+        self.max_memory = parse_bytes(max_memory)
+        self.solver: Solver = solver
+        self._start = start
         self.precision = precision
         self._narrow = narrow
         self.version = version
-        self._block = Block(parts, name, precision or _precision(parts))
+        self._block = Block(parts, name, precision or small_precision(parts))
 
     def __repr__(self) -> str:
         names = ", ".join(part.name for part in self.parts)
@@ -97,7 +108,8 @@ class LayerMetric:
     @cached_property
     def inverse(self) -> Inverse:
         """The factorised inverse, made when first needed."""
-        return Inverse(self._block, self.precision, narrow=self._narrow)
+        how = self.solver, self._start, self.max_memory
+        return Inverse(self._block, self.precision, self._narrow, *how)
 
     # --- the metric and its inverse
 
@@ -169,8 +181,8 @@ class LayerMetric:
         """Solve ``g(x, .) = K^T y + e`` for the tangent vector x.
 
         Implements :eq:`push-through` for the first summand and :eq:`woodbury`
-        (rank < dim) or :eq:`primal` for the second. Cost of the first call: the
-        Gram matrix and O(m^3 / 3) with m the smaller of rank and dim.
+        (rank < dim) or :eq:`primal` for the second. Cost of the first call: the Gram
+        matrix and O(m^3 / 3) with m the smaller of rank and dim.
 
         Args:
             residual: whitened residual y, ``(rank,)``, or None for zero.
@@ -294,7 +306,12 @@ class LayerMetric:
         if all(_equal(new.space.point, old.space.point) for new, old in pairs):
             return self
         return LayerMetric(
-            parts, name=self.name, version=self.version, precision=self.precision
+            parts,
+            name=self.name,
+            version=self.version,
+            precision=self.precision,
+            solver=self.solver,
+            max_memory=self.max_memory,
         )
 
     def double(self) -> "LayerMetric":
@@ -304,6 +321,8 @@ class LayerMetric:
             name=self.name,
             version=self.version,
             precision=torch.float64,
+            solver=self.solver,
+            max_memory=self.max_memory,
         )
 
     def _vectors(self, u: Tensor | Vectors) -> Vectors:
@@ -325,10 +344,3 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     # Off the CPU comparing would wait for the device; a new metric is right too.
     same = a.data_ptr() == b.data_ptr() and a.shape == b.shape
     return a.device.type == "cpu" and (same or torch.equal(a, b))
-
-
-def _precision(parts: Sequence[Part]) -> torch.dtype:
-    rank = max((p.factor.rank for p in parts if p.factor is not None), default=0)
-    if rank <= DOUBLE_RANK:
-        return torch.float64
-    return torch.promote_types(parts[0].space.point.dtype, torch.float32)

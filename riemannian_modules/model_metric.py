@@ -29,7 +29,9 @@ from riemannian_modules.heads import (
 from riemannian_modules.linearize import Linearization
 from riemannian_modules.manifolds import Product
 from riemannian_modules.mass import Mass, MassLike
+from riemannian_modules.memory_model import parse_bytes
 from riemannian_modules.metric import LayerMetric, Solution
+from riemannian_modules.strategy import Solver, require_solver
 from riemannian_modules.tape import Tape
 
 __all__ = ["ModelMetric"]
@@ -49,6 +51,8 @@ class ModelMetric:
         blocks: which tensors are solved together.
         reduction: how the loss sums over examples.
         precision: data type of the small matrices.
+        solver: how each block is solved.
+        max_memory: bound on what a solve holds.
 
     Attributes:
         grouping: the ``blocks`` that it was made with.
@@ -69,7 +73,10 @@ class ModelMetric:
         blocks: Blocks,
         reduction: Reduction,
         precision: torch.dtype | None,
+        solver: Solver = "auto",
+        max_memory: int | str | None = None,
     ) -> None:
+        require_solver(solver)
         if blocks not in ("tensor", "layer", "model"):
             raise ValueError(f"blocks={blocks!r}; choose 'tensor', 'layer' or 'model'")
         require_output_metrics(output, reduction)
@@ -78,6 +85,8 @@ class ModelMetric:
         self.grouping: Blocks = blocks
         self.reduction = reduction
         self.precision = precision
+        self.solver: Solver = solver
+        self.max_memory = parse_bytes(max_memory)
         self.parameters = DeclaredParameters(model, mass)
         self.version = 0
         self.blocks: dict[str, LayerMetric] = {}
@@ -320,7 +329,8 @@ class ModelMetric:
         wide = {name for name, block in self.blocks.items() if block.too_narrow}
         if self.version % 16 == 0:
             wide = set()
-        blocks = block_metrics(self._groups, *common, wide)
+        how = wide, self.solver, self.max_memory, self.blocks
+        blocks = block_metrics(self._groups, *common, *how)
         seen = {d.name: [d.name] for d in self.parameters if d.view is not None}
         views = block_metrics(seen, *common)
         bind_views(views, self.parameters)

@@ -4,17 +4,26 @@ A Euclidean bias whose cotangents are those of a weight in the block costs next 
 nothing: its Gram matrix ``L L^T`` is the weight's with ``X X^T`` replaced by ones.
 """
 
-from collections.abc import Sequence
+import functools
+import operator
+from collections.abc import Iterator, Sequence
 from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
 from riemannian_modules.factors.base import MetricFactor
+from riemannian_modules.factors.chunks import is_bounded
 from riemannian_modules.factors.dense import DenseFactor
 from riemannian_modules.factors.linear import BiasFactor, LinearFactor, memory
 from riemannian_modules.factors.linear_gram import absorbs_bias
-from riemannian_modules.factors.slabs import add_lower
+from riemannian_modules.factors.products import (
+    gram_columns,
+    gram_diagonal,
+    gram_product,
+    has_kernel,
+)
+from riemannian_modules.factors.slabs import add_lower, gram_of_whole_rows
 from riemannian_modules.tangent import TangentSpace
 
 __all__ = ["BlockFactor"]
@@ -88,14 +97,14 @@ class BlockFactor:
             if isinstance(factor, LinearFactor):
                 bias = self._bias_weight(index)
                 total = factor.gram(space, dtype, bias=bias, onto=total)
-            elif type(factor) is DenseFactor:
+            elif type(factor) is DenseFactor and not is_bounded():
                 rows = factor.rows(0, factor.rank).to(dtype)
                 images = space.to(dtype).sharp(rows)
                 stored.append(
                     (rows.reshape(len(rows), -1), images.reshape(len(rows), -1))
                 )
             else:
-                gram = factor.gram(space, dtype)
+                gram = _in_chunks(factor, space, dtype)
                 total = gram if total is None else total.add_(gram)
         if stored:
             # One product for all of them, and only its lower triangle.
@@ -106,6 +115,27 @@ class BlockFactor:
             add_lower(total, left, right, first=first)
         assert total is not None
         return total
+
+    def _kernels(self) -> Iterator[tuple[MetricFactor, TangentSpace, float]]:
+        """Yield what K sharp K^T sums over, with the biases that weights take along."""
+        taken = {w: b for w, b in self._biases.items() if has_kernel(*self.pairs[w])}
+        absorbed = set(taken.values())
+        for index, (factor, space) in enumerate(self.pairs):
+            if index not in absorbed:
+                bias = self._bias_weight(index) if index in taken else 0.0
+                yield factor, space, bias
+
+    def gram_product(self, a: Tensor) -> Tensor:
+        """Return ``sum_b K_b sharp_b K_b^T a``, ``(rank,)``, without the matrix."""
+        return _total(gram_product(f, s, a, bias) for f, s, bias in self._kernels())
+
+    def gram_columns(self, index: Tensor) -> Tensor:
+        """Return some columns of ``sum_b K_b sharp_b K_b^T``, ``(rank, k)``."""
+        return _total(gram_columns(f, s, index, bias) for f, s, bias in self._kernels())
+
+    def gram_diagonal(self) -> Tensor:
+        """Return the diagonal of ``sum_b K_b sharp_b K_b^T``, ``(rank,)``."""
+        return _total(gram_diagonal(f, s, bias) for f, s, bias in self._kernels())
 
     def image(self, e: Sequence[Tensor], source: Sequence[MetricFactor]) -> Tensor:
         """Return ``sum_b K_b sharp_b e_b``, ``(rank,)``.
@@ -177,6 +207,17 @@ class BlockFactor:
                 torch.sub(e[index], covector, out=covector)
             found.append(space.sharp_(covector))
         return found
+
+
+def _in_chunks(factor: MetricFactor, space: TangentSpace, dtype: torch.dtype) -> Tensor:
+    if type(factor) is DenseFactor and is_bounded() and factor.shape:
+        rows = DenseFactor(factor.rows(0, factor.rank).to(dtype))
+        return gram_of_whole_rows(rows, space.to(dtype))
+    return factor.gram(space, dtype)
+
+
+def _total(summands: Iterator[Tensor]) -> Tensor:
+    return functools.reduce(operator.add, summands)
 
 
 class _Combined:

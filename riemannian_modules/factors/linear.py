@@ -168,7 +168,7 @@ class LinearFactor(CotangentFactor, SlabFactor):
             return super().image(space, e, source)
         assert isinstance(source, LinearFactor)
         assert space.divisor is not None
-        kernel = self._kernel(self.dtype, 1.0 / space.divisor, bias)
+        kernel = self.kernel(self.dtype, 1.0 / space.divisor, bias)
         z = kernel @ source.total().flatten(0, 1)
         return (self.cotangents.squeeze(2) * z).sum(-1).view(-1)
 
@@ -181,8 +181,8 @@ class LinearFactor(CotangentFactor, SlabFactor):
             return False
         return n < width or (self.dtype, 1.0 / space.divisor, bias) in self._kernels
 
-    def _kernel(self, dtype: torch.dtype, scale: float, shift: float) -> Tensor:
-        # scale X X^T + shift, wanted by the Gram matrix and by `image`.
+    def kernel(self, dtype: torch.dtype, scale: float, shift: float) -> Tensor:
+        """Return ``scale X X^T + shift``, kept for whoever asks next."""
         key = (dtype, scale, shift)
         if key not in self._kernels:
             x = self.inputs.flatten(0, 1).to(dtype)
@@ -250,7 +250,7 @@ class LinearFactor(CotangentFactor, SlabFactor):
             self.cotangents.to(dtype),
             space.mass,
             bias,
-            lambda scale, shift: self._kernel(dtype, scale, shift),
+            lambda scale, shift: self.kernel(dtype, scale, shift),
             onto,
         )
 

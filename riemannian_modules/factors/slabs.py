@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from riemannian_modules.factors.base import MetricFactor
+from riemannian_modules.factors.chunks import most_entries
 from riemannian_modules.manifolds.grassmann import Grassmann
 from riemannian_modules.manifolds.log_euclidean import LogEuclideanSPD
 from riemannian_modules.manifolds.oblique import Oblique
@@ -28,20 +29,19 @@ from riemannian_modules.manifolds.scaled import Scaled
 from riemannian_modules.tangent import TangentSpace
 
 __all__ = [
-    "MOST_ENTRIES",
     "Slab",
     "SlabFactor",
     "SparseFactor",
     "acts_by_row",
     "add_lower",
     "coupled_dims",
+    "gram_of_whole_rows",
     "pieces",
     "restricted",
     "row_blocks",
     "slab_gram",
 ]
 
-MOST_ENTRIES = 1 << 22
 _BLOCK_ROWS = 128
 _FEWEST_ROWS = 16
 
@@ -141,7 +141,7 @@ def pieces(size: int, each: int, unit: int = 1) -> Iterator[slice]:
     Yields:
         Slices.
     """
-    step = max(1, MOST_ENTRIES // (max(1, each) * unit)) * unit
+    step = max(1, most_entries() // (max(1, each) * unit)) * unit
     for start in range(0, size, step):
         yield slice(start, min(start + step, size))
 
@@ -242,7 +242,7 @@ def slab_gram(factor: SlabFactor, space: TangentSpace, dtype: torch.dtype) -> Te
     """
     origin, factor, space = factor, factor.to(dtype), space.to(dtype)
     if not acts_by_row(space):
-        return _gram_of_whole_rows(factor, space)
+        return gram_of_whole_rows(factor, space)
     rank, out = factor.rank, space.point.shape[0]
     flat = isinstance(space.manifold, geoopt.Euclidean) and space.mass.is_scalar
     each = rank * (space.point.numel() // out)
@@ -257,9 +257,10 @@ def slab_gram(factor: SlabFactor, space: TangentSpace, dtype: torch.dtype) -> Te
     return total.div_(space.mass.scalar) if flat and space.mass.scalar != 1.0 else total
 
 
-def _gram_of_whole_rows(factor: MetricFactor, space: TangentSpace) -> Tensor:
+def gram_of_whole_rows(factor: MetricFactor, space: TangentSpace) -> Tensor:
+    """Return ``K sharp K^T``, lower triangle valid, from some whole rows at a time."""
     rank = factor.rank
-    step = max(_FEWEST_ROWS, MOST_ENTRIES // space.point.numel())
+    step = max(_FEWEST_ROWS, most_entries() // space.point.numel())
     total = torch.empty(rank, rank, dtype=factor.dtype, device=factor.device)
     for start in range(0, rank, step):
         stop = min(start + step, rank)

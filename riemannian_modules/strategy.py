@@ -1,0 +1,215 @@
+"""Which way a block is solved: what the user asks for, or what costs least."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Literal, NoReturn
+
+import torch
+from torch import Tensor
+
+from riemannian_modules import woodbury
+from riemannian_modules.block import Block
+from riemannian_modules.conjugate import ConjugateGradients
+from riemannian_modules.cost_model import (
+    TYPICAL_ITERATIONS,
+    Costs,
+    costs,
+    predicted_iterations,
+)
+from riemannian_modules.errors import MemoryBoundError
+from riemannian_modules.factors.chunks import at_most
+from riemannian_modules.iterative import IterativeSolver
+from riemannian_modules.memory_model import Held, held
+
+__all__ = ["Solver", "Strategy", "require_solver"]
+
+Solver = Literal["auto", "cholesky", "primal", "cg"] | ConjugateGradients
+
+_NAMES = ("auto", "cholesky", "primal", "cg")
+# Below this rank a direct solve is cheaper than to ask.
+_FEW_ROWS = 384
+# How many times dearer a direct solve may be that follows iterations in vain.
+_REACH = 10.0
+
+
+def require_solver(solver: Solver) -> None:
+    """Check that a solver is one.
+
+    Args:
+        solver: what the user gave.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not isinstance(solver, ConjugateGradients) and solver not in _NAMES:
+        raise ValueError(
+            f"solver={solver!r}; choose one of {_NAMES} or a ConjugateGradients(...)"
+        )
+
+
+class Strategy:
+    """How one block is solved.
+
+    Args:
+        block: the block.
+        solver: ``"cholesky"`` (dual), ``"primal"``, ``"cg"`` or its settings; or
+            ``"auto"``: the direct form that suits the shape, or on the CPU conjugate
+            gradients where they are expected to cost less.
+        small: data type of the small matrix.
+        start: a first guess of conjugate gradients.
+        max_memory: bytes that a solve may hold, or None.
+
+    Attributes:
+        form: inner matrix of the direct solve, ``"dual"``, ``"primal"`` or ``"base"``.
+    """
+
+    def __init__(
+        self,
+        block: Block,
+        solver: Solver,
+        small: torch.dtype,
+        start: Tensor | None,
+        max_memory: int | None = None,
+    ) -> None:
+        self._max_memory = max_memory
+        self._block = block
+        self._solver = solver
+        self._small = small
+        self._start = start
+        self._given_up = False
+        self.form = "base"
+        if block.rank and solver in ("cholesky", "primal"):
+            self.form = "dual" if solver == "cholesky" else "primal"
+        elif block.rank:
+            self.form = woodbury.branch(block.rank, block.dim)
+
+    @cached_property
+    def costs(self) -> Costs:
+        """What the ways to solve the block are expected to cost."""
+        return costs(self._block, self._small, self._how.pivots)
+
+    @property
+    def _how(self) -> ConjugateGradients:
+        solver = self._solver
+        return solver if isinstance(solver, ConjugateGradients) else _DEFAULT
+
+    @cached_property
+    def iterative(self) -> IterativeSolver:
+        """The solver by conjugate gradients, made when first needed."""
+        start = self._start if self._how.warm_start else None
+        worth = self._worth if self._how.pivots is None else None
+        pivots = self._pivots
+        return IterativeSolver(self._block, self._how, pivots, worth, start)
+
+    def _worth(self, remaining: float, pivots: int) -> bool:
+        """Whether doubling the pivots saves more iterations than it costs.
+
+        What remains is guessed to halve.
+        """
+        known, tolerance = self.costs, self._how.bound(self._block.dtype)
+        now = predicted_iterations(remaining, pivots, tolerance)
+        then = predicted_iterations(remaining / 2, 2 * pivots, tolerance)
+        return (now - then) * known.product > known.pivoting(2 * pivots)
+
+    @property
+    def known(self) -> IterativeSolver | None:
+        """The solver by conjugate gradients if it was needed."""
+        found: IterativeSolver | None = self.__dict__.get("iterative")
+        return found
+
+    @property
+    def limit(self) -> int:
+        """How many iterations conjugate gradients may take; 0: they do not run."""
+        return 0 if self._given_up else self._limit
+
+    @property
+    def _pivots(self) -> int:
+        pivots = self.costs.pivots
+        while pivots and not self._fits("cg", pivots):
+            pivots //= 2
+        return pivots
+
+    def _held(self, way: str, pivots: int = 0) -> Held:
+        # Float32 may turn out to be not enough.
+        alone = self._block.precision if way == "dual" else self._small
+        return held(self._block, way, alone, pivots)
+
+    def _fits(self, way: str, pivots: int = 0) -> bool:
+        bound = self._max_memory
+        return bound is None or self._held(way, pivots).smallest <= bound
+
+    def _refuse(self, *ways: str) -> NoReturn:
+        block = self._block
+        least = min(self._held(way).smallest for way in ways)
+        raise MemoryBoundError(
+            f"block '{block.name}' (rank {block.rank}, dim {block.dim}) cannot be "
+            f"solved ({' or '.join(ways)}) within max_memory = {self._max_memory} "
+            f"bytes; the smallest bound is {least} bytes ({least / 2**20:.1f} MiB)"
+        )
+
+    @contextmanager
+    def bounded(self, way: str) -> Iterator[None]:
+        """Form matrices in pieces that keep the bound on memory, inside this scope.
+
+        Args:
+            way: ``"dual"``, ``"primal"`` or ``"cg"``.
+
+        Raises:
+            MemoryBoundError: no size of the pieces keeps it.
+        """
+        bound = self._max_memory
+        if bound is None:
+            yield
+            return
+        if not self._fits(way):
+            self._refuse(way)
+        need = self._held(way, self._pivots if way == "cg" else 0)
+        with at_most(need.entries(bound)):
+            yield
+
+    @cached_property
+    def _limit(self) -> int:
+        if self.form == "base" or self._solver in ("cholesky", "primal"):
+            return 0
+        if self._solver != "auto":
+            return self._how.iterations
+        block = self._block
+        if not self._fits(self.form):
+            if not self._fits("cg"):
+                self._refuse(self.form, "cg")
+            return self._how.iterations
+        if not self._fits("cg"):
+            return 0
+        if block.rank < _FEW_ROWS or block.device.type != "cpu":
+            return 0
+        known = self.costs
+        if known.iterative(TYPICAL_ITERATIONS) >= known.direct(self.form):
+            return 0
+        # Now that the preconditioner is worth making, it tells more.
+        if self.iterative.too_wide:
+            self.costs = costs(block, torch.float64, self._how.pivots)
+            known = self.costs
+        with self.bounded("cg"):
+            remaining = float(self.iterative.preconditioner.remaining)
+        tolerance = self._how.bound(block.dtype)
+        pivots = len(self.iterative.preconditioner.pivots)
+        expected = predicted_iterations(remaining, pivots, tolerance)
+        most = known.affordable(self.form)
+        return most if expected <= most else 0
+
+    def give_up(self) -> bool:
+        """Say that iterations were in vain; return whether a direct solve is in reach.
+
+        Then they do not run again.
+        """
+        known = self.costs
+        if not self._fits(self.form):
+            return False
+        if known.direct(self.form) > _REACH * known.iterative(self._limit):
+            return False
+        self._given_up = True
+        return True
+
+
+_DEFAULT = ConjugateGradients()
