@@ -1,12 +1,13 @@
 """Functions of named parameters, or of several modules, instead of one network."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, final
 
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from riemannian_modules.errors import ShapeError
+from riemannian_modules.functional.binding import Binding
 
 __all__ = ["Parameters", "of_batch"]
 
@@ -28,6 +29,7 @@ class Parameters(nn.Module):
     A decay whose rate must stay positive:
 
     >>> import geoopt
+    >>> import torch
     >>> import riemannian_modules as rm
     >>> rate = geoopt.ManifoldParameter(torch.tensor([3.0]), rm.manifolds.Positive())
     >>> model = Parameters(rate=rate, height=torch.tensor([1.0]))
@@ -80,27 +82,22 @@ class Parameters(nn.Module):
             return {each: self[each] for each in self._names}
         return self[name](*args, **kwargs)
 
-    def bound(self, point: Mapping[str, Tensor]) -> dict[str, Any]:
+    def bound(self, point: Mapping[str, Tensor], binding: Binding) -> dict[str, Any]:
         """Return the members by name with other values of the parameters.
 
         Args:
             point: values by the names that :meth:`named_parameters` has.
+            binding: where they belong.
 
         Returns:
             Tensors, and functions in the place of modules.
         """
-        found: dict[str, Any] = functional_call(self, dict(point), ())
+        found: dict[str, Any] = binding.call(point)
         for name, member in found.items():
             if isinstance(member, nn.Module):
-                found[name] = self._calling(name, dict(point))
+                # By way of the whole, which knows parameters that members share.
+                found[name] = partial(binding.call, point, name)
         return found
-
-    def _calling(self, name: str, point: dict[str, Tensor]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            # By way of the whole, which knows parameters that members share.
-            return functional_call(self, point, (name, *args), kwargs)
-
-        return call
 
 
 def of_batch(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -114,6 +111,7 @@ def of_batch(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         ``f(params, *example)``, which calls it with batches of one.
 
     Example:
+        >>> import torch
         >>> one = of_batch(lambda p, x, y: x @ p["w"] - y)
         >>> one({"w": torch.ones(3)}, torch.ones(3), torch.tensor(1.0))
         tensor(2.)

@@ -4,9 +4,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, final
 
 from torch import Tensor, nn
-from torch.func import functional_call, jacfwd, vjp, vmap
+from torch.func import jacfwd, vjp, vmap
 
 from riemannian_modules.factors import DenseFactor, MetricFactor
+from riemannian_modules.functional.binding import Binding
 from riemannian_modules.functional.parameters import Parameters
 from riemannian_modules.functional.pointset import Point, PointSet
 from riemannian_modules.heads import Rows
@@ -32,16 +33,17 @@ class Pointwise(PointSet):
         self, model: nn.Module, function: Function, label: str, chunk_size: int | None
     ) -> None:
         self._model = model
+        self._binding = Binding(model)
         self._function = function
         self._chunk_size = chunk_size
         self.label = label
 
     def _one(self, point: Point, *example: Tensor) -> Tensor:
         if isinstance(self._model, Parameters):
-            return self._function(self._model.bound(point), *example)
+            return self._function(self._model.bound(point, self._binding), *example)
 
         def net(*args: Any, **kwargs: Any) -> Any:
-            return functional_call(self._model, point, args, kwargs)
+            return self._binding.call(point, *args, **kwargs)
 
         return self._function(net, *example)
 

@@ -7,7 +7,6 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.func import functional_call
 
 from riemannian_modules.errors import LinearizationError
 from riemannian_modules.factors import (
@@ -17,6 +16,7 @@ from riemannian_modules.factors import (
     MetricFactor,
     joined,
 )
+from riemannian_modules.functional.binding import Binding
 from riemannian_modules.functional.operator import DifferentialOperator
 from riemannian_modules.functional.pointset import Point, PointSet
 from riemannian_modules.functional.pointwise import finished
@@ -86,6 +86,7 @@ class Streamed(PointSet):
         self, model: nn.Module, operator: DifferentialOperator, label: str
     ) -> None:
         self._model = model
+        self._binding = Binding(model)
         self._operator = operator
         self._checked = False
         self.label = label
@@ -108,7 +109,7 @@ class Streamed(PointSet):
 
     def _through(self, point: Point, start: Streams) -> Any:
         try:
-            end = functional_call(self._model, point, (start,))
+            end = self._binding.call(point, start)
         except (LinearizationError, AttributeError, TypeError) as error:
             where = self._innermost(point, start)
             raise LinearizationError(f"{self.label}, in {where}: {error}") from error
@@ -128,7 +129,7 @@ class Streamed(PointSet):
                 module.register_forward_hook(lambda *_: running.pop() and None),
             ]
         try:
-            functional_call(self._model, point, (start,))
+            self._binding.call(point, start)
         except (LinearizationError, AttributeError, TypeError):
             return running[-1] if running else "the model"
         finally:
