@@ -55,9 +55,11 @@ def propose(
     numbers = None
     if rule.measures:
         own = _velocity(solutions) if len(found) == len(plans) else None
-        numbers = model.numbers(
-            [candidate, before] if before else [candidate],
-            [None if own is None else -own, image],
+        first = None if own is None else -own
+        numbers = (
+            model.numbers([candidate, before], [first, image])
+            if before
+            else model.numbers([candidate], [first])
         )
     motion = _combine(metric, rule, numbers, candidate, before)
     if rule.clip is not None:

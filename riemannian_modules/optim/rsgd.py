@@ -119,7 +119,7 @@ class RiemannianSGD(torch.optim.Optimizer):
         retraction: Retraction | None = None,
         maximize: bool = False,
     ) -> None:
-        require_kinds("RiemannianSGD(metric)", metric, retraction)
+        require_kinds("RiemannianSGD(metric, lr=...)", metric, retraction)
         defaults = {
             "lr": lr,
             "momentum": momentum,
