@@ -6,7 +6,9 @@ With the candidate v, the step before d and its part ``beta`` that is kept,
     u   = s (a v + b d)                                 the step, before ``lr``
 
 where (a, b) is (1, beta) or what the quadratic model says, and s keeps u within what
-the model may be trusted with. All of it stays on the device.
+the model may be trusted with. The rows of K know less of the curvature along v than
+they should, since v was fitted to them; the next rows, which measure K d anyway, tell
+how much less. All of it stays on the device.
 """
 
 from dataclasses import dataclass, replace
@@ -21,12 +23,18 @@ __all__ = [
     "Motion",
     "Rule",
     "best_pair",
+    "corrected",
     "credible_share",
+    "foreseen",
+    "renewed",
     "transported",
     "within",
 ]
 
 _DEPENDENT = 1e-12
+_MEMORY = 0.7
+# The measured curvature is noisy, and to overrate it costs speed.
+_SLACK = 1.5
 
 
 @dataclass(frozen=True)
@@ -73,6 +81,8 @@ class Motion:
         carried: the coefficient b of the step before.
         share: the factor s.
         length: the step's length in the metric norm, where it is known.
+        inflation: what the curvature along the candidate was multiplied by.
+        trust: what the next step is to compare, see :func:`foreseen`; or None.
     """
 
     vectors: dict[str, Tensor]
@@ -80,12 +90,33 @@ class Motion:
     carried: Tensor
     share: Tensor
     length: Tensor | None
+    inflation: Tensor
+    trust: Tensor | None = None
 
     def times(self, factor: Tensor) -> "Motion":
         """Return the step multiplied by a scalar."""
         vectors = {name: factor.to(u.dtype) * u for name, u in self.vectors.items()}
         length = None if self.length is None else factor * self.length
-        return replace(self, vectors=vectors, share=factor * self.share, length=length)
+        trust = self.trust
+        if trust is not None:
+            trust = torch.cat([trust[:2], factor.square() * trust[2:]])
+        share = factor * self.share
+        return replace(self, vectors=vectors, share=share, length=length, trust=trust)
+
+    def trust_after(self, old: Tensor | None, healthy: Tensor | None) -> Tensor | None:
+        """Return what the next step is to compare: the old if this one failed.
+
+        Args:
+            old: what the last step left, or None.
+            healthy: boolean scalar on the device; None: the step went well.
+
+        Returns:
+            ``(4,)``, or None.
+        """
+        if self.trust is None or healthy is None:
+            return old if self.trust is None else self.trust
+        before = torch.zeros_like(self.trust) if old is None else old.to(self.trust)
+        return torch.where(healthy, self.trust, before)
 
     def total(self) -> Tensor:
         """Return the sum of all entries, which is finite only if they are."""
@@ -116,6 +147,60 @@ def best_pair(numbers: Numbers, spring: float) -> Tensor:
     total = torch.where(1.0 + r > _DEPENDENT, total / (1.0 + r), 0.0)
     difference = torch.where(1.0 - r > _DEPENDENT, difference / (1.0 - r), 0.0)
     return 0.5 * torch.stack([total + difference, total - difference]) / size
+
+
+def renewed(trust: Tensor, curvature: Tensor) -> Tensor:
+    """Take the curvature along the last step into account, measured on new rows.
+
+    Args:
+        trust: what :func:`foreseen` left, ``(4,)``.
+        curvature: ``|K u|^2`` of the last step u, with K of this pass.
+
+    Returns:
+        The same with sums that include it.
+    """
+    measured, expected, rest, own = trust.unbind()
+    measured = _MEMORY * measured + (1.0 - _MEMORY) * (curvature - rest)
+    expected = _MEMORY * expected + (1.0 - _MEMORY) * own
+    return torch.stack([measured, expected, rest, own])
+
+
+def corrected(numbers: Numbers, trust: Tensor) -> tuple[Numbers, Tensor]:
+    """Inflate the curvature along the candidate by what new rows found it to be.
+
+    Implements :eq:`curvature-check`.
+
+    Args:
+        numbers: the model on the candidate and the step before.
+        trust: what :func:`renewed` returned.
+
+    Returns:
+        The corrected model, and the factor, at least 1.
+    """
+    measured, expected = trust[0], _SLACK * trust[1]
+    known = (expected > 0.0) & (measured > expected)
+    factor = torch.where(known, measured / expected, 1.0)
+    curvature = numbers.curvature.clone()
+    curvature[0, 0] = factor * curvature[0, 0]
+    return replace(numbers, curvature=curvature), factor
+
+
+def foreseen(numbers: Numbers, c: Tensor, trust: Tensor | None) -> Tensor:
+    """Return what these rows say of the step, for the next ones to compare.
+
+    Args:
+        numbers: the model as measured, not corrected.
+        c: coefficients of the step that is taken.
+        trust: what :func:`renewed` returned, or None.
+
+    Returns:
+        ``(4,)``: the sums of measured and of expected curvatures along candidates,
+        and of this step the curvature that needs no check and the one that does.
+    """
+    own = c[0].square() * numbers.curvature[0, 0]
+    rest = c @ numbers.curvature @ c - own
+    sums = torch.zeros_like(numbers.curvature[0, :1].repeat(2))
+    return torch.cat([sums if trust is None else trust[:2], torch.stack([rest, own])])
 
 
 def credible_share(slope: Tensor, curvature: Tensor, gap: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """From plans to a step: solve, measure, combine. Nothing is changed here."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,7 +14,10 @@ from riemannian_modules.optim.motion import (
     Motion,
     Rule,
     best_pair,
+    corrected,
     credible_share,
+    foreseen,
+    renewed,
     within,
 )
 from riemannian_modules.optim.plan import Plan
@@ -26,7 +30,7 @@ Solutions = dict[str, Solution]
 
 
 def propose(
-    metric: ModelMetric, plans: Plans, rule: Rule
+    metric: ModelMetric, plans: Plans, rule: Rule, trust: Tensor | None = None
 ) -> tuple[Solutions, Motion | None]:
     """Solve for the directions, and choose the step where ``lr`` does not say it all.
 
@@ -34,6 +38,7 @@ def propose(
         metric: the metric after a backward pass.
         plans: what moves.
         rule: how long steps are.
+        trust: what the last step left of its curvature, ``(4,)``, or None.
 
     Returns:
         The solutions by block, and the step before ``lr``; None: it is minus the
@@ -43,7 +48,7 @@ def propose(
         NonFiniteError: a step is not finite.
         NotPositiveDefiniteError: a block's small matrix could not be factorised.
     """
-    if rule.plain:
+    if rule.plain or not plans:
         return _solve(metric, plans, None), None
     model = QuadraticModel(metric, {n: plan.gradient for n, plan in plans.items()})
     before = _before(plans) if rule.keeps else {}
@@ -61,7 +66,9 @@ def propose(
             if before
             else model.numbers([candidate], [first])
         )
-    motion = _combine(metric, rule, numbers, candidate, before)
+    if trust is not None and image is not None:
+        trust = renewed(trust.to(image), image.square().sum())
+    motion = _combine(metric, rule, numbers, candidate, before, trust)
     if rule.clip is not None:
         motion = _clipped(rule.clip, model, plans, motion)
     if not all(map(looks_finite, motion.vectors.values())):
@@ -89,11 +96,15 @@ def _combine(
     numbers: Numbers | None,
     candidate: dict[str, Tensor],
     before: dict[str, Tensor],
+    trust: Tensor | None,
 ) -> Motion:
     first = next(iter(candidate.values()))
     one = torch.ones((), dtype=torch.float64, device=first.device)
     pair = torch.stack([one, rule.spring * one])
+    inflation, measured = one, numbers
     if rule.automatic and numbers is not None:
+        if trust is not None and before:
+            numbers, inflation = corrected(numbers, trust)
         pair = best_pair(numbers, rule.spring)
     share, length = one, None
     if numbers is not None:
@@ -111,7 +122,12 @@ def _combine(
     for name, d in before.items():
         vectors[name] = vectors[name] + carried.to(d.dtype) * d
     vectors = {name: share.to(u.dtype) * u for name, u in vectors.items()}
-    return Motion(vectors, pair[0], carried, share, length)
+    motion = Motion(vectors, pair[0], carried, share, length, inflation)
+    if not rule.automatic or measured is None:
+        return motion
+    return replace(
+        motion, trust=foreseen(measured, share * pair[: len(measured.slopes)], trust)
+    )
 
 
 def _clipped(

@@ -142,8 +142,8 @@ class MotionReport:
     def __str__(self) -> str:
         return (
             f"length {self.length:.3g}  carried {self.carried:.3g}  share "
-            f"{self.share:.3g}  norm {self.norm:.2e}  predicted decrease "
-            f"{self.predicted_decrease:.2e}"
+            f"{self.share:.3g}  curvature x{self.inflation:.3g}  norm "
+            f"{self.norm:.2e}  predicted decrease {self.predicted_decrease:.2e}"
         )
 
     @cached_property
@@ -160,6 +160,11 @@ class MotionReport:
     def share(self) -> float:
         """What the floor of the loss, the clipping or the normalisation left."""
         return float(self.motion.share)
+
+    @cached_property
+    def inflation(self) -> float:
+        """By how much the curvature was corrected along the candidate."""
+        return float(self.motion.inflation)
 
     @cached_property
     def norm(self) -> float:

@@ -36,6 +36,7 @@ _OLD = {
     "floor": 0.0,
     "clip": None,
     "normalize": False,
+    "trust": None,
 }
 _COMMON = ("automatic", "spring", "floor", "clip", "normalize", "maximize")
 
@@ -57,10 +58,9 @@ class RiemannianSGD(torch.optim.Optimizer):
         metric: the model's geometry; ``metric.backward`` replaces ``loss.backward``.
         params: parameters or groups, as in any torch optimizer; None: all of the
             metric's.
-        lr: step length; 1 is the full Gauss-Newton step of ``blocks="model"``. With
-            L blocks the quadratic model is stable below 2 / L. None: found in every
-            step; the groups' ``"lr"`` is then a factor of it that starts at 1, so that
-            torch's schedulers work as ever.
+        lr: step length; 1 is the full Gauss-Newton step of ``blocks="model"``, and
+            below 2 / L the quadratic model of L blocks is stable. None: found in each
+            step, and the groups' ``"lr"`` is a factor of it, 1 until a scheduler acts.
         momentum: factor of the previous momentum, in [0, 1).
         dampening: the gradient enters the momentum times ``1 - dampening``.
         nesterov: look ahead by one momentum step.
@@ -68,11 +68,11 @@ class RiemannianSGD(torch.optim.Optimizer):
             the mass term: :eq:`function-momentum` (Goldshlager, Abrahamsen & Lin,
             2024). None: 0.8 without ``lr`` and ``momentum``, else 0.
         weight_decay: decoupled, as in AdamW: ``w`` shrinks by ``lr * weight_decay``
-            (without ``lr``, by the length that was found in its place), on manifolds
-            along the tangent part of ``w`` (none on spheres and Stiefel manifolds).
-        floor: what the loss cannot fall below, for steps without ``lr``; a loss below
-            it is not bounded by it. None: no bound. Give it, or ``clip``, for losses
-            that are not bounded by zero, such as densities' logarithms.
+            (without ``lr``: the length that was found), on manifolds along the tangent
+            part of ``w`` (none on spheres and Stiefel manifolds).
+        floor: what the loss cannot fall below, for steps without ``lr``; None: nothing
+            known. It bounds no step where the loss is below it: give the true one, or
+            ``clip``, for losses that may be negative.
         clip: bound on the length of a step in the metric norm of the whole model,
             ``sqrt(mu g0(u, u) + |K u|^2)``.
         normalize: whether ``lr`` is the length of the step in that norm.
@@ -136,6 +136,7 @@ class RiemannianSGD(torch.optim.Optimizer):
         if spring is None:
             defaults["spring"] = SPRING if lr is None and momentum == 0.0 else 0.0
         defaults |= {"lr": 1.0 if lr is None else lr, "automatic": lr is None}
+        defaults["trust"] = None
         self.metric = metric
         self.retraction = Default() if retraction is None else retraction
         self._report: StepReport | None = None
@@ -175,8 +176,7 @@ class RiemannianSGD(torch.optim.Optimizer):
             what = ", ".join(differ) or "lr=None"
             raise ValueError(
                 f"a group has its own {what}, but one step moves all groups; give it "
-                "to the optimizer. A group's lr is a number (a factor, where the "
-                "optimizer has none)"
+                "to the optimizer (a group's lr is a number, a factor without an lr)"
             )
         for tensor in self.param_groups[-1]["params"]:
             if self.metric.parameters.name_of(tensor) is None:
@@ -302,8 +302,9 @@ class RiemannianSGD(torch.optim.Optimizer):
         return loss
 
     def _step(self) -> None:
-        plans, rule = self._plans(), self._rule()
-        solutions, motion = propose(self.metric, plans, rule)
+        plans, first = self._plans(), self.param_groups[0]
+        rule = Rule(**{name: first[name] for name in Rule.__dataclass_fields__})
+        solutions, motion = propose(self.metric, plans, rule, first["trust"])
         vectors = {n: x for s in solutions.values() for n, x in s.vectors.items()}
         length = None
         if motion is not None:
@@ -334,12 +335,10 @@ class RiemannianSGD(torch.optim.Optimizer):
                 state["momentum_buffer"] = plan.kept(healthy)
             if name in kept:
                 self.state[plan.declared.tensor]["step_buffer"] = kept[name]
+        if motion is not None:
+            first["trust"] = motion.trust_after(first["trust"], healthy)
         moved = None if motion is None else MotionReport(motion, reports)
         self._report = StepReport(reports, moved)
-
-    def _rule(self) -> Rule:
-        first = self.param_groups[0]
-        return Rule(**{name: first[name] for name in Rule.__dataclass_fields__})
 
     def _plans(self) -> dict[str, Plan]:
         plans = {}
