@@ -196,15 +196,21 @@ class ModelMetric:
         return {n: x for solution in solutions for n, x in solution.vectors.items()}
 
     def solve(
-        self, covector: Mapping[str, Tensor] | None = None, *, gradient: float = 1.0
+        self,
+        covector: Mapping[str, Tensor] | None = None,
+        *,
+        gradient: float = 1.0,
+        shift: Tensor | None = None,
     ) -> dict[str, Solution]:
-        """Solve every block for ``gradient * (d loss) + covector``.
+        """Solve every block for ``gradient * (d loss) + covector + K^T shift``.
 
         Args:
             covector: ambient covectors by parameter name, added to the gradient;
                 zero for names that are missing.
             gradient: how often the gradient of the loss counts; its part in the
                 span of the rows takes the form without cancellation.
+            shift: coefficients of the rows, ``(rank,)``, the same for all blocks;
+                they take that form too.
 
         Returns:
             ``{block name: solution}``.
@@ -235,6 +241,8 @@ class ModelMetric:
             elif found.rest is not None:
                 own = {name: gradient * e for name, e in found.rest.items()}
                 rest = own if rest is None else {n: own[n] + rest[n] for n in own}
+        if shift is not None:
+            residual = shift if residual is None else residual + shift
         with self.full_precision():
             if self.exchange is not None:
                 return self.exchange.solve(self.blocks, residual, rest, source)

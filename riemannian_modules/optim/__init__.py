@@ -4,8 +4,9 @@ from riemannian_modules.optim.gauss_newton import GaussNewton
 from riemannian_modules.optim.levenberg_marquardt import LevenbergMarquardt
 from riemannian_modules.optim.line_rules import Armijo, LineRule, StrongWolfe
 from riemannian_modules.optim.line_search import LineSearch
-from riemannian_modules.optim.report import BlockReport, StepReport
+from riemannian_modules.optim.report import BlockReport, MotionReport, StepReport
 from riemannian_modules.optim.rsgd import RiemannianSGD
+from riemannian_modules.optim.schedules import MassSchedule, ProbeSchedule
 from riemannian_modules.optim.trial_reports import (
     GaussNewtonReport,
     LineSearchReport,
@@ -23,6 +24,9 @@ __all__ = [
     "LineRule",
     "LineSearch",
     "LineSearchReport",
+    "MassSchedule",
+    "MotionReport",
+    "ProbeSchedule",
     "RiemannianSGD",
     "StepReport",
     "StrongWolfe",

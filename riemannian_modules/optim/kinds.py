@@ -1,10 +1,14 @@
 """What is handed to an optimizer, and what people hand to it instead."""
 
+import math
+from collections.abc import Mapping
+from typing import Any
+
 from riemannian_modules.errors import DistributedError
 from riemannian_modules.model_metric import ModelMetric
 from riemannian_modules.retractions import Retraction
 
-__all__ = ["require_alone", "require_kinds"]
+__all__ = ["require_alone", "require_kinds", "require_numbers"]
 
 
 def require_kinds(call: str, metric: object, retraction: object) -> None:
@@ -49,4 +53,47 @@ def require_alone(optimizer: str, metric: ModelMetric) -> None:
             f"{optimizer} differentiates the loss of this process' examples only, and "
             "the metric is shared by several processes; use RiemannianSGD, "
             "TrustRegion or LevenbergMarquardt, whose steps are those of all examples"
+        )
+
+
+def require_numbers(options: Mapping[str, Any]) -> None:
+    """Check the hyperparameters of :class:`riemannian_modules.optim.RiemannianSGD`.
+
+    Args:
+        options: its keyword arguments.
+
+    Raises:
+        ValueError: one is out of its range, or two do not go together.
+    """
+    lr, momentum, spring = options["lr"], options["momentum"], options["spring"]
+    weight_decay, nesterov = options["weight_decay"], options["nesterov"]
+    automatic = lr is None
+    if not ((automatic or lr >= 0.0) and weight_decay >= 0.0 and 0.0 <= momentum < 1.0):
+        raise ValueError(
+            f"lr={lr}, momentum={momentum}, weight_decay={weight_decay}: lr and "
+            "weight_decay must not be negative, momentum lies in [0, 1)"
+        )
+    if nesterov and (momentum == 0.0 or options["dampening"] != 0.0):
+        raise ValueError("nesterov needs a momentum and no dampening")
+    if spring is not None and not 0.0 <= spring < 1.0:
+        raise ValueError(f"spring={spring}: what is kept of a step lies in [0, 1)")
+    if spring and momentum:
+        raise ValueError(
+            f"momentum={momentum} averages gradients and spring={spring} keeps steps; "
+            "choose one of the two"
+        )
+    clip, floor = options["clip"], options["floor"]
+    if clip is not None and not 0.0 < clip < math.inf:
+        raise ValueError(
+            f"clip={clip} bounds the length of a step: a positive number, or None"
+        )
+    if floor is not None and not math.isfinite(floor):
+        raise ValueError(
+            f"floor={floor} is what the loss cannot fall below: a finite number, or "
+            "None where nothing is known"
+        )
+    if automatic and (options["normalize"] or options["maximize"]):
+        raise ValueError(
+            "lr=None takes its length from the model of a loss that falls; "
+            "normalize=True and maximize=True need an lr"
         )

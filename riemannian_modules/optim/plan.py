@@ -11,6 +11,7 @@ from torch import Tensor
 from riemannian_modules.declared import Declared
 from riemannian_modules.errors import NonFiniteError
 from riemannian_modules.finite import looks_finite
+from riemannian_modules.optim.motion import transported
 from riemannian_modules.retractions import Retraction
 
 __all__ = ["Plan"]
@@ -28,6 +29,7 @@ class Plan:
         lr: step length, negative when maximising.
         decay: decoupled decay, ``lr * weight_decay``.
         old: the momentum covector so far, or None.
+        last: what the step before left, or None.
     """
 
     declared: Declared
@@ -37,10 +39,15 @@ class Plan:
     lr: float
     decay: float
     old: Tensor | None = None
+    last: Tensor | None = None
 
     @classmethod
     def make(
-        cls, declared: Declared, group: dict[str, Any], old: Tensor | None
+        cls,
+        declared: Declared,
+        group: dict[str, Any],
+        old: Tensor | None,
+        last: Tensor | None = None,
     ) -> "Plan":
         """Work out the momentum of one parameter.
 
@@ -48,6 +55,7 @@ class Plan:
             declared: the parameter, with its gradient.
             group: its parameter group.
             old: its momentum covector so far, or None.
+            last: what the step before left, or None.
 
         Returns:
             The plan.
@@ -80,7 +88,7 @@ class Plan:
                 extra = None if extra is None else momentum * extra
         sign = -1.0 if group["maximize"] else 1.0
         decay = lr * group["weight_decay"]
-        return cls(declared, scale, extra, buffer, sign * lr, decay, old)
+        return cls(declared, scale, extra, buffer, sign * lr, decay, old, last)
 
     def kept(self, healthy: Tensor | None) -> Tensor | None:
         """Return the momentum after the step: the old one if the step failed.
@@ -98,21 +106,60 @@ class Plan:
 
     def direction(self) -> Tensor:
         """Return the whole direction as one covector."""
-        gradient = self.declared.tensor.grad
-        assert gradient is not None
-        whole = self.scale * gradient
+        whole = self.scale * self.gradient
         return whole if self.extra is None else whole + self.extra
 
-    def update(self, vector: Tensor) -> Tensor | None:
-        """Return the tangent step; None where ``vector`` and ``lr`` say it all."""
+    def update(self, vector: Tensor, length: Tensor | None = None) -> Tensor | None:
+        """Return the tangent step; None where ``vector`` and ``lr`` say it all.
+
+        Args:
+            vector: the direction.
+            length: the length of the step beside ``lr``, for the decay; None: 1.
+
+        Returns:
+            The step.
+        """
         euclidean = isinstance(self.declared.manifold, geoopt.Euclidean)
         if euclidean and not self.decay:
             return None
         step = -self.lr * vector
         if self.decay:
             space = self.declared.space()
-            step = step - self.decay * space.project(space.point)
+            decay = self.decay if length is None else self.decay * length.to(step.dtype)
+            step = step - decay * space.project(space.point)
         return step
+
+    @property
+    def gradient(self) -> Tensor:
+        """The parameter's gradient, a covector."""
+        gradient = self.declared.tensor.grad
+        assert gradient is not None
+        return gradient
+
+    def before(self) -> Tensor | None:
+        """Return the step before as a tangent vector here, or None."""
+        if self.last is None:
+            return None
+        return self.declared.space().project(self.last.to(self.declared.tensor))
+
+    def after(self, step: Tensor, end: Tensor | None, healthy: Tensor | None) -> Tensor:
+        """Return the step as the next one will want it: at the point that it led to.
+
+        Args:
+            step: the tangent step, without ``lr``.
+            end: the new point of :meth:`retract`; None on Euclidean parameters.
+            healthy: boolean scalar on the device; None: the step went well.
+
+        Returns:
+            The tangent vector.
+        """
+        if end is not None:
+            start = self.declared.space().point
+            step = transported(self.declared.manifold, start, end, step)
+        if healthy is None:
+            return step
+        last = torch.zeros_like(step) if self.last is None else self.last.to(step)
+        return torch.where(healthy, step, last)
 
     def retract(self, retraction: Retraction, update: Tensor | None) -> Tensor | None:
         """Return the new point; None on Euclidean parameters, where it is a sum.

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from riemannian_modules.model_metric import ModelMetric
 
-__all__ = ["QuadraticModel", "Step"]
+__all__ = ["Numbers", "QuadraticModel", "Step"]
 
 Vectors = Mapping[str, Tensor]
 
@@ -28,6 +28,26 @@ class Step:
     decrease: float
 
 
+@dataclass(frozen=True)
+class Numbers:
+    """The model on the span of k directions, float64 on the parameters' device.
+
+    Attributes:
+        curvature: ``<K u_i, K u_j>``, ``(k, k)``.
+        weight: the massed base metric ``mu g0(u_i, u_j)``, ``(k, k)``.
+        slopes: ``df(u_i)``, ``(k,)``.
+    """
+
+    curvature: Tensor
+    weight: Tensor
+    slopes: Tensor
+
+    @property
+    def damped(self) -> Tensor:
+        """Curvature and weight together, ``(k, k)``."""
+        return self.curvature + self.weight
+
+
 class QuadraticModel:
     """``f(R_w(u)) = f + df(u) + |K u|^2 / 2``, all blocks of parameters together.
 
@@ -36,7 +56,8 @@ class QuadraticModel:
 
     Args:
         metric: the model's metric after a backward pass.
-        gradient: ``{parameter name: d f}``.
+        gradient: ``{parameter name: d f}``; parameters that are missing, here or in a
+            direction, stand still.
     """
 
     def __init__(self, metric: ModelMetric, gradient: Vectors) -> None:
@@ -44,32 +65,65 @@ class QuadraticModel:
         self._gradient = gradient
 
     def image(self, u: Vectors) -> Tensor:
-        """Return ``K u`` of the whole model, ``(rank,)``."""
+        """Return ``K u`` of the whole model, ``(rank,)``, float64."""
         images = [
-            block.image({part.name: u[part.name] for part in block.parts})
+            block.image(
+                {
+                    part.name: u[part.name]
+                    if part.name in u
+                    else torch.zeros_like(part.space.point)
+                    for part in block.parts
+                }
+            )
             for block in self._metric.blocks.values()
             if block.rank
         ]
         if not images:
-            return torch.zeros(1, dtype=torch.float64)
+            return self._zero().unsqueeze(0)
         return torch.stack([image.double() for image in images]).sum(0)
 
     def mass(self, u: Vectors, v: Vectors) -> float:
         """Return the massed base metric of two tangent vectors."""
-        total = 0.0
-        for block in self._metric.blocks.values():
-            for part in block.parts:
-                total += float(part.space.inner(u[part.name], v[part.name]))
-        return total
+        return float(self._weight(u, v))
 
     def slope(self, u: Vectors) -> float:
         """Return ``df(u)``."""
-        return sum(float((self._gradient[name] * u[name]).sum()) for name in u)
+        return float(self._slope(u))
+
+    def numbers(
+        self, directions: Sequence[Vectors], images: Sequence[Tensor | None] = ()
+    ) -> Numbers:
+        """Return the model on the span of directions, without waiting for the device.
+
+        Cost: one product with K for each direction whose image is not known.
+
+        Args:
+            directions: tangent vectors.
+            images: ``K u`` of each, ``(rank,)``; None where it is not known.
+
+        Returns:
+            The numbers.
+        """
+        known = [*images, *[None] * (len(directions) - len(images))]
+        found = [
+            self.image(u) if image is None else image.double()
+            for u, image in zip(directions, known, strict=True)
+        ]
+        stacked = torch.stack(found)
+        count = range(len(directions))
+        rows = [[self._zero() for _ in count] for _ in count]
+        for i in count:
+            for j in range(i + 1):
+                rows[i][j] = rows[j][i] = self._weight(directions[i], directions[j])
+        weight = torch.stack([torch.stack(row) for row in rows])
+        slopes = torch.stack([self._slope(u) for u in directions])
+        return Numbers(stacked @ stacked.mT, weight, slopes)
 
     def best(self, directions: Sequence[Vectors]) -> Step:
         """Minimise the model, with the mass, over combinations of directions.
 
         Implements :eq:`quadratic-step`. Cost: one product with K for each direction.
+        It reads the numbers, so the host waits for the device.
 
         Args:
             directions: tangent vectors of all parameters, linearly dependent or not.
@@ -77,17 +131,9 @@ class QuadraticModel:
         Returns:
             The best combination.
         """
-        count = len(directions)
-        images = [self.image(u) for u in directions]
-        curvature = torch.zeros(count, count, dtype=torch.float64)
-        damped = torch.zeros(count, count, dtype=torch.float64)
-        for i in range(count):
-            for j in range(i + 1):
-                curved = float(images[i] @ images[j])
-                curvature[i, j] = curvature[j, i] = curved
-                weighed = curved + self.mass(directions[i], directions[j])
-                damped[i, j] = damped[j, i] = weighed
-        slopes = torch.tensor([self.slope(u) for u in directions], dtype=torch.float64)
+        numbers = self.numbers(directions)
+        curvature, slopes = numbers.curvature.cpu(), numbers.slopes.cpu()
+        damped = numbers.damped.cpu()
         # Of length one each, so that a short one is not taken for a dependent one.
         size = damped.diagonal().clamp_min(1e-300).sqrt()
         scaled = damped / size.outer(size)
@@ -104,3 +150,22 @@ class QuadraticModel:
         }
         decrease = -float(slopes @ c + 0.5 * c @ curvature @ c)
         return Step(c.tolist(), vectors, decrease)
+
+    def _zero(self) -> Tensor:
+        device = next(iter(self._metric.parameters)).tensor.device
+        return torch.zeros((), dtype=torch.float64, device=device)
+
+    def _weight(self, u: Vectors, v: Vectors) -> Tensor:
+        total = self._zero()
+        for block in self._metric.blocks.values():
+            for part in block.parts:
+                if part.name in u and part.name in v:
+                    total = total + part.space.inner(u[part.name], v[part.name])
+        return total
+
+    def _slope(self, u: Vectors) -> Tensor:
+        total = self._zero()
+        for name, vector in u.items():
+            if name in self._gradient:
+                total = total + (self._gradient[name] * vector).sum()
+        return total

@@ -1,6 +1,7 @@
 """What one optimizer step did, block by block, as numbers and as a table."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -8,8 +9,11 @@ import torch
 from torch import Tensor
 
 from riemannian_modules.metric import LayerMetric, Solution
+from riemannian_modules.model_metric import ModelMetric
+from riemannian_modules.optim.motion import Motion
+from riemannian_modules.optim.plan import Plan
 
-__all__ = ["BlockReport", "StepReport"]
+__all__ = ["BlockReport", "MotionReport", "StepReport", "block_reports"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,7 @@ class BlockReport:
         lr: the step length.
         steps: ``{parameter name: tangent step}``, None where it is ``-lr`` times the
             solution's vector.
+        slope: derivative of the loss along the step; None: the solution knows it.
     """
 
     name: str
@@ -32,6 +37,7 @@ class BlockReport:
     solution: Solution
     lr: float
     steps: dict[str, Tensor | None]
+    slope: Tensor | None = None
 
     def __repr__(self) -> str:
         return (
@@ -87,7 +93,9 @@ class BlockReport:
 
     @property
     def predicted_decrease(self) -> float:
-        """First-order decrease ``-g(x, u)`` of the loss by a plain gradient step u."""
+        """First-order decrease ``-g(x, u)`` of the loss by the block's step u."""
+        if self.slope is not None:
+            return -float(self.slope)
         if all(step is None for step in self.steps.values()):
             return self.lr * self.gradient_norm**2
         x = self.solution.vectors
@@ -117,10 +125,97 @@ class BlockReport:
 
 
 @dataclass(frozen=True)
+class MotionReport:
+    """How long a step was, and why. Numbers are read when asked for.
+
+    Attributes:
+        motion: the step before ``lr``.
+        blocks: the blocks of the step.
+    """
+
+    motion: Motion
+    blocks: dict[str, BlockReport]
+
+    def __repr__(self) -> str:
+        return f"MotionReport({len(self.motion.vectors)} parameters)"
+
+    def __str__(self) -> str:
+        return (
+            f"length {self.length:.3g}  carried {self.carried:.3g}  share "
+            f"{self.share:.3g}  curvature x{self.inflation:.3g}  norm "
+            f"{self.norm:.2e}  predicted decrease {self.predicted_decrease:.2e}"
+        )
+
+    @cached_property
+    def length(self) -> float:
+        """Coefficient of the candidate in the step, before ``lr``."""
+        return float(self.motion.along * self.motion.share)
+
+    @cached_property
+    def carried(self) -> float:
+        """Coefficient of the step before, before ``lr``."""
+        return float(self.motion.carried * self.motion.share)
+
+    @cached_property
+    def share(self) -> float:
+        """What the floor of the loss, the clipping or the normalisation left."""
+        return float(self.motion.share)
+
+    @cached_property
+    def inflation(self) -> float:
+        """By how much the curvature was corrected along the candidate."""
+        return float(self.motion.inflation)
+
+    @cached_property
+    def norm(self) -> float:
+        """Length of the whole step in the metric norm. Cost: one product with K."""
+        weight = sum(
+            float(part.space.inner(u, u))
+            for b in self.blocks.values()
+            for part in b.metric.parts
+            if (u := b.steps.get(part.name)) is not None
+        )
+        return math.sqrt(weight + self._curvature)
+
+    @cached_property
+    def predicted_decrease(self) -> float:
+        """By how much the quadratic model says that the loss falls.
+
+        Cost: one product with K.
+        """
+        first = sum(block.predicted_decrease for block in self.blocks.values())
+        return first - 0.5 * self._curvature
+
+    @cached_property
+    def _curvature(self) -> float:
+        images = [
+            b.metric.image(
+                {
+                    part.name: torch.zeros_like(part.space.point)
+                    if (u := b.steps.get(part.name)) is None
+                    else u
+                    for part in b.metric.parts
+                }
+            ).double()
+            for b in self.blocks.values()
+            if b.rank
+        ]
+        if not images:
+            return 0.0
+        return float(torch.stack(images).sum(0).square().sum())
+
+
+@dataclass(frozen=True)
 class StepReport:
-    """The blocks of one step; ``print`` shows a table."""
+    """The blocks of one step; ``print`` shows a table.
+
+    Attributes:
+        blocks: ``{block name: report}``.
+        motion: how long the step was, where more than ``lr`` decides it; else None.
+    """
 
     blocks: dict[str, BlockReport]
+    motion: MotionReport | None = None
 
     def __repr__(self) -> str:
         return f"StepReport(blocks {', '.join(self.blocks)})"
@@ -139,9 +234,54 @@ class StepReport:
             texts = [f"{number:.2e}" for _, number in b._numbers()]
             rows.append([b.name, str(b.dim), str(b.rank), b.branch, *texts])
         widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-        return "\n".join(
+        lines = [] if self.motion is None else [str(self.motion)]
+        lines += [
             "  ".join(
                 cell.ljust(width) for cell, width in zip(row, widths, strict=True)
             ).rstrip()
             for row in rows
+        ]
+        return "\n".join(lines)
+
+
+def block_reports(
+    metric: ModelMetric,
+    plans: Mapping[str, Plan],
+    solutions: Mapping[str, Solution],
+    updates: Mapping[str, Tensor | None],
+    vectors: Mapping[str, Tensor],
+    motion: Motion | None,
+) -> dict[str, BlockReport]:
+    """Return what a step does, block by block, before it is done.
+
+    Args:
+        metric: the metric.
+        plans: what moves.
+        solutions: of each block.
+        updates: the tangent steps, None where they are ``-lr`` times the vectors.
+        vectors: the directions.
+        motion: the step before ``lr``, where more than ``lr`` decides it.
+
+    Returns:
+        The blocks that move.
+    """
+    reports = {}
+    for block, solution in solutions.items():
+        own = [name for name in solution.vectors if name in plans]
+        if not own:
+            continue
+        lr = plans[own[0]].lr
+        steps = {name: updates[name] for name in own}
+        slope = None
+        for name in own:
+            if steps[name] is None and (motion is not None or plans[name].lr != lr):
+                steps[name] = -plans[name].lr * vectors[name]
+        if motion is not None:
+            found = [
+                (plans[n].gradient * u).sum() for n, u in steps.items() if u is not None
+            ]
+            slope = torch.stack(found).sum()
+        reports[block] = BlockReport(
+            block, metric.blocks[block], solution, lr, steps, slope
         )
+    return reports

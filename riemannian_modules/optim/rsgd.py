@@ -14,42 +14,73 @@ from riemannian_modules.contraction.replica import is_sampled
 from riemannian_modules.contraction.result import Rate
 from riemannian_modules.errors import (
     ContractionError,
-    NonFiniteError,
     NotPositiveDefiniteError,
     NotRecordedError,
 )
 from riemannian_modules.layerwise import LayerwiseMetric
-from riemannian_modules.metric import Solution
 from riemannian_modules.model_metric import ModelMetric
-from riemannian_modules.optim.kinds import require_kinds
+from riemannian_modules.optim.kinds import require_kinds, require_numbers
+from riemannian_modules.optim.motion import Rule
 from riemannian_modules.optim.plan import Plan
-from riemannian_modules.optim.report import BlockReport, StepReport
+from riemannian_modules.optim.proposal import propose
+from riemannian_modules.optim.report import MotionReport, StepReport, block_reports
 from riemannian_modules.retractions import Default, Retraction
 
 __all__ = ["RiemannianSGD"]
 
+SPRING = 0.8
+# What groups have that were saved before steps had rules.
+_OLD = {
+    "automatic": False,
+    "spring": 0.0,
+    "floor": 0.0,
+    "clip": None,
+    "normalize": False,
+    "trust": None,
+}
+_COMMON = ("automatic", "spring", "floor", "clip", "normalize", "maximize")
+
 
 class RiemannianSGD(torch.optim.Optimizer):
-    """Steps ``w <- R_w(-lr sharp(m))`` with the momentum m of the gradient covector.
+    """Steps in the metric, of a length that the quadratic model chooses, or ``lr``.
 
-    Implements :eq:`update`. With an identity metric on Euclidean parameters this is
-    torch.optim.SGD. The momentum is a covector: the metric of each step is applied
-    to it anew, and only its part along the manifold is kept.
+    Without a learning rate a step minimises the quadratic model of the last pass over
+    the span of the candidate ``-sharp(gradient)`` and of the step before, and ends
+    where that model says that the loss has reached its floor: :eq:`automatic-step`,
+    :eq:`credible-share`. See :doc:`/steps`.
+
+    With ``lr`` alone it steps ``w <- R_w(-lr sharp(m))`` with the momentum m of the
+    gradient covector. Implements :eq:`update`. With an identity metric on Euclidean
+    parameters this is torch.optim.SGD. The momentum is a covector: the metric of each
+    step is applied to it anew, and only its part along the manifold is kept.
 
     Args:
         metric: the model's geometry; ``metric.backward`` replaces ``loss.backward``.
         params: parameters or groups, as in any torch optimizer; None: all of the
             metric's.
-        lr: step length; 1 is the full Gauss-Newton step of ``blocks="model"``. With
-            L blocks the quadratic model is stable below 2 / L.
+        lr: step length; 1 is the full Gauss-Newton step of ``blocks="model"``, and
+            below 2 / L the quadratic model of L blocks is stable. None: found in each
+            step, and the groups' ``"lr"`` is a factor of it, 1 until a scheduler acts.
         momentum: factor of the previous momentum, in [0, 1).
         dampening: the gradient enters the momentum times ``1 - dampening``.
         nesterov: look ahead by one momentum step.
-        weight_decay: decoupled, as in AdamW: ``w`` shrinks by ``lr * weight_decay``,
-            on manifolds along the tangent part of ``w`` (none on spheres and
-            Stiefel manifolds).
+        spring: part of the previous *step* that is kept, in [0, 1), as the centre of
+            the mass term: :eq:`function-momentum` (Goldshlager, Abrahamsen & Lin,
+            2024). None: 0.8 without ``lr`` and ``momentum``, else 0.
+        weight_decay: decoupled, as in AdamW: ``w`` shrinks by ``lr * weight_decay``
+            (without ``lr``: the length that was found), on manifolds along the tangent
+            part of ``w`` (none on spheres and Stiefel manifolds).
+        floor: what the loss cannot fall below, for steps without ``lr``; None: nothing
+            known. It bounds no step where the loss is below it: give the true one, or
+            ``clip``, for losses that may be negative.
+        clip: bound on the length of a step in the metric norm of the whole model,
+            ``sqrt(mu g0(u, u) + |K u|^2)``.
+        normalize: whether ``lr`` is the length of the step in that norm.
         retraction: how a tangent step becomes a point.
-        maximize: ascend instead.
+        maximize: ascend instead; needs ``lr``.
+
+    Cost: the solve, and one more product with K for ``spring``, without ``lr``, and
+    for a ``clip`` of groups with several ``lr``.
 
     Raises:
         ValueError: a hyperparameter out of its range, or a parameter that is not in
@@ -62,7 +93,7 @@ class RiemannianSGD(torch.optim.Optimizer):
     >>> _ = torch.manual_seed(0)
     >>> model = rm.nn.Linear(4, 2, manifold=rm.manifolds.Stiefel())
     >>> metric = rm.LayerwiseMetric(model, output=rm.output.Euclidean(), mass=0.1)
-    >>> optimizer = RiemannianSGD(metric, lr=0.1)
+    >>> optimizer = RiemannianSGD(metric)
     >>> with metric.record():
     ...     outputs = model(torch.ones(3, 4))
     >>> metric.backward(outputs.square().mean(), outputs)
@@ -76,35 +107,41 @@ class RiemannianSGD(torch.optim.Optimizer):
         metric: ModelMetric,
         params: Iterable[Any] | None = None,
         *,
-        lr: float = 0.1,
+        lr: float | None = None,
         momentum: float = 0.0,
         dampening: float = 0.0,
         nesterov: bool = False,
+        spring: float | None = None,
         weight_decay: float = 0.0,
+        floor: float | None = 0.0,
+        clip: float | None = None,
+        normalize: bool = False,
         retraction: Retraction | None = None,
         maximize: bool = False,
     ) -> None:
         require_kinds("RiemannianSGD(metric, lr=...)", metric, retraction)
-        if not (lr >= 0.0 and weight_decay >= 0.0 and 0.0 <= momentum < 1.0):
-            raise ValueError(
-                f"lr={lr}, momentum={momentum}, weight_decay={weight_decay}: lr and "
-                "weight_decay must not be negative, momentum lies in [0, 1)"
-            )
-        if nesterov and (momentum == 0.0 or dampening != 0.0):
-            raise ValueError("nesterov needs a momentum and no dampening")
-        self.metric = metric
-        self.retraction = Default() if retraction is None else retraction
-        self._report: StepReport | None = None
-        self._healthy: Tensor | None = None
-        self._stepped = 0
         defaults = {
             "lr": lr,
             "momentum": momentum,
             "dampening": dampening,
             "nesterov": nesterov,
+            "spring": spring,
             "weight_decay": weight_decay,
+            "floor": floor,
+            "clip": clip,
+            "normalize": normalize,
             "maximize": maximize,
         }
+        require_numbers(defaults)
+        if spring is None:
+            defaults["spring"] = SPRING if lr is None and momentum == 0.0 else 0.0
+        defaults |= {"lr": 1.0 if lr is None else lr, "automatic": lr is None}
+        defaults["trust"] = None
+        self.metric = metric
+        self.retraction = Default() if retraction is None else retraction
+        self._report: StepReport | None = None
+        self._healthy: Tensor | None = None
+        self._stepped = 0
         everything = [declared.tensor for declared in metric.parameters]
         super().__init__(everything if params is None else params, defaults)
 
@@ -114,6 +151,13 @@ class RiemannianSGD(torch.optim.Optimizer):
             "state_dict() and load_state_dict() on an optimizer built anew"
         )
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over a state, also one of before steps had rules."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, value in _OLD.items():
+                group.setdefault(name, value)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of the metric's parameters.
 
@@ -121,9 +165,19 @@ class RiemannianSGD(torch.optim.Optimizer):
             param_group: as in torch.optim.Optimizer.
 
         Raises:
-            ValueError: a parameter is not in the metric.
+            ValueError: a parameter is not in the metric, or the group wants another
+                rule for the length of steps, which all groups share.
         """
         super().add_param_group(param_group)
+        new, first = self.param_groups[-1], self.param_groups[0]
+        differ = [name for name in _COMMON if new[name] != first[name]]
+        if differ or new["lr"] is None:
+            self.param_groups.pop()
+            what = ", ".join(differ) or "lr=None"
+            raise ValueError(
+                f"a group has its own {what}, but one step moves all groups; give it "
+                "to the optimizer (a group's lr is a number, a factor without an lr)"
+            )
         for tensor in self.param_groups[-1]["params"]:
             if self.metric.parameters.name_of(tensor) is None:
                 self.param_groups.pop()
@@ -248,35 +302,43 @@ class RiemannianSGD(torch.optim.Optimizer):
         return loss
 
     def _step(self) -> None:
-        plans = self._plans()
-        solutions = self._solve(plans)
+        plans, first = self._plans(), self.param_groups[0]
+        rule = Rule(**{name: first[name] for name in Rule.__dataclass_fields__})
+        solutions, motion = propose(self.metric, plans, rule, first["trust"])
         vectors = {n: x for s in solutions.values() for n, x in s.vectors.items()}
-        updates = {name: plan.update(vectors[name]) for name, plan in plans.items()}
+        length = None
+        if motion is not None:
+            vectors |= {name: -u for name, u in motion.vectors.items()}
+            length = motion.along * motion.share if rule.automatic else None
+        updates = {n: plan.update(vectors[n], length) for n, plan in plans.items()}
         points = {
             name: plan.retract(self.retraction, updates[name])
             for name, plan in plans.items()
         }
         healthy = self.metric.succeeded()
         if healthy is not None:
-            totals = torch.stack([s.total().float() for s in solutions.values()])
-            healthy = healthy & torch.isfinite(totals).all()
+            totals = [s.total().float() for s in solutions.values()]
+            totals += [] if motion is None else [motion.total().float()]
+            healthy = healthy & torch.isfinite(torch.stack(totals)).all()
         self._healthy = healthy
+        kept = {}
+        if motion is not None and rule.keeps:
+            kept = {
+                name: plan.after(motion.vectors[name], points[name], healthy)
+                for name, plan in plans.items()
+            }
+        reports = block_reports(self.metric, plans, solutions, updates, vectors, motion)
         for name, plan in plans.items():
             plan.commit(points[name], updates[name], vectors[name], healthy)
             if plan.buffer is not None:
                 state = self.state[plan.declared.tensor]
                 state["momentum_buffer"] = plan.kept(healthy)
-        reports = {}
-        for block, solution in solutions.items():
-            own = [name for name in solution.vectors if name in plans]
-            if own:
-                metric, lr = self.metric.blocks[block], plans[own[0]].lr
-                steps = {name: updates[name] for name in own}
-                for name in own:
-                    if plans[name].lr != lr and steps[name] is None:
-                        steps[name] = -plans[name].lr * vectors[name]
-                reports[block] = BlockReport(block, metric, solution, lr, steps)
-        self._report = StepReport(reports)
+            if name in kept:
+                self.state[plan.declared.tensor]["step_buffer"] = kept[name]
+        if motion is not None:
+            first["trust"] = motion.trust_after(first["trust"], healthy)
+        moved = None if motion is None else MotionReport(motion, reports)
+        self._report = StepReport(reports, moved)
 
     def _plans(self) -> dict[str, Plan]:
         plans = {}
@@ -284,26 +346,7 @@ class RiemannianSGD(torch.optim.Optimizer):
             for tensor in group["params"]:
                 if tensor.grad is not None:
                     declared = self.metric.parameters.of(tensor)
-                    old = self.state.get(tensor, {}).get("momentum_buffer")
-                    plans[declared.name] = Plan.make(declared, group, old)
+                    state = self.state.get(tensor, {})
+                    old, last = state.get("momentum_buffer"), state.get("step_buffer")
+                    plans[declared.name] = Plan.make(declared, group, old, last)
         return plans
-
-    def _solve(self, plans: dict[str, Plan]) -> dict[str, Solution]:
-        scales = {plan.scale for plan in plans.values()}
-        parts = [part for b in self.metric.blocks.values() for part in b.parts]
-        whole = len(scales) == 1 and all(part.name in plans for part in parts)
-        if whole and self.metric.gradient_is_untouched():
-            extra = {n: p.extra for n, p in plans.items() if p.extra is not None}
-            solutions = self.metric.solve(extra or None, gradient=scales.pop())
-        else:
-            # Clipped gradients, mixed groups or parameters that are left out (whose
-            # gradient must not steer the others): a covector like any other.
-            covector = {n: plan.direction() for n, plan in plans.items()}
-            solutions = self.metric.solve(covector, gradient=0.0)
-        for block, solution in solutions.items():
-            if not solution.looks_finite():
-                raise NonFiniteError(
-                    f"the step of block '{block}' is not finite; nothing was changed. "
-                    "Lower the learning rate or raise the mass"
-                )
-        return solutions

@@ -19,8 +19,8 @@ class BlocksApart(QuadraticModel):
 class Weightless(QuadraticModel):
     """Forgets the mass."""
 
-    def mass(self, u, v):
-        return 0.0
+    def _weight(self, u, v):
+        return self._zero()
 
 
 class DampedDecrease(QuadraticModel):

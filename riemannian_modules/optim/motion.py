@@ -1,0 +1,259 @@
+r"""From a candidate and the step before to a step, in numbers that nobody reads.
+
+With the candidate v, the step before d and its part ``beta`` that is kept,
+
+    x   = sharp(K^T (y + beta K d) + e),  v = -x        the pull of the new data
+    u   = s (a v + b d)                                 the step, before ``lr``
+
+where (a, b) is (1, beta) or what the quadratic model says, and s keeps u within what
+the model may be trusted with. The rows of K know less of the curvature along v than
+they should, since v was fitted to them; the next rows, which measure K d anyway, tell
+how much less. All of it stays on the device.
+"""
+
+from dataclasses import dataclass, replace
+
+import geoopt
+import torch
+from torch import Tensor
+
+from riemannian_modules.optim.quadratic import Numbers
+
+__all__ = [
+    "Motion",
+    "Rule",
+    "best_pair",
+    "corrected",
+    "credible_share",
+    "foreseen",
+    "renewed",
+    "transported",
+    "within",
+]
+
+_DEPENDENT = 1e-12
+_MEMORY = 0.7
+# The measured curvature is noisy, and to overrate it costs speed.
+_SLACK = 1.5
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How long steps are; see :class:`riemannian_modules.optim.RiemannianSGD`.
+
+    Attributes:
+        automatic: whether the quadratic model chooses the length.
+        spring: part of the step before that is kept.
+        floor: what the loss cannot fall below, or None.
+        clip: bound on the step in the metric norm, or None.
+        normalize: whether the step has the length ``lr`` in the metric norm.
+    """
+
+    automatic: bool
+    spring: float
+    floor: float | None
+    clip: float | None
+    normalize: bool
+
+    @property
+    def plain(self) -> bool:
+        """Whether a step is ``-lr`` times the solution and nothing else."""
+        return not (self.keeps or self.measures)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether the step before counts."""
+        return self.automatic or self.spring > 0.0
+
+    @property
+    def measures(self) -> bool:
+        """Whether the quadratic model is asked."""
+        return self.automatic or self.clip is not None or self.normalize
+
+
+@dataclass(frozen=True)
+class Motion:
+    """A step before ``lr``.
+
+    Attributes:
+        vectors: ``{parameter name: u}``, tangent vectors.
+        along: the coefficient a of the candidate.
+        carried: the coefficient b of the step before.
+        share: the factor s.
+        length: the step's length in the metric norm, where it is known.
+        inflation: what the curvature along the candidate was multiplied by.
+        trust: what the next step is to compare, see :func:`foreseen`; or None.
+    """
+
+    vectors: dict[str, Tensor]
+    along: Tensor
+    carried: Tensor
+    share: Tensor
+    length: Tensor | None
+    inflation: Tensor
+    trust: Tensor | None = None
+
+    def times(self, factor: Tensor) -> "Motion":
+        """Return the step multiplied by a scalar."""
+        vectors = {name: factor.to(u.dtype) * u for name, u in self.vectors.items()}
+        length = None if self.length is None else factor * self.length
+        trust = self.trust
+        if trust is not None:
+            trust = torch.cat([trust[:2], factor.square() * trust[2:]])
+        share = factor * self.share
+        return replace(self, vectors=vectors, share=share, length=length, trust=trust)
+
+    def trust_after(self, old: Tensor | None, healthy: Tensor | None) -> Tensor | None:
+        """Return what the next step is to compare: the old if this one failed.
+
+        Args:
+            old: what the last step left, or None.
+            healthy: boolean scalar on the device; None: the step went well.
+
+        Returns:
+            ``(4,)``, or None.
+        """
+        if self.trust is None or healthy is None:
+            return old if self.trust is None else self.trust
+        before = torch.zeros_like(self.trust) if old is None else old.to(self.trust)
+        return torch.where(healthy, self.trust, before)
+
+    def total(self) -> Tensor:
+        """Return the sum of all entries, which is finite only if they are."""
+        return torch.stack([u.sum() for u in self.vectors.values()]).sum()
+
+
+def best_pair(numbers: Numbers, spring: float) -> Tensor:
+    """Minimise the model over one or two directions, the mass centred on the second.
+
+    Implements :eq:`automatic-step`. Directions that are dependent up to rounding
+    share the step (the solution of least norm). Nothing is read from the device.
+
+    Args:
+        numbers: the model on the candidate, or on it and the step before.
+        spring: the centre of the mass term is so much of the step before.
+
+    Returns:
+        The coefficients, ``(1,)`` or ``(2,)``; zero along a zero direction.
+    """
+    matrix, pull = numbers.damped, -numbers.slopes
+    size = matrix.diagonal().clamp_min(torch.finfo(matrix.dtype).tiny).sqrt()
+    if len(pull) == 1:
+        return pull / size.square()
+    right = (pull + spring * numbers.weight[:, 1]) / size
+    # [[1, r], [r, 1]] has the eigenvalues 1 + r and 1 - r.
+    r = matrix[0, 1] / (size[0] * size[1])
+    total, difference = right[0] + right[1], right[0] - right[1]
+    total = torch.where(1.0 + r > _DEPENDENT, total / (1.0 + r), 0.0)
+    difference = torch.where(1.0 - r > _DEPENDENT, difference / (1.0 - r), 0.0)
+    return 0.5 * torch.stack([total + difference, total - difference]) / size
+
+
+def renewed(trust: Tensor, curvature: Tensor) -> Tensor:
+    """Take the curvature along the last step into account, measured on new rows.
+
+    Args:
+        trust: what :func:`foreseen` left, ``(4,)``.
+        curvature: ``|K u|^2`` of the last step u, with K of this pass.
+
+    Returns:
+        The same with sums that include it.
+    """
+    measured, expected, rest, own = trust.unbind()
+    measured = _MEMORY * measured + (1.0 - _MEMORY) * (curvature - rest)
+    expected = _MEMORY * expected + (1.0 - _MEMORY) * own
+    return torch.stack([measured, expected, rest, own])
+
+
+def corrected(numbers: Numbers, trust: Tensor) -> tuple[Numbers, Tensor]:
+    """Inflate the curvature along the candidate by what new rows found it to be.
+
+    Implements :eq:`curvature-check`.
+
+    Args:
+        numbers: the model on the candidate and the step before.
+        trust: what :func:`renewed` returned.
+
+    Returns:
+        The corrected model, and the factor, at least 1.
+    """
+    measured, expected = trust[0], _SLACK * trust[1]
+    known = (expected > 0.0) & (measured > expected)
+    factor = torch.where(known, measured / expected, 1.0)
+    curvature = numbers.curvature.clone()
+    curvature[0, 0] = factor * curvature[0, 0]
+    return replace(numbers, curvature=curvature), factor
+
+
+def foreseen(numbers: Numbers, c: Tensor, trust: Tensor | None) -> Tensor:
+    """Return what these rows say of the step, for the next ones to compare.
+
+    Args:
+        numbers: the model as measured, not corrected.
+        c: coefficients of the step that is taken.
+        trust: what :func:`renewed` returned, or None.
+
+    Returns:
+        ``(4,)``: the sums of measured and of expected curvatures along candidates,
+        and of this step the curvature that needs no check and the one that does.
+    """
+    own = c[0].square() * numbers.curvature[0, 0]
+    rest = c @ numbers.curvature @ c - own
+    sums = torch.zeros_like(numbers.curvature[0, :1].repeat(2))
+    return torch.cat([sums if trust is None else trust[:2], torch.stack([rest, own])])
+
+
+def credible_share(slope: Tensor, curvature: Tensor, gap: Tensor) -> Tensor:
+    """Return the share of a step at which the model reaches the floor of the loss.
+
+    Implements :eq:`credible-share`. Beyond that the model is certainly wrong.
+
+    Args:
+        slope: ``df(u)``.
+        curvature: ``|K u|^2``.
+        gap: the loss above its floor.
+
+    Returns:
+        The smallest t in (0, 1] with ``gap + t slope + t^2 curvature / 2 = 0``; 1 if
+        there is none, if the gap is not positive, or if u does not descend.
+    """
+    inside = slope.square() - 2.0 * gap * curvature
+    # This form of the root loses no digits and holds without curvature.
+    root = 2.0 * gap / (inside.clamp_min(0.0).sqrt() - slope)
+    reached = (inside >= 0.0) & (gap > 0.0) & (slope < 0.0)
+    return torch.where(reached, root.clamp_max(1.0), 1.0)
+
+
+def within(bound: float, length: Tensor) -> Tensor:
+    """Return the factor that shortens a step of this length to the bound.
+
+    Implements :eq:`metric-clip`.
+
+    Args:
+        bound: a positive number.
+        length: length of the step in the metric norm.
+
+    Returns:
+        At most 1.
+    """
+    return torch.where(length > bound, bound / length, 1.0)
+
+
+def transported(
+    manifold: geoopt.Manifold, start: Tensor, end: Tensor, vector: Tensor
+) -> Tensor:
+    """Return a tangent vector at ``start`` carried to ``end``.
+
+    Args:
+        manifold: where the points live.
+        start: a point.
+        end: another.
+        vector: tangent at ``start``.
+
+    Returns:
+        By the manifold's transport; the vector itself, to be projected, if it has none.
+    """
+    if type(manifold).transp is geoopt.Manifold.transp:
+        return vector
+    carried: Tensor = manifold.transp(start, end, vector)
+    return carried

@@ -1,0 +1,165 @@
+"""From plans to a step: solve, measure, combine. Nothing is changed here."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from riemannian_modules.errors import NonFiniteError
+from riemannian_modules.finite import looks_finite
+from riemannian_modules.metric import Solution
+from riemannian_modules.model_metric import ModelMetric
+from riemannian_modules.optim.motion import (
+    Motion,
+    Rule,
+    best_pair,
+    corrected,
+    credible_share,
+    foreseen,
+    renewed,
+    within,
+)
+from riemannian_modules.optim.plan import Plan
+from riemannian_modules.optim.quadratic import Numbers, QuadraticModel
+
+__all__ = ["propose"]
+
+Plans = Mapping[str, Plan]
+Solutions = dict[str, Solution]
+
+
+def propose(
+    metric: ModelMetric, plans: Plans, rule: Rule, trust: Tensor | None = None
+) -> tuple[Solutions, Motion | None]:
+    """Solve for the directions, and choose the step where ``lr`` does not say it all.
+
+    Args:
+        metric: the metric after a backward pass.
+        plans: what moves.
+        rule: how long steps are.
+        trust: what the last step left of its curvature, ``(4,)``, or None.
+
+    Returns:
+        The solutions by block, and the step before ``lr``; None: it is minus the
+        solution.
+
+    Raises:
+        NonFiniteError: a step is not finite.
+        NotPositiveDefiniteError: a block's small matrix could not be factorised.
+    """
+    if rule.plain or not plans:
+        return _solve(metric, plans, None), None
+    model = QuadraticModel(metric, {n: plan.gradient for n, plan in plans.items()})
+    before = _before(plans) if rule.keeps else {}
+    image = model.image(before) if before else None
+    shift = rule.spring * image if rule.spring and image is not None else None
+    solutions = _solve(metric, plans, shift)
+    found = {n: x for s in solutions.values() for n, x in s.vectors.items()}
+    candidate = {name: -found[name] for name in plans}
+    numbers = None
+    if rule.measures:
+        own = _velocity(solutions) if len(found) == len(plans) else None
+        first = None if own is None else -own
+        numbers = (
+            model.numbers([candidate, before], [first, image])
+            if before
+            else model.numbers([candidate], [first])
+        )
+    if trust is not None and image is not None:
+        trust = renewed(trust.to(image), image.square().sum())
+    motion = _combine(metric, rule, numbers, candidate, before, trust)
+    if rule.clip is not None:
+        motion = _clipped(rule.clip, model, plans, motion)
+    if not all(map(looks_finite, motion.vectors.values())):
+        raise NonFiniteError(
+            f"the step is not finite (coefficients {float(motion.along)} and "
+            f"{float(motion.carried)}, share {float(motion.share)}); nothing was "
+            "changed. Raise the mass"
+        )
+    return solutions, motion
+
+
+def _before(plans: Plans) -> dict[str, Tensor]:
+    carried = {name: plan.before() for name, plan in plans.items()}
+    return {name: d for name, d in carried.items() if d is not None}
+
+
+def _velocity(solutions: Solutions) -> Tensor | None:
+    known = [s.velocity.double() for s in solutions.values() if len(s.velocity)]
+    return torch.stack(known).sum(0) if known else None
+
+
+def _combine(
+    metric: ModelMetric,
+    rule: Rule,
+    numbers: Numbers | None,
+    candidate: dict[str, Tensor],
+    before: dict[str, Tensor],
+    trust: Tensor | None,
+) -> Motion:
+    first = next(iter(candidate.values()))
+    one = torch.ones((), dtype=torch.float64, device=first.device)
+    pair = torch.stack([one, rule.spring * one])
+    inflation, measured = one, numbers
+    if rule.automatic and numbers is not None:
+        if trust is not None and before:
+            numbers, inflation = corrected(numbers, trust)
+        pair = best_pair(numbers, rule.spring)
+    share, length = one, None
+    if numbers is not None:
+        c = pair[: len(numbers.slopes)]
+        length = (c @ numbers.damped @ c).clamp_min(0.0).sqrt()
+        if rule.automatic and rule.floor is not None and metric.loss is not None:
+            slope, curvature = numbers.slopes @ c, c @ numbers.curvature @ c
+            gap = metric.loss.double() - rule.floor
+            share = credible_share(slope, curvature, gap)
+        if rule.normalize:
+            share = torch.where(length > 0.0, 1.0 / length, 0.0)
+        length = share * length
+    carried = pair[1] if before else torch.zeros_like(one)
+    vectors = {name: pair[0].to(v.dtype) * v for name, v in candidate.items()}
+    for name, d in before.items():
+        vectors[name] = vectors[name] + carried.to(d.dtype) * d
+    vectors = {name: share.to(u.dtype) * u for name, u in vectors.items()}
+    motion = Motion(vectors, pair[0], carried, share, length, inflation)
+    if not rule.automatic or measured is None:
+        return motion
+    return replace(
+        motion, trust=foreseen(measured, share * pair[: len(measured.slopes)], trust)
+    )
+
+
+def _clipped(
+    clip: float, model: QuadraticModel, plans: Plans, motion: Motion
+) -> Motion:
+    lr, *others = (plan.lr for plan in plans.values())
+    if motion.length is not None and all(
+        other is lr or other == lr for other in others
+    ):
+        length = abs(lr) * motion.length
+    else:
+        step = {name: plans[name].lr * u for name, u in motion.vectors.items()}
+        length = model.numbers([step]).damped[0, 0].clamp_min(0.0).sqrt()
+    return motion.times(within(clip, length))
+
+
+def _solve(metric: ModelMetric, plans: Plans, shift: Tensor | None) -> Solutions:
+    scales = {plan.scale for plan in plans.values()}
+    parts = [part for b in metric.blocks.values() for part in b.parts]
+    whole = len(scales) == 1 and all(part.name in plans for part in parts)
+    if whole and metric.gradient_is_untouched():
+        extra = {n: p.extra for n, p in plans.items() if p.extra is not None}
+        solutions = metric.solve(extra or None, gradient=scales.pop(), shift=shift)
+    else:
+        # Clipped gradients, mixed groups or parameters that are left out (whose
+        # gradient must not steer the others): a covector like any other.
+        covector = {n: plan.direction() for n, plan in plans.items()}
+        solutions = metric.solve(covector, gradient=0.0, shift=shift)
+    for block, solution in solutions.items():
+        if not solution.looks_finite():
+            raise NonFiniteError(
+                f"the step of block '{block}' is not finite; nothing was changed. "
+                "Lower the learning rate or raise the mass"
+            )
+    return solutions
