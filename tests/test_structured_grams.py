@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import riemannian_modules as rm
 from riemannian_modules import Mass, TangentSpace
 from riemannian_modules import factors as fs
-from riemannian_modules.factors import embedding, linear, linear_gram, slabs
+from riemannian_modules.factors import chunks, embedding, linear, linear_gram, slabs
 from riemannian_modules.factors import tokens as tokens_of
 from riemannian_modules.manifolds.riesz import riesz
 
@@ -257,7 +257,7 @@ def test_pieces_of_any_size_give_the_same(
 ) -> None:
     factor = FACTORS[name]()
     dense = factor.to_dense()
-    monkeypatch.setattr(slabs, "MOST_ENTRIES", most)
+    monkeypatch.setattr(chunks, "MOST_ENTRIES", most)
     torch.testing.assert_close(factor.to_dense(), dense)
     shape = factor.shape
     mass = BASES[base].mass(shape[0], shape[1]) if len(shape) == 2 else Mass()
@@ -272,7 +272,7 @@ def test_pieces_of_any_size_give_the_same(
 def test_manifolds_that_couple_rows(
     name: str, kind: str, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(slabs, "MOST_ENTRIES", most)
+    monkeypatch.setattr(chunks, "MOST_ENTRIES", most)
     monkeypatch.setattr(slabs, "_FEWEST_ROWS", 4)
     assert_gram(FACTORS[kind](), space_of(BASES[name], (7, 3)))
 
@@ -323,7 +323,7 @@ class Largest(TorchDispatchMode):
 def test_slabs_keep_within_the_bound(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(slabs, "MOST_ENTRIES", 200)
+    monkeypatch.setattr(chunks, "MOST_ENTRIES", 200)
     factor = FACTORS[name]()
     wide = fs.LinearFactor(torch.randn(3, 20, 3), torch.randn(2, 3, 20, 90))
     factor = wide if name == "linear" else factor
@@ -443,7 +443,7 @@ def test_patches_in_pairs_of_positions(
 def test_filters_on_manifolds(
     make: Any, groups: int, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(slabs, "MOST_ENTRIES", most)
+    monkeypatch.setattr(chunks, "MOST_ENTRIES", most)
     factor = convolution(groups)
     for manifold in (make(), Reshaped.filters(make(), factor.shape, groups)):
         point = manifold.projx(0.1 * torch.randn(factor.shape))

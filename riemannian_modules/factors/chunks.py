@@ -4,35 +4,35 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-__all__ = ["at_most", "is_bounded", "most_entries"]
+__all__ = ["MOST_ENTRIES", "at_most", "is_bounded", "most_entries"]
 
-_DEFAULT = 1 << 22
-_entries: ContextVar[int] = ContextVar("entries", default=_DEFAULT)
+MOST_ENTRIES = 1 << 22
+_entries: ContextVar[int | None] = ContextVar("entries", default=None)
 
 
 def most_entries() -> int:
     """Return the bound of this scope, 2^22 outside of :func:`at_most`."""
-    return _entries.get()
+    bound = _entries.get()
+    return MOST_ENTRIES if bound is None else min(bound, MOST_ENTRIES)
 
 
 def is_bounded() -> bool:
-    """Whether this scope asks for less than what is usual."""
-    return _entries.get() < _DEFAULT
+    """Whether this is inside of :func:`at_most`."""
+    return _entries.get() is not None
 
 
 @contextmanager
-def at_most(entries: int | None) -> Iterator[None]:
+def at_most(entries: int) -> Iterator[None]:
     """Lower the bound inside this scope, in this thread.
 
     Args:
-        entries: the bound; None, or more than usual: nothing changes.
+        entries: the bound; more than that of the scope around it changes nothing.
 
     >>> with at_most(1000):
     ...     most_entries()
     1000
     """
-    bound = most_entries() if entries is None else min(entries, most_entries())
-    token = _entries.set(max(1, bound))
+    token = _entries.set(max(1, min(entries, most_entries())))
     try:
         yield
     finally:
