@@ -6,6 +6,7 @@ from riemannian_modules.factors.convolution import Convolution, ConvolutionFacto
 from riemannian_modules.factors.dense import DenseFactor
 from riemannian_modules.factors.embedding import EmbeddingFactor
 from riemannian_modules.factors.linear import BiasFactor, LinearFactor
+from riemannian_modules.factors.passes import concatenated, scaled, summed
 from riemannian_modules.factors.slabs import SlabFactor, coupled_dims
 from riemannian_modules.factors.sums import SumFactor, joined
 
@@ -20,6 +21,9 @@ __all__ = [
     "MetricFactor",
     "SlabFactor",
     "SumFactor",
+    "concatenated",
     "coupled_dims",
     "joined",
+    "scaled",
+    "summed",
 ]

@@ -121,7 +121,8 @@ class Pointwise:
         if y is None:
             return linearize(whole, rows, len(examples[0]))
         gradient = {name: factor.rmatvec(y) for name, factor in whole.items()}
-        return Linearization(list(whole), whole, gradient, y, None, None, {})
+        n = len(examples[0])
+        return Linearization(list(whole), whole, gradient, y, None, None, {}, n)
 
     def bend(
         self,
