@@ -27,6 +27,7 @@ from riemannian_modules.heads import (
 from riemannian_modules.mass import MassLike
 from riemannian_modules.model_metric import ModelMetric
 from riemannian_modules.recorder import Recorder
+from riemannian_modules.rows import FewerRows, History, RowReduction
 
 __all__ = ["LayerwiseMetric"]
 
@@ -49,6 +50,12 @@ class LayerwiseMetric(ModelMetric):
         reduction: how the loss sums over examples, ``"mean"`` or ``"sum"``.
         precision: data type of the small matrices; None: float64 up to rank 2048, or
             float32 where that costs a float32 model no accuracy.
+        rows: what to put in the place of the rows of a pass, see
+            :mod:`riemannian_modules.rows`; None: all of them.
+        history: a :class:`riemannian_modules.rows.History` of past passes whose rows
+            are added, or its window; None: none.
+        refresh: in how many backward passes the rows are renewed once; in those
+            between only the gradient is computed, as in :meth:`frozen`.
 
     Attributes:
         grouping: the ``blocks`` that it was made with.
@@ -87,6 +94,9 @@ class LayerwiseMetric(ModelMetric):
         blocks: Blocks = "layer",
         reduction: Reduction = "mean",
         precision: torch.dtype | None = None,
+        rows: RowReduction | None = None,
+        history: History | int | None = None,
+        refresh: int = 1,
     ) -> None:
         super().__init__(
             model,
@@ -95,6 +105,7 @@ class LayerwiseMetric(ModelMetric):
             blocks=blocks,
             reduction=reduction,
             precision=precision,
+            fewer=FewerRows(rows, history, refresh),
         )
         self._recorder = Recorder(model, self.parameters)
 
@@ -106,6 +117,9 @@ class LayerwiseMetric(ModelMetric):
 
     def of(self, model: nn.Module) -> "LayerwiseMetric":
         """Return a new metric with the same settings on a copy of the model.
+
+        Its rows are those of each of its own passes: ``rows``, ``history`` and
+        ``refresh`` are about training and are left out.
 
         Args:
             model: a model with parameters of the same names, shapes and manifolds.
@@ -172,6 +186,9 @@ class LayerwiseMetric(ModelMetric):
 
     def _pass(self, outputs: OutputLike, loss: Tensor | None) -> None:
         heads = pair(self.output, outputs)
+        if loss is not None and self._holds(loss):
+            # The factors stay: an ordinary backward pass, without rows.
+            heads = [(end, None) for end, _ in heads]
         with unfreed():
             found = self._recorder.linearize(heads, loss, self.reduction)
         self._take(found, loss, self._recorder.close())

@@ -28,6 +28,7 @@ from riemannian_modules.linearize import Linearization
 from riemannian_modules.manifolds import Product
 from riemannian_modules.mass import Mass, MassLike
 from riemannian_modules.metric import LayerMetric, Solution
+from riemannian_modules.rows import FewerRows, Neglected
 from riemannian_modules.tape import Tape
 
 __all__ = ["ModelMetric"]
@@ -47,6 +48,7 @@ class ModelMetric:
         blocks: which tensors are solved together.
         reduction: how the loss sums over examples.
         precision: data type of the small matrices.
+        fewer: how the rows of passes become those of the metric; None: as they are.
 
     Attributes:
         grouping: the ``blocks`` that it was made with.
@@ -65,6 +67,7 @@ class ModelMetric:
         blocks: Blocks,
         reduction: Reduction,
         precision: torch.dtype | None,
+        fewer: FewerRows | None = None,
     ) -> None:
         if blocks not in ("tensor", "layer", "model"):
             raise ValueError(f"blocks={blocks!r}; choose 'tensor', 'layer' or 'model'")
@@ -75,6 +78,7 @@ class ModelMetric:
         self.reduction = reduction
         self.precision = precision
         self.parameters = DeclaredParameters(model, mass)
+        self.fewer = FewerRows() if fewer is None else fewer
         self.version = 0
         self.blocks: dict[str, LayerMetric] = {}
         self._groups = self.parameters.groups(blocks)
@@ -127,6 +131,11 @@ class ModelMetric:
         return len(self._groups) > 1
 
     @property
+    def neglected(self) -> Neglected | None:
+        """What ``rows=`` left out of the last pull-back, or None."""
+        return self.fewer.neglected
+
+    @property
     def manifold(self) -> Product:
         """The product of all parameters' manifolds, with the metric of this moment.
 
@@ -138,6 +147,7 @@ class ModelMetric:
     def state_dict(self) -> dict[str, Any]:
         """Return the masses and the version; factors belong to one pass.
 
+        So do the rows of a history: a metric that goes on from a state starts it anew.
         Only numbers, strings and tensors, so that ``torch.load`` can read it safely.
         """
         mass = {declared.name: asdict(declared.mass) for declared in self.parameters}
@@ -154,6 +164,7 @@ class ModelMetric:
         """
         self.set_mass({name: Mass(**mass) for name, mass in state["mass"].items()})
         self.version = int(state["version"])
+        self.fewer.forget()
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
@@ -256,14 +267,25 @@ class ModelMetric:
 
     # --- how a pass becomes the state
 
+    def _holds(self, loss: Tensor | None) -> bool:
+        """Whether a pass keeps the factors, so that only its gradient is wanted."""
+        if not self.blocks:
+            return False
+        return self._frozen or (loss is not None and self.fewer.holds)
+
     def _take(self, found: Linearization, loss: Tensor | None, passed: Tape) -> None:
-        if self._frozen and self.blocks:
+        if self._holds(loss):
             # The old factors do not span the new gradient.
             rest = {**zero_covectors(self.blocks), **found.gradient}
             found = replace(found, residual=None, rest=rest, source=None)
             self.blocks = moved(self.blocks, self.parameters)
+            if not self._frozen:
+                self.fewer.held()
         else:
+            spaces = {name: self.parameters[name].space() for name in found.names}
+            found = self.fewer.apply(found, spaces)
             self._renew(found)
+            self.fewer.keep()
         self._found, self._passed = found, passed
         self._marks = {name: g._version for name, g in found.gradient.items()}
         if loss is not None:

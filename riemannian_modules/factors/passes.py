@@ -8,9 +8,14 @@ from torch.nn.functional import pad
 
 from riemannian_modules.errors import ShapeError
 from riemannian_modules.factors.base import MetricFactor
+from riemannian_modules.factors.chosen import Shared, rebuilt
 from riemannian_modules.factors.convolution import ConvolutionFactor
 from riemannian_modules.factors.dense import DenseFactor
-from riemannian_modules.factors.linear import BiasFactor, LinearFactor
+from riemannian_modules.factors.linear import (
+    BiasFactor,
+    CotangentFactor,
+    LinearFactor,
+)
 
 __all__ = ["concatenated", "scaled", "summed"]
 
@@ -42,30 +47,33 @@ def summed(factor: MetricFactor, groups: int) -> DenseFactor:
     return DenseFactor(torch.stack(sums))
 
 
-def scaled(factor: MetricFactor, by: float) -> MetricFactor:
+def scaled(
+    factor: MetricFactor, by: float, shared: Shared | None = None
+) -> MetricFactor:
     """Return the factor ``by K``; a structured one keeps its structure.
 
     Args:
         factor: any factor.
         by: a number.
+        shared: see :class:`Shared`.
 
     Returns:
         A factor; the arguments are left alone.
     """
     if by == 1.0:
         return factor
-    if isinstance(factor, LinearFactor):
-        return LinearFactor(factor.inputs, by * factor.cotangents)
-    if isinstance(factor, BiasFactor):
-        return BiasFactor(by * factor.cotangents)
-    if isinstance(factor, ConvolutionFactor):
-        return ConvolutionFactor(
-            factor.convolution, factor.inputs, by * factor.cotangents, factor.shape
-        )
+    if isinstance(factor, CotangentFactor):
+        shared = Shared() if shared is None else shared
+        l = factor.cotangents
+        found = rebuilt(factor, None, shared.of(("scaled", by), [l], lambda: by * l))
+        if found is not None:
+            return found
     return DenseFactor(by * factor.rows(0, factor.rank))
 
 
-def concatenated(factors: Sequence[MetricFactor], groups: int) -> MetricFactor:
+def concatenated(
+    factors: Sequence[MetricFactor], groups: int, shared: Shared | None = None
+) -> MetricFactor:
     """Return the rows of several passes, as if their examples were of one batch.
 
     Row ``(j, i)`` is that of cotangent j and example i, the examples of the first
@@ -76,6 +84,7 @@ def concatenated(factors: Sequence[MetricFactor], groups: int) -> MetricFactor:
     Args:
         factors: of one parameter, each with ``groups`` cotangents.
         groups: number of cotangents, which divides every rank.
+        shared: see :class:`Shared`.
 
     Returns:
         The factor of all rows.
@@ -97,38 +106,39 @@ def concatenated(factors: Sequence[MetricFactor], groups: int) -> MetricFactor:
         )
     if len(factors) == 1:
         return factors[0]
-    linear = [f for f in factors if isinstance(f, LinearFactor)]
-    if _structured(linear, factors, groups):
-        inputs = _joined([f.inputs for f in linear], 0, 1)
-        return LinearFactor(inputs, _joined([f.cotangents for f in linear], 1, 2))
-    biases = [f for f in factors if isinstance(f, BiasFactor)]
-    if _structured(biases, factors, groups):
-        return BiasFactor(_joined([f.cotangents for f in biases], 1, 2))
-    convolutions = [f for f in factors if isinstance(f, ConvolutionFactor)]
-    sizes = {f.inputs.shape[1:] for f in convolutions}
-    if _structured(convolutions, factors, groups) and len(sizes) == 1:
-        return ConvolutionFactor(
-            convolutions[0].convolution,
-            torch.cat([f.inputs for f in convolutions]),
-            torch.cat([f.cotangents for f in convolutions], 1),
-            convolutions[0].shape,
-        )
+    if _alike(factors, groups):
+        shared = Shared() if shared is None else shared
+        cotangents = [f.cotangents for f in factors]  # type: ignore[attr-defined]
+        l = shared.of("cotangents", cotangents, lambda: _joined(cotangents, 1))
+        first, inputs = factors[0], None
+        if isinstance(first, LinearFactor | ConvolutionFactor):
+            inputs = _joined([f.inputs for f in factors], 0)  # type: ignore[attr-defined]
+        found = rebuilt(first, inputs, l)
+        if found is not None:
+            return found
     rows = [f.rows(0, f.rank).reshape(groups, -1, *f.shape) for f in factors]
     return DenseFactor(torch.cat(rows, 1).flatten(0, 1))
 
 
-def _structured(
-    found: Sequence[LinearFactor | BiasFactor | ConvolutionFactor],
-    factors: Sequence[MetricFactor],
-    groups: int,
-) -> bool:
-    """Whether all factors are of one kind and are made of so many cotangents."""
-    return len(found) == len(factors) and all(
-        len(f.cotangents) == groups for f in found
-    )
+def _alike(factors: Sequence[MetricFactor], groups: int) -> bool:
+    """Whether the factors can be put together as one of their kind."""
+    first = factors[0]
+    if not isinstance(first, LinearFactor | BiasFactor | ConvolutionFactor):
+        return False
+    if any(type(f) is not type(first) for f in factors):
+        return False
+    if any(len(f.cotangents) != groups for f in factors):  # type: ignore[attr-defined]
+        return False
+    if isinstance(first, ConvolutionFactor):
+        sizes = {f.inputs.shape[1:] for f in factors}  # type: ignore[attr-defined]
+        return len(sizes) == 1
+    return True
 
 
-def _joined(tensors: Sequence[Tensor], dim: int, places: int) -> Tensor:
-    """Concatenate tensors ``(..., positions, width)``; missing positions are zero."""
+def _joined(tensors: Sequence[Tensor], dim: int) -> Tensor:
+    """Concatenate along the examples; missing positions are zero."""
+    places = dim + 1
     most = max(t.shape[places] for t in tensors)
-    return torch.cat([pad(t, (0, 0, 0, most - t.shape[places])) for t in tensors], dim)
+    if any(t.shape[places] != most for t in tensors):
+        tensors = [pad(t, (0, 0, 0, most - t.shape[places])) for t in tensors]
+    return torch.cat(list(tensors), dim)

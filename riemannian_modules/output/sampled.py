@@ -109,7 +109,7 @@ class Sampled(OutputMetric):
         """
         if self.probes == 0:
             raise OutputMetricError(
-                f"{self!r} has the row of a gradient alone, and there is none here; use "
+                f"{self!r} has the row of a gradient alone, and there is none; use "
                 "metric.backward(loss, outputs) and a metric that whitens its "
                 "cotangent, or probes=1"
             )
