@@ -15,6 +15,7 @@ from riemannian_modules import (
     optim,
     output,
     retractions,
+    rows,
     rules,
     woodbury,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "output",
     "project_",
     "retractions",
+    "rows",
     "rules",
     "woodbury",
 ]

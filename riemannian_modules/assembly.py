@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -20,9 +21,11 @@ __all__ = [
     "MetricLink",
     "bind_views",
     "block_metrics",
+    "full_precision",
     "introduce",
     "moved",
     "reweighted",
+    "too_narrow",
     "zero_covectors",
 ]
 
@@ -186,3 +189,25 @@ def zero_covectors(blocks: Blocks) -> dict[str, Tensor]:
         for block in blocks.values()
         for part in block.parts
     }
+
+
+def full_precision(parameters: DeclaredParameters) -> AbstractContextManager[object]:
+    """Switch autocast off inside this scope: it is for the forward pass only."""
+    kind = next(iter(parameters)).tensor.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
+
+
+def too_narrow(blocks: Blocks, version: int) -> set[str]:
+    """Return the blocks for which float32 is not worth a try in the next pull-back.
+
+    Where it was not enough in the last one it is tried again only in every sixteenth.
+
+    Args:
+        blocks: metrics by block.
+        version: number of pull-backs so far.
+    """
+    if version % 16 == 0:
+        return set()
+    return {name for name, block in blocks.items() if block.too_narrow}

@@ -160,6 +160,7 @@ class Rows:
         residual: y with ``L^T y + rest = costate``, ``(r n,)``; None: rest is all.
         has_costate: whether a costate is among them.
         has_rest: whether a rest is among them.
+        joint: whether a row of L is the sum of its n parts; y is ``(r,)`` then.
     """
 
     stacks: list[Tensor]
@@ -167,6 +168,7 @@ class Rows:
     residual: Tensor | None
     has_costate: bool
     has_rest: bool
+    joint: bool = False
 
     @property
     def count(self) -> int:
@@ -194,46 +196,71 @@ def output_rows(
             whitened residual does not fit them.
         NonFiniteError: they hold NaN or infinity.
     """
-    parts = [_head_rows(head, reduction) for head in heads]
-    rank = sum(0 if rows is None else len(rows) for rows, _ in parts)
+    joint = _joint(heads)
+    each = [None] * len(heads) if costates is None else costates
+    found = [_head_rows(*pair, reduction) for pair in zip(heads, each, strict=True)]
+    parts = [head.rows for head in found]
+    rank = sum(0 if rows is None else len(rows) for rows in parts)
     if costates is None:
-        return Rows(_stacks(heads, parts, [], rank), rank, None, False, False)
-    whitened = [
-        _whitened(head, rows, weight, costate)
-        for head, (rows, weight), costate in zip(heads, parts, costates, strict=True)
-    ]
+        stacks = _stacks(heads, parts, [], rank)
+        return Rows(stacks, rank, None, False, False, joint)
     extra = [list(costates)]
-    exact = [y is not None for y, _ in whitened]
-    if not any(exact):
-        return Rows(_stacks(heads, parts, extra, rank), rank, None, True, False)
-    residual = torch.cat(
-        [
-            costate.new_zeros(0 if rows is None else rows.shape[0] * rows.shape[1])
-            if y is None
-            else y
-            for (y, _), (rows, _), costate in zip(
-                whitened, parts, costates, strict=True
-            )
-        ]
-    )
-    rests = [rest for _, rest in whitened]
+    if all(head.residual is None for head in found):
+        stacks = _stacks(heads, parts, extra, rank)
+        return Rows(stacks, rank, None, True, False, joint)
+    residual = torch.cat([head.coordinates(joint) for head in found])
+    rests = [head.rest for head in found]
     # Reading the remainder is free on the CPU only; elsewhere it travels along.
     spans = all(r.device.type == "cpu" and not bool(r.any()) for r in rests)
     if not spans:
         extra.append(rests)
     stacks = _stacks(heads, parts, extra, rank)
-    return Rows(stacks, rank, residual, True, not spans)
+    return Rows(stacks, rank, residual, True, not spans, joint)
 
 
-def _head_rows(head: Head, reduction: Reduction) -> tuple[Tensor | None, float]:
+@dataclass(frozen=True)
+class _Found:
+    """The rows ``(r, n, *output)`` of one head, and its costate in their terms."""
+
+    rows: Tensor | None
+    residual: Tensor | None
+    rest: Tensor
+
+    def coordinates(self, joint: bool) -> Tensor:
+        """Return y, flat; zero where the rows explain nothing."""
+        if self.residual is not None:
+            return self.residual
+        r, n = (0, 0) if self.rows is None else self.rows.shape[:2]
+        return self.rest.new_zeros(r if joint else r * n)
+
+
+def _joint(heads: Sequence[Head]) -> bool:
+    kinds = {metric.joint for _, metric in heads if metric is not None}
+    if len(kinds) > 1:
+        raise OutputMetricError(
+            "some outputs have rows for each example and others for the whole batch "
+            "(Sampled(..., per='batch')); choose one of them for all outputs"
+        )
+    return kinds == {True}
+
+
+def _head_rows(head: Head, costate: Tensor | None, reduction: Reduction) -> _Found:
     outputs, metric = head
     if metric is None:
-        return None, 1.0
+        return _Found(None, None, outputs if costate is None else costate)
     metric.validate(outputs)
     weight = 1.0 / metric.terms(outputs) if reduction == "mean" else 1.0
-    rows = metric.factor(_wide(outputs))
+    wide = _wide(outputs)
+    if costate is None:
+        rows, y, rest = metric.factor(wide), None, wide
+    else:
+        rows, y, rest = metric.split(wide, _wide(costate))
     _require_rows(metric, rows, outputs)
-    return rows.movedim(1, 0) * weight**0.5, weight
+    if costate is not None:
+        _require_split(metric, rows, y, rest, outputs)
+    if y is not None:
+        y = (y if metric.joint else y.mT.reshape(-1)) / weight**0.5
+    return _Found(rows.movedim(1, 0) * weight**0.5, y, rest)
 
 
 def _require_rows(metric: OutputMetric, rows: object, outputs: Tensor) -> None:
@@ -260,14 +287,10 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.detach() if tensor.itemsize >= 4 else tensor.detach().float()
 
 
-def _whitened(
-    head: Head, rows: Tensor | None, weight: float, costate: Tensor
-) -> tuple[Tensor | None, Tensor]:
-    outputs, metric = head
-    if metric is None or rows is None:
-        return None, costate
-    y, rest = metric.whiten(_wide(outputs), _wide(costate))
-    count = (rows.shape[1], rows.shape[0])
+def _require_split(
+    metric: OutputMetric, rows: Tensor, y: Tensor | None, rest: Tensor, outputs: Tensor
+) -> None:
+    count = (rows.shape[1],) if metric.joint else tuple(rows.shape[:2])
     if rest.shape != outputs.shape or (y is not None and y.shape != count):
         found = None if y is None else tuple(y.shape)
         raise ShapeError(
@@ -275,17 +298,16 @@ def _whitened(
             f"{tuple(rest.shape)}; it must give the shapes {count}, or None, and "
             f"{tuple(outputs.shape)}"
         )
-    return (None if y is None else y.mT.reshape(-1) / weight**0.5), rest
 
 
 def _stacks(
     heads: Sequence[Head],
-    parts: Sequence[tuple[Tensor | None, float]],
+    parts: Sequence[Tensor | None],
     extra: Sequence[Sequence[Tensor]],
     rank: int,
 ) -> list[Tensor]:
     stacks, before = [], 0
-    for index, ((outputs, _), (rows, _)) in enumerate(zip(heads, parts, strict=True)):
+    for index, ((outputs, _), rows) in enumerate(zip(heads, parts, strict=True)):
         own = 0 if rows is None else len(rows)
         pieces = [] if rows is None else [rows]
         if own < rank:

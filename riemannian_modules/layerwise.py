@@ -9,7 +9,7 @@ The recursion of Pehle & Slotine (2026) in five lines:
     x    = sharp(K^T y + e),  L^T y + rest = v       the Riemannian gradient
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from riemannian_modules.checks import unfreed
 from riemannian_modules.declared import Blocks
 from riemannian_modules.heads import (
+    Head,
     OutputLike,
     OutputMetricLike,
     Reduction,
@@ -27,6 +28,7 @@ from riemannian_modules.heads import (
 from riemannian_modules.mass import MassLike
 from riemannian_modules.model_metric import ModelMetric
 from riemannian_modules.recorder import Recorder
+from riemannian_modules.rows import FewerRows, History, RowReduction
 from riemannian_modules.strategy import Solver
 
 __all__ = ["LayerwiseMetric"]
@@ -55,6 +57,12 @@ class LayerwiseMetric(ModelMetric):
             :class:`riemannian_modules.ConjugateGradients` with its settings.
         max_memory: bound on what solving a block holds at one time besides its
             factors, in bytes or such as ``"512MiB"``; None: no bound.
+        rows: what to put in the place of the rows of a pass, see
+            :mod:`riemannian_modules.rows`; None: all of them.
+        history: a :class:`riemannian_modules.rows.History` of past passes whose rows
+            are added, or its window; None: none.
+        refresh: in how many backward passes the rows are renewed once; in those
+            between only the gradient is computed, as in :meth:`frozen`.
 
     Attributes:
         grouping: the ``blocks`` that it was made with.
@@ -95,6 +103,9 @@ class LayerwiseMetric(ModelMetric):
         precision: torch.dtype | None = None,
         solver: Solver = "auto",
         max_memory: int | str | None = None,
+        rows: RowReduction | None = None,
+        history: History | int | None = None,
+        refresh: int = 1,
     ) -> None:
         super().__init__(
             model,
@@ -105,6 +116,7 @@ class LayerwiseMetric(ModelMetric):
             precision=precision,
             solver=solver,
             max_memory=max_memory,
+            fewer=FewerRows(rows, history, refresh),
         )
         self._recorder = Recorder(model, self.parameters)
 
@@ -116,6 +128,9 @@ class LayerwiseMetric(ModelMetric):
 
     def of(self, model: nn.Module) -> "LayerwiseMetric":
         """Return a new metric with the same settings on a copy of the model.
+
+        Its rows are those of each of its own passes: ``rows``, ``history`` and
+        ``refresh`` are about training and are left out.
 
         Args:
             model: a model with parameters of the same names, shapes and manifolds.
@@ -183,7 +198,11 @@ class LayerwiseMetric(ModelMetric):
         self._pass(outputs, None)
 
     def _pass(self, outputs: OutputLike, loss: Tensor | None) -> None:
+        heads = pair(self.output, outputs)
+        carried: Sequence[Head] = heads
+        if loss is not None and self._holds(loss):
+            # The factors stay: an ordinary backward pass, without rows.
+            carried = [(end, None) for end, _ in heads]
         with self._guard(), unfreed():
-            heads = pair(self.output, outputs)
-            found = self._recorder.linearize(heads, loss, self.reduction)
+            found = self._recorder.linearize(carried, loss, self.reduction)
         self._take(found, loss, self._recorder.close(), heads)

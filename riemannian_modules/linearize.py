@@ -21,7 +21,7 @@ from riemannian_modules.errors import (
     NotRecordedError,
     ShapeError,
 )
-from riemannian_modules.factors import MetricFactor, joined
+from riemannian_modules.factors import MetricFactor, joined, summed
 from riemannian_modules.heads import Rows
 from riemannian_modules.layout import Layout
 from riemannian_modules.reverse import rescaled, reverse_pass, unit_scaled
@@ -84,6 +84,8 @@ class Linearization:
         rest: ``{name: covector}``; None: zero.
         source: ``{name: factor}`` whose row sums are the rest; None with the rest.
         costates: ``{name: factor}`` whose row sums are the gradient.
+        examples: how many rows in succession are of different examples; 1 if rows
+            are of the whole batch.
     """
 
     names: list[str]
@@ -93,6 +95,7 @@ class Linearization:
     rest: dict[str, Tensor] | None
     source: dict[str, MetricFactor] | None
     costates: dict[str, MetricFactor]
+    examples: int = 1
 
 
 def carry(
@@ -293,6 +296,8 @@ def linearize(
 
     r = rows.rank
     factors = part(0, r) if r else {}
+    if rows.joint:
+        factors = {name: summed(each, r) for name, each in factors.items()}
     gradient: dict[str, Tensor] = {}
     own: dict[str, MetricFactor] = {}
     source, covectors = None, None
@@ -304,6 +309,7 @@ def linearize(
         elif rows.has_rest:
             source = part(r + 1, r + 2)
             covectors = {name: factor.row_sum() for name, factor in source.items()}
+    count = 1 if rows.joint else examples
     return Linearization(
-        list(whole), factors, gradient, rows.residual, covectors, source, own
+        list(whole), factors, gradient, rows.residual, covectors, source, own, count
     )

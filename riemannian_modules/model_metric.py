@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from riemannian_modules.assembly import (
     bind_views,
     block_metrics,
+    full_precision,
     introduce,
     moved,
     reweighted,
+    too_narrow,
     zero_covectors,
 )
 from riemannian_modules.declared import Blocks, DeclaredParameters
@@ -31,6 +33,7 @@ from riemannian_modules.manifolds import Product
 from riemannian_modules.mass import Mass, MassLike
 from riemannian_modules.memory_model import parse_bytes
 from riemannian_modules.metric import LayerMetric, Solution
+from riemannian_modules.rows import FewerRows, Neglected
 from riemannian_modules.strategy import Solver, require_solver
 from riemannian_modules.tape import Tape
 
@@ -53,6 +56,7 @@ class ModelMetric:
         precision: data type of the small matrices.
         solver: how each block is solved.
         max_memory: bound on what a solve holds.
+        fewer: how the rows of passes become those of the metric; None: as they are.
 
     Attributes:
         grouping: the ``blocks`` that it was made with.
@@ -75,6 +79,7 @@ class ModelMetric:
         precision: torch.dtype | None,
         solver: Solver = "auto",
         max_memory: int | str | None = None,
+        fewer: FewerRows | None = None,
     ) -> None:
         require_solver(solver)
         if blocks not in ("tensor", "layer", "model"):
@@ -88,6 +93,7 @@ class ModelMetric:
         self.solver: Solver = solver
         self.max_memory = parse_bytes(max_memory)
         self.parameters = DeclaredParameters(model, mass)
+        self.fewer = FewerRows() if fewer is None else fewer
         self.version = 0
         self.blocks: dict[str, LayerMetric] = {}
         self._groups = self.parameters.groups(blocks)
@@ -141,6 +147,11 @@ class ModelMetric:
         return len(self._groups) > 1
 
     @property
+    def neglected(self) -> Neglected | None:
+        """What ``rows=`` left out of the last pull-back, or None."""
+        return self.fewer.neglected
+
+    @property
     def manifold(self) -> Product:
         """The product of all parameters' manifolds, with the metric of this moment.
 
@@ -152,6 +163,7 @@ class ModelMetric:
     def state_dict(self) -> dict[str, Any]:
         """Return the masses and the version; factors belong to one pass.
 
+        So do the rows of a history: a metric that goes on from a state starts it anew.
         Only numbers, strings and tensors, so that ``torch.load`` can read it safely.
         """
         mass = {declared.name: asdict(declared.mass) for declared in self.parameters}
@@ -168,6 +180,7 @@ class ModelMetric:
         """
         self.set_mass({name: Mass(**mass) for name, mass in state["mass"].items()})
         self.version = int(state["version"])
+        self.fewer.forget()
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
@@ -209,8 +222,7 @@ class ModelMetric:
                 zero for names that are missing.
             gradient: how often the gradient of the loss counts; its part in the
                 span of the rows takes the form without cancellation.
-            shift: coefficients of the rows, ``(rank,)``, the same for all blocks;
-                they take that form too.
+            shift: more coefficients of the rows, ``(rank,)``, the same for all blocks.
 
         Returns:
             ``{block name: solution}``.
@@ -243,7 +255,7 @@ class ModelMetric:
                 rest = own if rest is None else {n: own[n] + rest[n] for n in own}
         if shift is not None:
             residual = shift if residual is None else residual + shift
-        with self.full_precision():
+        with full_precision(self.parameters):
             if self.exchange is not None:
                 return self.exchange.solve(self.blocks, residual, rest, source)
             return {
@@ -256,9 +268,6 @@ class ModelMetric:
 
         Args:
             loss: scalar, the loss of this process' examples of the last pass.
-
-        Returns:
-            The loss; as it is where nothing is shared.
         """
         return loss if self.exchange is None else self.exchange.joint_loss(loss)
 
@@ -290,20 +299,16 @@ class ModelMetric:
             for name, covector in own.items()
         )
 
-    # --- how a pass becomes the state
-
-    def full_precision(self) -> AbstractContextManager[object]:
-        """Switch autocast off inside this scope: it is for the forward pass only."""
-        kind = next(iter(self.parameters)).tensor.device.type
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-            return torch.autocast(kind, enabled=False)
-        return nullcontext()
-
     @contextmanager
     def _guard(self) -> Iterator[None]:
         shared = nullcontext() if self.exchange is None else self.exchange.guard()
-        with self.full_precision(), shared:
+        with full_precision(self.parameters), shared:
             yield
+
+    def _holds(self, loss: Tensor | None) -> bool:
+        """Whether a pass keeps the factors, so that only its gradient is wanted."""
+        holds = self._frozen or (loss is not None and self.fewer.holds)
+        return bool(self.blocks) and holds
 
     def _take(
         self,
@@ -313,15 +318,19 @@ class ModelMetric:
         heads: Sequence[Head],
     ) -> None:
         if self.exchange is not None:
-            with self.full_precision():
+            with full_precision(self.parameters):
                 found, loss = self.exchange.join(found, loss, heads, self.reduction)
-        if self._frozen and self.blocks:
+        if self._holds(loss):
             # The old factors do not span the new gradient.
             rest = {**zero_covectors(self.blocks), **found.gradient}
             found = replace(found, residual=None, rest=rest, source=None)
             self.blocks = moved(self.blocks, self.parameters)
+            if not self._frozen:
+                self.fewer.held()
         else:
+            found = self.fewer.apply(found, self.parameters)
             self._renew(found)
+            self.fewer.keep()
         self._found, self._passed = found, passed
         self._marks = {name: g._version for name, g in found.gradient.items()}
         if loss is not None:
@@ -332,11 +341,7 @@ class ModelMetric:
 
     def _renew(self, found: Linearization) -> None:
         common = (found, self.parameters, self.version + 1, self.precision)
-        # Where float32 was not enough in the last pass it is tried again only in
-        # every sixteenth.
-        wide = {name for name, block in self.blocks.items() if block.too_narrow}
-        if self.version % 16 == 0:
-            wide = set()
+        wide = too_narrow(self.blocks, self.version)
         how = wide, self.solver, self.max_memory, self.blocks
         blocks = block_metrics(self._groups, *common, *how)
         seen = {d.name: [d.name] for d in self.parameters if d.view is not None}

@@ -119,7 +119,16 @@ def test_whitened_residual() -> None:
     metric, x, t, _ = recorded(*OUTPUTS["euclidean"])
     wanted = (metric.model(x) - t).detach().norm(dim=1).max()
     assert c.residual_norm(metric).value == pytest.approx(float(wanted), rel=1e-12)
-    metric, *_ = recorded(*OUTPUTS["sampled"])
+    # The gradient's rows are as long as the exact residual.
+    sampled, x, t, losses = recorded(*OUTPUTS["sampled"])
+    exact = rm.LayerwiseMetric(sampled.model, OUTPUTS["categorical"][0])
+    with exact.record():
+        z = exact.model(x)
+    exact.backward(losses(z, t).mean(), z)
+    found = c.residual_norm(sampled).value
+    assert found == pytest.approx(c.residual_norm(exact).value, rel=1e-9)
+    output = rm.output.Sampled(rm.output.Categorical(), gradient_rows=False)
+    metric, *_ = recorded(output, losses)
     with pytest.raises(ContractionError, match="no whitened residual"):
         c.residual_norm(metric)
 

@@ -37,7 +37,7 @@ LAYERS = (
     {"declared", "reverse"},
     {"heads", "watch"},
     {"checks", "linearize"},
-    {"assembly", "explore"},
+    {"assembly", "explore", "rows"},
     {"exchange", "survey"},
     {"recorder"},
     {"model_metric"},

@@ -99,6 +99,12 @@ class DataParallel(Exchange):
                 "gradients in loss.backward(); the metric does that itself. Build it "
                 "from the model inside (ddp.module)"
             )
+        if metric.fewer.changes:
+            raise DistributedError(
+                "rows=, history= and refresh= of a metric are for one process: random "
+                "rows would differ among the ranks, and a past belongs to one batch. "
+                "Build the metric without them"
+            )
         self._ranks = Ranks(group)
         self._metric = metric
         self._headers: list[Header] = []

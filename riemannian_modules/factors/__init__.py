@@ -2,10 +2,19 @@
 
 from riemannian_modules.factors.base import MetricFactor
 from riemannian_modules.factors.block import BlockFactor
+from riemannian_modules.factors.chosen import (
+    Shared,
+    column,
+    combined,
+    energies,
+    owned,
+    taken,
+)
 from riemannian_modules.factors.convolution import Convolution, ConvolutionFactor
 from riemannian_modules.factors.dense import DenseFactor
 from riemannian_modules.factors.embedding import EmbeddingFactor
 from riemannian_modules.factors.linear import BiasFactor, LinearFactor
+from riemannian_modules.factors.passes import concatenated, scaled, summed
 from riemannian_modules.factors.slabs import SlabFactor, coupled_dims
 from riemannian_modules.factors.sums import SumFactor, joined
 
@@ -18,8 +27,17 @@ __all__ = [
     "EmbeddingFactor",
     "LinearFactor",
     "MetricFactor",
+    "Shared",
     "SlabFactor",
     "SumFactor",
+    "column",
+    "combined",
+    "concatenated",
     "coupled_dims",
+    "energies",
     "joined",
+    "owned",
+    "scaled",
+    "summed",
+    "taken",
 ]

@@ -304,6 +304,11 @@ class FunctionalMetric(ModelMetric):
                 pair = (value, self._outputs[name])
                 extra = None if costate is None else [costate]
                 rows = output_rows([pair], extra, self.reduction)
+                if rows.joint:
+                    raise OutputMetricError(
+                        f"{self._outputs[name]!r} has rows of the whole batch, which a "
+                        "FunctionalMetric cannot make; use per='example'"
+                    )
                 function, examples = self._functions[name], self._examples[name]
                 parts.append(function.linearize(self._point(), examples, rows))
                 stacks[name] = rows.stacks[0][: rows.rank]

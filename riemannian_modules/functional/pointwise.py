@@ -118,4 +118,4 @@ def finished(
     if y is None:
         return linearize(whole, rows, examples)
     gradient = {name: factor.rmatvec(y) for name, factor in whole.items()}
-    return Linearization(list(whole), whole, gradient, y, None, None, {})
+    return Linearization(list(whole), whole, gradient, y, None, None, {}, examples)

@@ -7,6 +7,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from riemannian_modules.assembly import full_precision
 from riemannian_modules.contraction.geometry import Loss
 from riemannian_modules.contraction.output_rate import LazyRates, block_output_rate
 from riemannian_modules.contraction.rates import Kind, block_rates
@@ -296,7 +297,7 @@ class RiemannianSGD(torch.optim.Optimizer):
             )
         self.metric.parameters.verify()
         self.metric.parameters.require_unmoved()
-        with torch.no_grad(), self.metric.full_precision():
+        with torch.no_grad(), full_precision(self.metric.parameters):
             self._step()
         self._stepped = self.metric.passes
         return loss

@@ -34,7 +34,13 @@ class OutputMetric(ABC):
         >>> y, rest = metric.whiten(outputs, cotangent)
         >>> y[0], rest[0]
         (tensor([1.0000, 0.5000]), tensor([0., 0.]))
+
+    Attributes:
+        joint: whether a row belongs to the batch, as the sum of the examples' parts,
+            and not to one example.
     """
+
+    joint: bool = False
 
     @abstractmethod
     def factor(self, outputs: Tensor) -> Tensor:
@@ -112,6 +118,25 @@ class OutputMetric(ABC):
         noise = rest.abs() <= ROUNDING * eps * summands.amax(-1, keepdim=True)
         rest = torch.where(noise, 0.0, rest).to(outputs.dtype)
         return y, rest.view_as(outputs)
+
+    def split(
+        self, outputs: Tensor, cotangent: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Return the rows for a step, and the cotangent of its loss in their terms.
+
+        The default calls :meth:`factor` and :meth:`whiten`. A metric whose rows may
+        depend on the loss, as those of :class:`Sampled` do, overrides it.
+
+        Args:
+            outputs: ``(n, *output)``.
+            cotangent: derivative of a loss, of the shape of ``outputs``.
+
+        Returns:
+            Rows ``(n, r, *output)``, ``y`` and ``rest`` as :meth:`whiten` returns
+            them; ``y`` has the shape ``(r,)`` where the rows are :attr:`joint`.
+        """
+        rows = self.factor(outputs)
+        return rows, *self.whiten(outputs, cotangent)
 
     def sample(
         self, outputs: Tensor, probes: int, generator: torch.Generator | None = None

@@ -1,7 +1,7 @@
-"""Random rows in the place of all rows: cheap, unbiased, without exact residual."""
+"""Random rows in the place of all rows: cheap, unbiased, with the gradient kept."""
 
 import math
-from typing import final
+from typing import Literal, final
 
 import torch
 from torch import Tensor
@@ -14,34 +14,56 @@ __all__ = ["Sampled"]
 
 @final
 class Sampled(OutputMetric):
-    """Random rows for each example whose ``L^T L`` is that of a metric on average.
+    r"""Random rows whose ``L^T L`` is that of a metric on average.
 
     Likelihoods give the score of a target that is drawn from the model's own
     prediction (the sampled Fisher metric: ``e_t - p`` for a softmax), the other
     metrics random combinations of their exact rows; either is divided by
-    ``sqrt(probes)``. Every example has its own independent probes. The rank is
-    ``probes`` in the place of, say, ``C - 1``.
+    ``sqrt(probes)``.
 
-    A loss's cotangent is no combination of random rows, so :meth:`whiten` returns
-    None and the cotangent. The inverse of a sampled metric is larger than that
-    of the exact one on average (Jensen's inequality): steps are longer, and a mass or
-    a smaller learning rate has to compensate.
+    **The gradient keeps a row.** A loss's cotangent is no combination of random rows,
+    and a solve multiplies what they leave of it by one over the mass: steps with a
+    small mass diverge. So a backward pass takes the rows ``S L`` with
+
+        ``S = [u; z_1 (1 - u u^T) / sqrt(probes); ...]``,  ``u = y / |y|``,
+
+    where y is the whitened residual of the loss, ``L^T y = d loss``, and z are the
+    whitened random rows. The first row is the cotangent divided by ``|y|``; the others
+    lose what they have in common with it. Then ``E[S^T S] = 1`` as before, and the
+    gradient is ``|y|`` times the first row, for the form of the solve that loses
+    nothing however small the mass. Implements :eq:`sampled-rows`.
+
+    The rank is ``probes + 1`` for each example, or for the whole batch, in the place
+    of, say, ``C - 1`` for each example. The inverse of a sampled metric is larger than
+    that of the exact one on average (Jensen's inequality): steps are longer, and a
+    mass or a smaller learning rate has to compensate. See :doc:`rows`.
 
     Args:
         metric: the metric to sample.
-        probes: rows for each example, at least 1.
+        probes: random rows for each example (or batch), at least 1; 0 with
+            ``gradient_rows``: the gradient's rows alone, the cheapest.
         generator: source of randomness on the device of the outputs; None takes
             torch's global one. Every call of :meth:`factor` draws anew.
+        per: ``"example"``: every example has rows of its own, the rank grows with
+            the batch. ``"batch"``: a row is the sum of one random row of every
+            example, so that the rank does not depend on the batch; rows are stored,
+            one number for each parameter.
+        gradient_rows: whether a backward pass adds the row of the gradient.
 
     Raises:
-        OutputMetricError: a metric that is sampled already or none at all, or fewer
-            than one probe.
+        OutputMetricError: a metric that is sampled already or none at all, fewer
+            rows than one, or an unknown ``per``.
 
     Example:
         >>> from riemannian_modules.output import Categorical
         >>> metric = Sampled(Categorical(), probes=2)
-        >>> metric.factor(torch.zeros(3, 10)).shape
+        >>> logits = torch.zeros(3, 10)
+        >>> metric.factor(logits).shape
         torch.Size([3, 2, 10])
+        >>> cotangent = logits.softmax(-1) - torch.eye(10)[:3]
+        >>> rows, y, rest = metric.split(logits, cotangent)
+        >>> rows.shape, y[0]
+        (torch.Size([3, 3, 10]), tensor([3., 0., 0.]))
         >>> metric
         Sampled(Categorical(), probes=2)
     """
@@ -51,28 +73,93 @@ class Sampled(OutputMetric):
         metric: OutputMetric,
         probes: int = 1,
         generator: torch.Generator | None = None,
+        *,
+        per: Literal["example", "batch"] = "example",
+        gradient_rows: bool = True,
     ) -> None:
         if not isinstance(metric, OutputMetric) or isinstance(metric, Sampled):
             raise OutputMetricError(
                 f"Sampled needs an exact output metric to draw rows of, got {metric!r}"
             )
-        if probes < 1:
+        if probes < (0 if gradient_rows else 1):
             raise OutputMetricError(
-                f"Sampled({metric!r}, probes={probes}): at least one probe is needed"
+                f"Sampled({metric!r}, probes={probes}): at least one probe is needed, "
+                "or none with gradient_rows=True"
             )
+        if per not in ("example", "batch"):
+            raise OutputMetricError(f"per={per!r}; choose 'example' or 'batch'")
         self.metric = metric
         self.probes = probes
         self.generator = generator
+        self.per = per
+        self.gradient_rows = gradient_rows
+        self.joint = per == "batch"
 
     def factor(self, outputs: Tensor) -> Tensor:
-        """Draw rows ``(n, probes, *output)``, anew at every call."""
+        """Draw rows ``(n, probes, *output)``, anew at every call.
+
+        Args:
+            outputs: ``(n, *output)``.
+
+        Returns:
+            The random rows; with ``per="batch"`` their sums over the examples count.
+
+        Raises:
+            OutputMetricError: ``probes=0``, which has rows for a loss only.
+        """
+        if self.probes == 0:
+            raise OutputMetricError(
+                f"{self!r} has the row of a gradient alone, and there is none; use "
+                "metric.backward(loss, outputs) and a metric that whitens its "
+                "cotangent, or probes=1"
+            )
         rows = self.metric.sample(outputs, self.probes, self.generator)
         return rows if self.probes == 1 else rows / math.sqrt(self.probes)
 
     def whiten(self, outputs: Tensor, cotangent: Tensor) -> tuple[None, Tensor]:
-        """Return None and the cotangent; see the class."""
+        """Return None and the cotangent: random rows alone do not explain it."""
         self.validate_cotangent(outputs, cotangent)
         return None, cotangent.detach()
+
+    def split(
+        self, outputs: Tensor, cotangent: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Draw the rows of a backward pass; see the class.
+
+        Args:
+            outputs: ``(n, *output)``.
+            cotangent: derivative of a loss, of the shape of ``outputs``.
+
+        Returns:
+            Rows ``(n, 1 + probes, *output)``, the gradient's first; ``y`` of shape
+            ``(n, 1 + probes)`` (``(1 + probes,)`` for the whole batch), which is zero
+            but for the gradient's row; and what the metric itself leaves of the
+            cotangent. Cost: one whitening for each probe.
+        """
+        if not self.gradient_rows:
+            return self.factor(outputs), *self.whiten(outputs, cotangent)
+        y, rest = self.metric.whiten(outputs, cotangent)
+        if y is None:
+            return self.factor(outputs), None, rest
+        y = y.detach().double().reshape(len(y), -1)
+        shape = (-1, *[1] * (outputs.ndim - 1))
+        length = y.norm() if self.joint else y.norm(dim=1, keepdim=True)
+        safe = torch.where(length > 0.0, length, 1.0)
+        u = y / safe
+        explained = (cotangent.detach() - rest).double()
+        first = explained / (safe if self.joint else safe.view(shape))
+        rows = [first.to(outputs.dtype)]
+        drawn = self.factor(outputs).unbind(1) if self.probes else ()
+        for row in drawn:
+            z, _ = self.metric.whiten(outputs, row)
+            assert z is not None
+            shared = z.double().reshape(len(y), -1) * u
+            common = shared.sum() if self.joint else shared.sum(1).view(shape)
+            rows.append((row.double() - common * first).to(outputs.dtype))
+        count = (1 + self.probes,) if self.joint else (len(y), 1 + self.probes)
+        coordinates = outputs.new_zeros(count)
+        coordinates[..., 0] = length if self.joint else length.squeeze(1)
+        return torch.stack(rows, 1), coordinates, rest
 
     def sample(
         self, outputs: Tensor, probes: int, generator: torch.Generator | None = None
@@ -90,4 +177,6 @@ class Sampled(OutputMetric):
 
     def extra_repr(self) -> str:
         """Return the arguments that the representation shows."""
-        return f"{self.metric!r}, probes={self.probes}"
+        per = "" if self.per == "example" else f", per={self.per!r}"
+        rows = "" if self.gradient_rows else ", gradient_rows=False"
+        return f"{self.metric!r}, probes={self.probes}{per}{rows}"

@@ -122,7 +122,11 @@ def dense_sharp(
 
 
 def dense_factor(
-    model: nn.Module, output: OutputMetric, x: Tensor, reduction: str = "mean"
+    model: nn.Module,
+    output: OutputMetric,
+    x: Tensor,
+    reduction: str = "mean",
+    costate: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Return ``{parameter name: K}`` with rows ordered as (output row, example).
 
@@ -131,9 +135,10 @@ def dense_factor(
         output: the output metric.
         x: inputs, ``(n, ...)``.
         reduction: ``"mean"`` or ``"sum"``.
+        costate: derivative of a loss by the outputs, for rows that depend on it.
 
     Returns:
-        Dense factors ``(r n, p)``.
+        Dense factors ``(r n, p)``; ``(r, p)`` if the rows are of the whole batch.
     """
     values = {
         n: p.detach().as_subclass(torch.Tensor) for n, p in model.named_parameters()
@@ -145,16 +150,19 @@ def dense_factor(
 
     outputs = forward(values)
     jacobians = torch.func.jacrev(forward)(values)
-    L = output.factor(outputs)
+    L = output.factor(outputs) if costate is None else output.split(outputs, costate)[0]
     n, r = L.shape[:2]
     weight = 1.0 / output.terms(outputs) if reduction == "mean" else 1.0
     flat = weight**0.5 * L.reshape(n, r, -1)
-    return {
+    rows = {
         name: torch.einsum(
             "nro,nop->rnp", flat, jacobian.reshape(n, flat.shape[-1], -1)
-        ).reshape(r * n, -1)
+        )
         for name, jacobian in jacobians.items()
     }
+    if output.joint:
+        return {name: each.sum(1) for name, each in rows.items()}
+    return {name: each.reshape(r * n, -1) for name, each in rows.items()}
 
 
 def dense_natural_gradient(
@@ -182,7 +190,9 @@ def dense_natural_gradient(
         ``{parameter name: tangent vector}``.
     """
     declared = {d.name: d for d in DeclaredParameters(model, mass)}
-    K = dense_factor(model, output, x, reduction)
+    outputs = model(x).detach().requires_grad_()
+    (costate,) = torch.autograd.grad(loss(outputs), outputs)
+    K = dense_factor(model, output, x, reduction, costate)
     tensors = [d.tensor for d in declared.values()]
     grads = dict(
         zip(declared, torch.autograd.grad(loss(model(x)), tensors), strict=True)

@@ -1,0 +1,116 @@
+"""What a reduction of rows is, and what it says of the rows that it leaves out."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from riemannian_modules.errors import ShapeError
+from riemannian_modules.factors import DenseFactor, MetricFactor
+from riemannian_modules.linearize import Linearization
+from riemannian_modules.tangent import TangentSpace
+
+__all__ = ["Neglected", "RowReduction", "combinations", "require_count"]
+
+Spaces = Mapping[str, TangentSpace]
+
+
+@dataclass(frozen=True)
+class Neglected:
+    """How much of a metric a reduction of its rows left out.
+
+    Energies are traces of ``K sharp K^T`` with the masses in ``sharp``, so that they
+    are relative to the massed base metric. If the rows kept are ``S K`` with
+    orthonormal rows of S, the reduced metric is between ``G / (1 + trace)`` and G:
+
+        ``G~ <= G <= (1 + trace) G~``,
+
+    for the block of all parameters and for every smaller one. By
+    :eq:`rows-neglected` a rate of contraction in G~ is then between that in G and
+    ``1 + trace`` times that.
+
+    Attributes:
+        trace: energy of what was left out, a scalar.
+        total: energy of all rows, a scalar.
+        kept: number of rows that are left.
+        rows: number of rows that there were.
+        bounds: whether the trace bounds the difference; not for random rows.
+    """
+
+    trace: Tensor
+    total: Tensor
+    kept: int
+    rows: int
+    bounds: bool = True
+
+    @property
+    def share(self) -> Tensor:
+        """Energy left out relative to that of all rows, a scalar."""
+        return self.trace / self.total.clamp_min(torch.finfo(self.total.dtype).tiny)
+
+    def __repr__(self) -> str:
+        if self.trace.is_meta:
+            return f"Neglected({self.kept} of {self.rows} rows kept)"
+        return (
+            f"Neglected({self.kept} of {self.rows} rows kept, energy "
+            f"{float(self.trace):.3g} of {float(self.total):.3g} left out)"
+        )
+
+
+class RowReduction(ABC):
+    """Puts fewer rows in the place of those of a pass."""
+
+    @abstractmethod
+    def reduce(
+        self, found: Linearization, spaces: Spaces
+    ) -> tuple[Linearization, Neglected]:
+        """Return the pass with fewer rows.
+
+        The gradient has to stay what it is: where ``found.residual`` is y, the new
+        rows and the new residual give the same ``K^T y``.
+
+        Args:
+            found: a linearised pass with factors.
+            spaces: the tangent space of every parameter in it.
+
+        Returns:
+            The pass, and what is left out of its metric.
+        """
+
+
+def require_count(who: object, count: int) -> None:
+    """Refuse a number of rows that is none.
+
+    Args:
+        who: what was given it.
+        count: the number.
+
+    Raises:
+        ShapeError: it is less than one.
+    """
+    if count < 1:
+        raise ShapeError(
+            f"{type(who).__name__}({count}): at least one row has to be kept"
+        )
+
+
+def combinations(
+    found: Linearization, sketch: Tensor, y: Tensor | None
+) -> Linearization:
+    """Return the pass with rows ``S K``, which are stored.
+
+    Args:
+        found: a linearised pass.
+        sketch: S, ``(k, rank)``.
+        y: the residual in terms of the new rows, or None.
+
+    Returns:
+        The pass. Cost: a backward product for each row, 2 n p for a linear layer.
+    """
+    factors: dict[str, MetricFactor] = {
+        name: DenseFactor(torch.stack([factor.rmatvec(row) for row in sketch]))
+        for name, factor in found.factors.items()
+    }
+    return replace(found, factors=factors, residual=y, examples=1)

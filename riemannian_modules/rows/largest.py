@@ -1,0 +1,102 @@
+"""The rows with the largest energy."""
+
+from dataclasses import replace
+from typing import final
+
+import torch
+from torch import Tensor
+
+from riemannian_modules.factors import (
+    Shared,
+    combined,
+    concatenated,
+    energies,
+    taken,
+)
+from riemannian_modules.linearize import Linearization
+from riemannian_modules.rows.base import (
+    Neglected,
+    RowReduction,
+    Spaces,
+    require_count,
+)
+
+__all__ = ["Largest"]
+
+
+@final
+class Largest(RowReduction):
+    """Keeps the rows with the largest energy ``k(sharp k)``, of all parameters.
+
+    No other choice of as many rows leaves out less energy. Of the rest it keeps one
+    combination for each example (one for the batch, if rows are of the batch): that
+    along the whitened residual, so that the gradient stays a combination of rows. The
+    reduced metric is below the exact one, and the energy left out bounds the
+    difference; see :class:`Neglected`. Linear layers and convolutions keep their
+    structure. Implements :eq:`rows-largest`.
+
+    Args:
+        count: rows to keep, besides one for each example.
+
+    Raises:
+        ShapeError: fewer than one row.
+
+    >>> import riemannian_modules as rm
+    >>> from riemannian_modules.rows import Largest
+    >>> _ = torch.manual_seed(0)
+    >>> model = torch.nn.Linear(3, 10)
+    >>> metric = rm.LayerwiseMetric(model, rm.output.Categorical(), rows=Largest(20))
+    >>> with metric.record():
+    ...     z = model(torch.randn(8, 3))
+    >>> metric.backward(z.logsumexp(1).mean() - z[:, 0].mean(), z)
+    >>> metric.blocks["model"].rank, metric.neglected.rows
+    (28, 72)
+    """
+
+    def __init__(self, count: int) -> None:
+        require_count(self, count)
+        self.count = count
+
+    def __repr__(self) -> str:
+        return f"Largest({self.count})"
+
+    def reduce(
+        self, found: Linearization, spaces: Spaces
+    ) -> tuple[Linearization, Neglected]:
+        """Return the pass with the largest rows; see the base class.
+
+        Args:
+            found: a linearised pass.
+            spaces: tangent spaces.
+
+        Returns:
+            The pass and what is left out. Cost: :func:`energies` of every factor.
+        """
+        energy = _total_energies(found, spaces)
+        rank, n, y = len(energy), found.examples, found.residual
+        more = 0 if y is None else n
+        if self.count + more >= rank:
+            zero = energy.new_zeros(())
+            return found, Neglected(zero, energy.sum(), rank, rank)
+        shared = Shared()
+        index = energy.topk(self.count).indices.sort().values
+        factors = {k: taken(f, index, shared) for k, f in found.factors.items()}
+        left = energy.sum() - energy[index].sum()
+        if y is not None:
+            rest = y.index_fill(0, index, 0.0).view(-1, n)
+            lengths = rest.norm(dim=0)
+            along = (rest / torch.where(lengths > 0.0, lengths, 1.0)).reshape(-1)
+            extra = {k: combined(f, along, n, shared) for k, f in found.factors.items()}
+            left = left - sum(energies(f, spaces[k]).sum() for k, f in extra.items())
+            factors = {
+                k: concatenated([f, extra[k]], 1, shared) for k, f in factors.items()
+            }
+            y = torch.cat([y[index], lengths])
+        kept = self.count + more
+        reduced = replace(found, factors=factors, residual=y, examples=kept)
+        return reduced, Neglected(left.clamp_min(0.0), energy.sum(), kept, rank)
+
+
+def _total_energies(found: Linearization, spaces: Spaces) -> Tensor:
+    parts = [energies(f, spaces[name]) for name, f in found.factors.items()]
+    return torch.stack(parts).sum(0)

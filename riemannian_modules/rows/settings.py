@@ -1,0 +1,102 @@
+"""The settings of a metric that has fewer rows, and what it remembers for them."""
+
+from riemannian_modules.declared import DeclaredParameters
+from riemannian_modules.linearize import Linearization
+from riemannian_modules.rows.base import Neglected, RowReduction
+from riemannian_modules.rows.history import History, Past
+
+__all__ = ["FewerRows"]
+
+
+class FewerRows:
+    """How a metric makes its rows out of those of its passes.
+
+    Args:
+        rows: what to put in the place of the rows of a pass; None: all of them.
+        history: past passes whose rows are added; a number is the window; None: none.
+        refresh: the rows are renewed in every so many backward passes.
+
+    Attributes:
+        neglected: what was left out of the last pass, or None.
+
+    Raises:
+        TypeError: no :class:`RowReduction`, or no :class:`History`.
+        ValueError: ``refresh`` is not positive.
+        ShapeError: a window out of range.
+    """
+
+    def __init__(
+        self,
+        rows: RowReduction | None = None,
+        history: History | int | None = None,
+        refresh: int = 1,
+    ) -> None:
+        if not (rows is None or isinstance(rows, RowReduction)):
+            raise TypeError(
+                f"rows={rows!r}; pass a RowReduction such as rm.rows.Largest(256), or "
+                "None for all rows"
+            )
+        if isinstance(history, int):
+            history = History(history)
+        if not (history is None or isinstance(history, History)):
+            raise TypeError(
+                f"history={history!r}; pass rm.rows.History(window, decay), a window, "
+                "or None"
+            )
+        if refresh < 1:
+            raise ValueError(
+                f"refresh={refresh}: rows are renewed every 1, 2, ... passes"
+            )
+        self.rows = rows
+        self.history = history
+        self.refresh = refresh
+        self.neglected: Neglected | None = None
+        self._past: list[Past] = []
+        self._pending: tuple[Neglected | None, list[Past]] = (None, [])
+        self._age = 0
+
+    @property
+    def changes(self) -> bool:
+        """Whether the rows of a metric are others than those of its last pass."""
+        return (self.rows, self.history, self.refresh) != (None, None, 1)
+
+    @property
+    def holds(self) -> bool:
+        """Whether the next backward pass keeps the rows of before."""
+        return self._age + 1 < self.refresh
+
+    def held(self) -> None:
+        """Count a backward pass that kept the rows."""
+        self._age += 1
+
+    def forget(self) -> None:
+        """Drop the past: the next pass is the first."""
+        self._past, self._age = [], self.refresh
+
+    def apply(
+        self, found: Linearization, parameters: DeclaredParameters
+    ) -> Linearization:
+        """Return a pass with the rows that its metric is made of.
+
+        Nothing is remembered before :meth:`keep`.
+
+        Args:
+            found: a linearised pass.
+            parameters: the model's parameters, at the point of the pass.
+
+        Returns:
+            The pass.
+        """
+        neglected, past = None, self._past
+        if found.factors and self.rows is not None:
+            spaces = {name: parameters[name].space() for name in found.names}
+            found, neglected = self.rows.reduce(found, spaces)
+        if found.factors and self.history is not None:
+            found, past = self.history.extend(found, self._past)
+        self._pending = neglected, past
+        return found
+
+    def keep(self) -> None:
+        """Remember the pass of the last :meth:`apply`."""
+        self.neglected, self._past = self._pending
+        self._age = 0
