@@ -110,9 +110,7 @@ def block_metrics(
                 narrow=group not in wide,
                 solver=solver,
                 max_memory=max_memory,
-                start=before[group].inverse.last
-                if before and group in before
-                else None,
+                start=_last((before or {}).get(group)),
             )
     return metrics
 

@@ -12,7 +12,7 @@ from decimal import Decimal
 import torch
 
 from riemannian_modules.block import Block
-from riemannian_modules.factors import LinearFactor, MetricFactor
+from riemannian_modules.factors import DenseFactor, LinearFactor, MetricFactor
 from riemannian_modules.factors.linear import CotangentFactor
 
 __all__ = ["Held", "held", "parse_bytes"]
@@ -95,7 +95,9 @@ def held(block: Block, way: str, small: torch.dtype, pivots: int) -> Held:
     vectors = 4 * size * own + 16 * rank * 8
     if way == "cg":
         columns = 5 * rank * pivots * 8
-        products = max(2 * _stored(f) * own for f in factors)
+        # Products at a layer's outputs have the size of its cotangents.
+        apart = [f for f in factors if not isinstance(f, DenseFactor)]
+        products = max((2 * _stored(f) * own for f in apart), default=0)
         copies = 0 if own == 8 else 8 * sum(map(_stored, factors))
         least = 2 * size if pivots or copies else 0
         return Held(vectors + columns + products + copies, _COPIES * own, least)
