@@ -8,6 +8,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
@@ -60,7 +61,7 @@ def training_step(
         times.append(time.process_time())
         metric.natural_gradient()
         times.append(time.process_time())
-        return [b - a for a, b in zip(times, times[1:], strict=False)]
+        return [b - a for a, b in pairwise(times)]
 
     return step
 
