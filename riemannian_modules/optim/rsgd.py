@@ -31,14 +31,8 @@ __all__ = ["RiemannianSGD"]
 
 SPRING = 0.8
 # What groups have that were saved before steps had rules.
-_OLD = {
-    "automatic": False,
-    "spring": 0.0,
-    "floor": 0.0,
-    "clip": None,
-    "normalize": False,
-    "trust": None,
-}
+_OLD: dict[str, Any] = {"automatic": False, "spring": 0.0, "normalize": False}
+_OLD |= {"floor": 0.0, "clip": None, "trust": None}
 _COMMON = ("automatic", "spring", "floor", "clip", "normalize", "maximize")
 
 
