@@ -108,11 +108,25 @@ def block_metrics(
                 version=version,
                 precision=precision,
                 narrow=group not in wide,
-                solver=solver,
+                solver=_settled(solver, (before or {}).get(group), parts, version),
                 max_memory=max_memory,
                 start=_last((before or {}).get(group)),
             )
     return metrics
+
+
+def _settled(
+    solver: Solver, block: LayerMetric | None, parts: Sequence[Part], version: int
+) -> Solver:
+    # What the pass before found out holds for its rank, and is tried again only in
+    # every sixteenth pass.
+    if solver != "auto" or block is None or version % 16 == 0:
+        return solver
+    ranks = {part.factor.rank for part in parts if part.factor is not None}
+    if ranks != {block.rank}:
+        return solver
+    known = vars(block).get("inverse")
+    return block.solver if known is None else known.strategy.settled
 
 
 def _last(block: LayerMetric | None) -> Tensor | None:

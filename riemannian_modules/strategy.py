@@ -31,6 +31,9 @@ _NAMES = ("auto", "cholesky", "primal", "cg")
 _FEW_ROWS = 384
 # How many times dearer a direct solve may be that follows iterations in vain.
 _REACH = 10.0
+# How many times more iterations than are affordable may be predicted: predictions are
+# rather too high, and a failure is not repeated in the passes that follow.
+_HOPE = 1.6
 
 
 def require_solver(solver: Solver) -> None:
@@ -168,6 +171,14 @@ class Strategy:
         with at_most(need.entries(bound)):
             yield
 
+    @property
+    def settled(self) -> Solver:
+        """The solver that saves asking again: a direct one where iterations lost."""
+        asked = self._solver == "auto" and self.known is not None
+        if not asked or self.limit or not self._fits(self.form):
+            return self._solver
+        return "primal" if self.form == "primal" else "cholesky"
+
     @cached_property
     def _limit(self) -> int:
         if self.form == "base" or self._solver in ("cholesky", "primal"):
@@ -196,7 +207,7 @@ class Strategy:
         pivots = len(self.iterative.preconditioner.pivots)
         expected = predicted_iterations(remaining, pivots, tolerance)
         most = known.affordable(self.form)
-        return most if expected <= most else 0
+        return most if expected <= _HOPE * most else 0
 
     def give_up(self) -> bool:
         """Say that iterations were in vain; return whether a direct solve is in reach.

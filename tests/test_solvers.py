@@ -328,6 +328,22 @@ def test_auto_takes_what_costs_less_and_says_so() -> None:
     assert branches == [("cg", True, True), ("push-through", False, True)]
 
 
+def test_a_model_does_not_repeat_what_did_not_pay() -> None:
+    generator = seeded(9)
+    x = torch.randn(512, 40, generator=generator)
+    model = nn.Linear(40, 40).double()
+    metric = rm.LayerwiseMetric(model, output=rm.output.Euclidean(), mass=1e-7)
+    solvers = []
+    for examples in (20, 20, 20, 10):
+        with metric.record():
+            outputs = model(x[:examples])
+        metric.backward(outputs.square().mean(), outputs)
+        (solution,) = metric.solve().values()
+        assert solution.branch == "push-through"
+        solvers.append(metric.blocks["model"].solver)
+    assert solvers == ["auto", "cholesky", "cholesky", "auto"]
+
+
 def hard() -> tuple[LayerMetric, Tensor]:
     generator = seeded(7)
     K = torch.randn(60, 90, generator=generator)
