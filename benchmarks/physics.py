@@ -2,11 +2,10 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.func import jvp
 
 import riemannian_modules as rm
 from benchmarks.problem import (
@@ -18,14 +17,13 @@ from benchmarks.problem import (
     default_type,
     example,
 )
-
-Net = Callable[[Tensor], Tensor]
+from riemannian_modules.functional import DifferentialOperator, Jet
 
 
 class PhysicsInformed(Problem):
     """A mean square of residuals of an equation and of what is known on an edge.
 
-    A tanh network 2-32-32-1 in float64; ``functions`` are those of one point.
+    A tanh network 2-32-32-1 in float64; the operators are functions of one point.
     """
 
     kind = "functions"
@@ -34,7 +32,7 @@ class PhysicsInformed(Problem):
     masses = (1e-6, 1e-4, 1e-2)
     dense = 16
     growth = 1 / 12
-    functions: Mapping[str, Callable[..., Tensor]]
+    operators: Mapping[str, DifferentialOperator]
     points: Mapping[str, tuple[Tensor, ...]]
     test: Tensor
 
@@ -70,11 +68,12 @@ class PhysicsInformed(Problem):
         return total / self.count
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        values = {}
-        for name, function in self.functions.items():
-            dims = (None,) + (0,) * len(batch[name])
-            values[name] = torch.func.vmap(function, dims)(model, *batch[name])
-        return self.mean_square(values)
+        return self.mean_square(
+            {
+                name: operator.residuals(model, *batch[name])
+                for name, operator in self.operators.items()
+            }
+        )
 
     def geometry(
         self, model: nn.Module, *, blocks: Blocks, mass: float, probes: int = 0
@@ -88,7 +87,7 @@ class PhysicsInformed(Problem):
         if probes:
             outputs = {k: rm.output.Sampled(v, probes) for k, v in outputs.items()}
         metric = rm.functional.FunctionalMetric(
-            model, dict(self.functions), outputs, mass=mass, blocks=blocks
+            model, dict(self.operators), outputs, mass=mass, blocks=blocks
         )
 
         def backward(batch: Batch) -> Tensor:
@@ -119,11 +118,7 @@ class Heat(PhysicsInformed):
         self.module = example("heat_equation")
         with default_type(torch.float64):
             own = self.module.Problem()
-        self.functions = {
-            "equation": self.module.equation,
-            "boundary": self.module.boundary,
-        }
-        self.points = {"equation": (own.inside,), "boundary": (own.line, own.values)}
+        self.operators, self.points = own.operators, own.points
         self.test = own.test
 
     def truth(self, z: Tensor) -> Tensor:
@@ -148,10 +143,13 @@ class Poisson(PhysicsInformed):
         pairs = [(side, zero), (side, zero + 1.0), (zero, side), (zero + 1.0, side)]
         edge = torch.cat([torch.stack(pair, 1) for pair in pairs])
         inside = torch.cartesian_prod(side, side)
-        self.functions = {"equation": laplace, "boundary": known}
+        self.operators = {
+            "equation": DifferentialOperator(laplace),
+            "boundary": DifferentialOperator(known),
+        }
         self.points = {
-            "equation": (inside, 2.0 * math.pi**2 * self.truth(inside)),
-            "boundary": (edge, torch.zeros(len(edge), dtype=torch.float64)),
+            "equation": (inside, 2.0 * math.pi**2 * self.truth(inside)[:, None]),
+            "boundary": (edge, torch.zeros(len(edge), 1, dtype=torch.float64)),
         }
         line = torch.linspace(0.0, 1.0, 61, dtype=torch.float64)
         self.test = torch.cartesian_prod(line, line)
@@ -160,19 +158,11 @@ class Poisson(PhysicsInformed):
         return (math.pi * z).sin().prod(1)
 
 
-def laplace(net: Net, z: Tensor, source: Tensor) -> Tensor:
+def laplace(u: Jet, z: Tensor, source: Tensor) -> Tensor:
     """Return the residual of Poisson's equation at one point."""
-    total = source
-    for axis in torch.eye(2, dtype=z.dtype).unbind():
-
-        def slope(at: Tensor, axis: Tensor = axis) -> Tensor:
-            along: Tensor = jvp(net, (at,), (axis,))[1]
-            return along
-
-        total = total + jvp(slope, (z,), (axis,))[1][0]
-    return total
+    return u.laplacian() + source
 
 
-def known(net: Net, z: Tensor, value: Tensor) -> Tensor:
+def known(u: Jet, z: Tensor, value: Tensor) -> Tensor:
     """Return what the network misses of a known value."""
-    return net(z)[0] - value
+    return u.value - value

@@ -23,7 +23,7 @@ __all__ = ["ConjugateGradients", "Iterates", "Target", "conjugate_gradients"]
 
 Map = Callable[[Tensor], Tensor]
 
-_TOLERANCE = {torch.float64: 1e-7}
+_TOLERANCE = {torch.float64: 1e-10}
 _LOOSE = 1e-5
 _EVERY = {"cpu": 1, "meta": 0}
 _SELDOM = 4
@@ -35,7 +35,7 @@ class ConjugateGradients:
 
     Attributes:
         tolerance: bound of the step's relative error in the norm of the metric; None:
-            1e-7 for float64 parameters, 1e-5 for all others.
+            1e-10 for float64 parameters, 1e-5 for all others.
         iterations: at most this many for each solve.
         pivots: columns of the small matrix in the preconditioner; None: chosen by
             cost; 0: no preconditioner.

@@ -101,7 +101,7 @@ def curvature(problem, model: nn.Module, batch, u: dict[str, Tensor]) -> float:
 
             return {
                 name: torch.func.vmap(lambda *e, f=function: f(net, *e))(*batch[name])
-                for name, function in problem.functions.items()
+                for name, function in problem.operators.items()
             }
         x = batch if isinstance(batch, Tensor) else batch[0]
         return functional_call(model, p, (x,))
