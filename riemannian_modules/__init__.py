@@ -20,6 +20,7 @@ from riemannian_modules import (
     woodbury,
 )
 from riemannian_modules._version import __version__
+from riemannian_modules.conjugate import ConjugateGradients
 from riemannian_modules.layerwise import LayerwiseMetric
 from riemannian_modules.mass import Mass
 from riemannian_modules.metric import LayerMetric, Part
@@ -27,6 +28,7 @@ from riemannian_modules.nn.geometrize import geometrize, project_
 from riemannian_modules.tangent import TangentSpace
 
 __all__ = [
+    "ConjugateGradients",
     "LayerMetric",
     "LayerwiseMetric",
     "Mass",

@@ -32,6 +32,7 @@ from riemannian_modules.linearize import Linearization
 from riemannian_modules.mass import MassLike
 from riemannian_modules.model_metric import ModelMetric
 from riemannian_modules.output import Euclidean, OutputMetric
+from riemannian_modules.strategy import Solver
 from riemannian_modules.tape import Tape
 
 __all__ = ["FunctionalMetric"]
@@ -65,6 +66,8 @@ class FunctionalMetric(ModelMetric):
         blocks: which tensors are solved together; here the whole model by default.
         reduction: how the loss sums over examples, for each set on its own.
         precision: data type of the small matrices.
+        solver: how blocks are solved, as in LayerwiseMetric.
+        max_memory: bound on what a solve holds, as there.
         chunk_size: examples that are differentiated at a time; None: all. Less needs
             less memory while the rows are made.
 
@@ -107,6 +110,8 @@ class FunctionalMetric(ModelMetric):
         blocks: Blocks = "model",
         reduction: Reduction = "mean",
         precision: torch.dtype | None = None,
+        solver: Solver = "auto",
+        max_memory: int | str | None = None,
         chunk_size: int | None = None,
     ) -> None:
         functions = function if isinstance(function, Mapping) else {_ONLY: function}
@@ -126,6 +131,8 @@ class FunctionalMetric(ModelMetric):
             blocks=blocks,
             reduction=reduction,
             precision=precision,
+            solver=solver,
+            max_memory=max_memory,
         )
         self.chunk_size = chunk_size
         self._functions = {
