@@ -27,9 +27,9 @@ class Neglected:
 
         ``G~ <= G <= (1 + trace) G~``,
 
-    for the block of all parameters and for every smaller one. By
-    :eq:`rows-neglected` a rate of contraction in G~ is then between that in G and
-    ``1 + trace`` times that.
+    for the block of all parameters and for every smaller one. A positive rate of
+    contraction in G~ is then between that in G and ``1 + trace`` times that.
+    Implements :eq:`rows-neglected`.
 
     Attributes:
         trace: energy of what was left out, a scalar.
