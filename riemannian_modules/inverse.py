@@ -100,18 +100,6 @@ class Inverse:
             matrix = self._capacitance()
         return woodbury.cholesky(matrix, overwrite=True)
 
-    def share(self, other: "Inverse") -> None:
-        """Take over the factorisation of a block with the same S, if it was made.
-
-        Args:
-            other: the inverse of the same block at another point, where neither the
-                factors nor the Riesz maps depend on the point.
-        """
-        if "factor" in other.__dict__:
-            self.__dict__["factor"] = other.factor
-            self._trace, self._rows = other._trace, other._rows
-            self.too_narrow = other.too_narrow
-
     def _capacitance(self) -> Tensor:
         wide = self._precision or self.block.precision
         single = torch.float32

@@ -305,7 +305,7 @@ class LayerMetric:
         pairs = zip(parts, self.parts, strict=True)
         if all(_equal(new.space.point, old.space.point) for new, old in pairs):
             return self
-        metric = LayerMetric(
+        return LayerMetric(
             parts,
             name=self.name,
             version=self.version,
@@ -313,10 +313,6 @@ class LayerMetric:
             solver=self.solver,
             max_memory=self.max_memory,
         )
-        if "inverse" in self.__dict__ and all(p.space.divisor for p in parts):
-            # A constant metric: its small matrix is the same everywhere.
-            metric.inverse.share(self.inverse)
-        return metric
 
     def double(self) -> "LayerMetric":
         """Return the same metric in float64."""
