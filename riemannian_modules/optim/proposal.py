@@ -34,6 +34,8 @@ def propose(
 ) -> tuple[Solutions, Motion | None]:
     """Solve for the directions, and choose the step where ``lr`` does not say it all.
 
+    Implements :eq:`function-momentum`.
+
     Args:
         metric: the metric after a backward pass.
         plans: what moves.
