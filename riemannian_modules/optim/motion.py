@@ -8,7 +8,7 @@ With the candidate v, the step before d and its part ``beta`` that is kept,
 where (a, b) is (1, beta) or what the quadratic model says, and s keeps u within what
 the model may be trusted with. The rows of K know less of the curvature along v than
 they should, since v was fitted to them; the next rows, which measure K d anyway, tell
-how much less. All of it stays on the device.
+how much less, and whether the step went too far. All of it stays on the device.
 """
 
 from dataclasses import dataclass, replace
@@ -35,6 +35,9 @@ _DEPENDENT = 1e-12
 _MEMORY = 0.7
 # The measured curvature is noisy, and to overrate it costs speed.
 _SLACK = 1.5
+# The reach follows slowly, since one batch says little of it, and never below a tenth,
+# since steps that hardly move learn nothing any more.
+_PATIENCE, _GAIN, _SHORTEST = 0.9, 0.05, 0.1
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,8 @@ class Motion:
         length = None if self.length is None else factor * self.length
         trust = self.trust
         if trust is not None:
-            trust = torch.cat([trust[:2], factor.square() * trust[2:]])
+            own = factor.square() * trust[2:4]
+            trust = torch.cat([trust[:2], own, trust[4:]])
         share = factor * self.share
         return replace(self, vectors=vectors, share=share, length=length, trust=trust)
 
@@ -111,11 +115,11 @@ class Motion:
             healthy: boolean scalar on the device; None: the step went well.
 
         Returns:
-            ``(4,)``, or None.
+            ``(7,)``, or None.
         """
         if self.trust is None or healthy is None:
             return old if self.trust is None else self.trust
-        before = torch.zeros_like(self.trust) if old is None else old.to(self.trust)
+        before = self.trust if old is None else old.to(self.trust)
         return torch.where(healthy, self.trust, before)
 
     def total(self) -> Tensor:
@@ -134,7 +138,8 @@ def best_pair(numbers: Numbers, spring: float) -> Tensor:
         spring: the centre of the mass term is so much of the step before.
 
     Returns:
-        The coefficients, ``(1,)`` or ``(2,)``; zero along a zero direction.
+        The coefficients, ``(1,)`` or ``(2,)``; zero along a zero direction. That of
+        the step before lies in [-1, 1].
     """
     matrix, pull = numbers.damped, -numbers.slopes
     size = matrix.diagonal().clamp_min(torch.finfo(matrix.dtype).tiny).sqrt()
@@ -146,23 +151,34 @@ def best_pair(numbers: Numbers, spring: float) -> Tensor:
     total, difference = right[0] + right[1], right[0] - right[1]
     total = torch.where(1.0 + r > _DEPENDENT, total / (1.0 + r), 0.0)
     difference = torch.where(1.0 - r > _DEPENDENT, difference / (1.0 - r), 0.0)
-    return 0.5 * torch.stack([total + difference, total - difference]) / size
+    a, b = 0.5 * torch.stack([total + difference, total - difference]) / size
+    # A step can be taken back or taken again; more of it leaves where K was seen.
+    bounded = b.clamp(-1.0, 1.0)
+    alone = (right[0] - r * size[1] * bounded) / size[0]
+    return torch.stack([torch.where(bounded == b, a, alone), bounded])
 
 
-def renewed(trust: Tensor, curvature: Tensor) -> Tensor:
-    """Take the curvature along the last step into account, measured on new rows.
+def renewed(trust: Tensor, curvature: Tensor, slope: Tensor) -> Tensor:
+    """Learn from the new rows what the last step was worth.
+
+    Implements :eq:`reach`.
 
     Args:
-        trust: what :func:`foreseen` left, ``(4,)``.
+        trust: what :func:`foreseen` left, ``(7,)``.
         curvature: ``|K u|^2`` of the last step u, with K of this pass.
+        slope: ``df(u)``, with the gradient of this pass.
 
     Returns:
-        The same with sums that include it.
+        The same with sums and a reach that include it.
     """
-    measured, expected, rest, own = trust.unbind()
+    measured, expected, rest, own, right, whole, reach = trust.unbind()
     measured = _MEMORY * measured + (1.0 - _MEMORY) * (curvature - rest)
     expected = _MEMORY * expected + (1.0 - _MEMORY) * own
-    return torch.stack([measured, expected, rest, own])
+    right = _PATIENCE * right + (1.0 - _PATIENCE) * (curvature - slope)
+    whole = _PATIENCE * whole + (1.0 - _PATIENCE) * curvature
+    ratio = torch.where(whole > 0.0, right / whole, 1.0).clamp(0.5, 1.5)
+    reach = (reach * ratio**_GAIN).clamp(_SHORTEST, 1.0)
+    return torch.stack([measured, expected, rest, own, right, whole, reach])
 
 
 def corrected(numbers: Numbers, trust: Tensor) -> tuple[Numbers, Tensor]:
@@ -194,13 +210,16 @@ def foreseen(numbers: Numbers, c: Tensor, trust: Tensor | None) -> Tensor:
         trust: what :func:`renewed` returned, or None.
 
     Returns:
-        ``(4,)``: the sums of measured and of expected curvatures along candidates,
-        and of this step the curvature that needs no check and the one that does.
+        ``(7,)``: the sums of measured and of expected curvatures along candidates;
+        of this step the curvature that needs no check and the one that does; the sums
+        of what steps should have been and of what they were; and the reach.
     """
     own = c[0].square() * numbers.curvature[0, 0]
     rest = c @ numbers.curvature @ c - own
-    sums = torch.zeros_like(numbers.curvature[0, :1].repeat(2))
-    return torch.cat([sums if trust is None else trust[:2], torch.stack([rest, own])])
+    if trust is None:
+        zero, one = torch.zeros_like(own), torch.ones_like(own)
+        return torch.stack([zero, zero, rest, own, zero, zero, one])
+    return torch.cat([trust[:2], torch.stack([rest, own]), trust[4:]])
 
 
 def credible_share(slope: Tensor, curvature: Tensor, gap: Tensor) -> Tensor:

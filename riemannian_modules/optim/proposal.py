@@ -34,11 +34,13 @@ def propose(
 ) -> tuple[Solutions, Motion | None]:
     """Solve for the directions, and choose the step where ``lr`` does not say it all.
 
+    Implements :eq:`function-momentum`.
+
     Args:
         metric: the metric after a backward pass.
         plans: what moves.
         rule: how long steps are.
-        trust: what the last step left of its curvature, ``(4,)``, or None.
+        trust: what the last step left of itself, ``(7,)``, or None.
 
     Returns:
         The solutions by block, and the step before ``lr``; None: it is minus the
@@ -66,8 +68,9 @@ def propose(
             if before
             else model.numbers([candidate], [first])
         )
-    if trust is not None and image is not None:
-        trust = renewed(trust.to(image), image.square().sum())
+    if trust is not None and image is not None and numbers is not None:
+        slope = numbers.slopes[1]
+        trust = renewed(trust.to(image), image.square().sum(), slope)
     motion = _combine(metric, rule, numbers, candidate, before, trust)
     if rule.clip is not None:
         motion = _clipped(rule.clip, model, plans, motion)
@@ -114,6 +117,8 @@ def _combine(
             slope, curvature = numbers.slopes @ c, c @ numbers.curvature @ c
             gap = metric.loss.double() - rule.floor
             share = credible_share(slope, curvature, gap)
+        if rule.automatic and trust is not None:
+            share = trust[-1].to(share) * share
         if rule.normalize:
             share = torch.where(length > 0.0, 1.0 / length, 0.0)
         length = share * length

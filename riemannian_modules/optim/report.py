@@ -142,8 +142,9 @@ class MotionReport:
     def __str__(self) -> str:
         return (
             f"length {self.length:.3g}  carried {self.carried:.3g}  share "
-            f"{self.share:.3g}  curvature x{self.inflation:.3g}  norm "
-            f"{self.norm:.2e}  predicted decrease {self.predicted_decrease:.2e}"
+            f"{self.share:.3g}  reach {self.reach:.3g}  curvature "
+            f"x{self.inflation:.3g}  norm {self.norm:.2e}  predicted decrease "
+            f"{self.predicted_decrease:.2e}"
         )
 
     @cached_property
@@ -158,8 +159,13 @@ class MotionReport:
 
     @cached_property
     def share(self) -> float:
-        """What the floor of the loss, the clipping or the normalisation left."""
+        """What reach, floor of the loss, clipping and normalisation left of it."""
         return float(self.motion.share)
+
+    @cached_property
+    def reach(self) -> float:
+        """The part of the share that earlier steps account for; 1 without them."""
+        return 1.0 if self.motion.trust is None else float(self.motion.trust[-1])
 
     @cached_property
     def inflation(self) -> float:
