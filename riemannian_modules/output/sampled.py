@@ -94,6 +94,7 @@ class Sampled(OutputMetric):
         self.per = per
         self.gradient_rows = gradient_rows
         self.joint = per == "batch"
+        self.leads = gradient_rows
 
     def factor(self, outputs: Tensor) -> Tensor:
         """Draw rows ``(n, probes, *output)``, anew at every call.
@@ -152,7 +153,11 @@ class Sampled(OutputMetric):
         drawn = self.factor(outputs).unbind(1) if self.probes else ()
         for row in drawn:
             z, _ = self.metric.whiten(outputs, row)
-            assert z is not None
+            if z is None:
+                raise OutputMetricError(
+                    f"{self.metric!r}.whiten explains the cotangent of the loss but "
+                    "not its own random rows; return y for both, or for neither"
+                )
             shared = z.double().reshape(len(y), -1) * u
             common = shared.sum() if self.joint else shared.sum(1).view(shape)
             rows.append((row.double() - common * first).to(outputs.dtype))
