@@ -136,6 +136,9 @@ class Sampled(OutputMetric):
             ``(n, 1 + probes)`` (``(1 + probes,)`` for the whole batch), which is zero
             but for the gradient's row; and what the metric itself leaves of the
             cotangent. Cost: one whitening for each probe.
+
+        Raises:
+            OutputMetricError: the metric whitens the cotangent, but not its own rows.
         """
         if not self.gradient_rows:
             return self.factor(outputs), *self.whiten(outputs, cotangent)
