@@ -161,6 +161,8 @@ class Rows:
         has_costate: whether a costate is among them.
         has_rest: whether a rest is among them.
         joint: whether a row of L is the sum of its n parts; y is ``(r,)`` then.
+        leads: whether the costate is that combination of the first row alone, each
+            example's times its entry of y, so that it need not be carried.
     """
 
     stacks: list[Tensor]
@@ -169,6 +171,7 @@ class Rows:
     has_costate: bool
     has_rest: bool
     joint: bool = False
+    leads: bool = False
 
     @property
     def count(self) -> int:
@@ -215,7 +218,8 @@ def output_rows(
     if not spans:
         extra.append(rests)
     stacks = _stacks(heads, parts, extra, rank)
-    return Rows(stacks, rank, residual, True, not spans, joint)
+    leads = spans and not joint and len(heads) == 1 and _leads(heads[0][1])
+    return Rows(stacks, rank, residual, True, not spans, joint, leads)
 
 
 @dataclass(frozen=True)
@@ -232,6 +236,10 @@ class _Found:
             return self.residual
         r, n = (0, 0) if self.rows is None else self.rows.shape[:2]
         return self.rest.new_zeros(r if joint else r * n)
+
+
+def _leads(metric: OutputMetric | None) -> bool:
+    return metric is not None and metric.leads
 
 
 def _joint(heads: Sequence[Head]) -> bool:

@@ -83,7 +83,8 @@ class Linearization:
         residual: y with ``d loss = K^T y + rest``, ``(rank,)``; None: no exact one.
         rest: ``{name: covector}``; None: zero.
         source: ``{name: factor}`` whose row sums are the rest; None with the rest.
-        costates: ``{name: factor}`` whose row sums are the gradient.
+        costates: ``{name: factor}`` whose row sums are the gradient; empty where the
+            residual says it all.
         examples: how many rows in succession are of different examples; 1 if rows
             are of the whole batch.
     """
@@ -277,7 +278,11 @@ def _wrong(job: Job, call: Call, reason: str) -> str:
 
 
 def linearize(
-    whole: Mapping[str, MetricFactor], rows: Rows, examples: int
+    whole: Mapping[str, MetricFactor],
+    rows: Rows,
+    examples: int,
+    *,
+    carried: bool = True,
 ) -> Linearization:
     """Take rows, costate and rest apart.
 
@@ -285,6 +290,8 @@ def linearize(
         whole: factors of all cotangents that were carried down.
         rows: what they were.
         examples: number of examples.
+        carried: whether the costate is among the cotangents; where the first row
+            leads it need not be, and there are no factors of costates then.
 
     Returns:
         The linearisation.
@@ -301,7 +308,11 @@ def linearize(
     gradient: dict[str, Tensor] = {}
     own: dict[str, MetricFactor] = {}
     source, covectors = None, None
-    if rows.has_costate:
+    if not carried:
+        assert rows.residual is not None
+        y = rows.residual[:examples]
+        gradient = {name: each.rmatvec(y) for name, each in part(0, 1).items()}
+    elif rows.has_costate:
         own = part(r, r + 1)
         gradient = {name: factor.row_sum() for name, factor in own.items()}
         if rows.residual is None:

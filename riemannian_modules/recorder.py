@@ -132,7 +132,9 @@ class Recorder:
         n = len(ends[0])
         with torch.no_grad():
             rows = output_rows(heads, costates, reduction)
-            stacks = rows.stacks
+            # Without a row of its own, the gradient is that of the rows that it leads.
+            count = rows.rank if rows.leads else rows.count
+            stacks = [stack[:count] for stack in rows.stacks]
             present = self._some_examples(n, ends[0].device) if moving else None
             if present is not None:
                 stacks = [
@@ -146,13 +148,13 @@ class Recorder:
                 if not _apart(carried, graph, present):
                     del self.graphs[key]
                     return self._explore(tape, heads, costates, loss, reduction)
-                carried = [narrowed(each, rows.count) for each in carried]
+                carried = [narrowed(each, count) for each in carried]
             try:
                 whole = assemble(self.watch, uses, carried, graph, n)
             except UnexplainedError as error:
                 raise LinearizationError(error.reason) from error
             self._exploring = moving
-            return linearize(whole, rows, n)
+            return linearize(whole, rows, n, carried=not rows.leads)
 
     def _some_examples(self, n: int, device: torch.device) -> Tensor | None:
         """Return some examples, others in every pass; None for a single one."""

@@ -12,7 +12,8 @@ from mutants.rows import SAMPLED
 from torch import Tensor, nn
 
 import riemannian_modules as rm
-from riemannian_modules.errors import OutputMetricError
+from riemannian_modules.contraction import loss_lipschitz
+from riemannian_modules.errors import ContractionError, OutputMetricError
 from riemannian_modules.output import (
     Bernoulli,
     Categorical,
@@ -194,8 +195,13 @@ def test_a_step_equals_the_dense_solve(seed, per, probes, blocks, manifold):
     model, generator = network(manifold), torch.Generator()
     output = Sampled(Categorical(), probes, generator, per=per)
     x = torch.randn(5, 3)
-    generator.manual_seed(seed)
     metric = linearised(model, output, x, mass=0.1, blocks=blocks)
+    # In the second pass the graph is known, and examples' rows lead the costate.
+    generator.manual_seed(seed)
+    with metric.record():
+        z = model(x)
+    metric.backward(cross_entropy(z), z)
+    assert bool(metric.linearization.costates) is (per == "batch")
     rank = (1 + probes) * (1 if per == "batch" else 5)
     assert all(block.rank == rank for block in metric.blocks.values())
     generator.manual_seed(seed)
@@ -204,6 +210,56 @@ def test_a_step_equals_the_dense_solve(seed, per, probes, blocks, manifold):
     )
     for name, vector in metric.natural_gradient().items():
         torch.testing.assert_close(vector, expected[name], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("blocks", ["layer", "model"])
+def test_the_gradient_and_what_one_example_does_need_no_costate(blocks):
+    torch.manual_seed(0)
+    model, x = network(rm.manifolds.Stiefel()), torch.randn(5, 3)
+    output = Sampled(Categorical(), 0)
+    metric = linearised(model, output, x, mass=0.1, blocks=blocks)
+    first = metric.linearization, loss_lipschitz(metric).value
+    with metric.record():
+        z = model(x)
+    metric.backward(cross_entropy(z), z)
+    second = metric.linearization, loss_lipschitz(metric).value
+    assert not second[0].costates
+    assert second[1] == pytest.approx(first[1], rel=1e-12)
+    gradients = torch.autograd.grad(cross_entropy(model(x)), list(model.parameters()))
+    names = [name for name, _ in model.named_parameters()]
+    for name, expected in zip(names, gradients, strict=True):
+        torch.testing.assert_close(second[0].gradient[name], expected)
+        assert metric.parameters[name].tensor.grad is second[0].gradient[name]
+
+
+def test_constants_of_examples_need_the_rows_of_examples():
+    metric = linearised(
+        network(rm.manifolds.Stiefel()), Categorical(), torch.randn(5, 3), history=1
+    )
+    with pytest.raises(ContractionError, match=r"metric\.of\(model\)"):
+        loss_lipschitz(metric)
+
+
+class Silent(OutputMetric):
+    """Explains some cotangents and not others."""
+
+    def factor(self, outputs: Tensor) -> Tensor:
+        return Euclidean().factor(outputs)
+
+    def whiten(self, outputs: Tensor, cotangent: Tensor):
+        y, rest = Euclidean().whiten(outputs, cotangent)
+        return (None, cotangent) if bool((cotangent > 0).all()) else (y, rest)
+
+    def sample(self, outputs, probes, generator=None) -> Tensor:
+        return torch.ones_like(outputs).unsqueeze(1)
+
+
+def test_a_metric_that_explains_half_is_refused():
+    with pytest.raises(OutputMetricError, match="random rows"):
+        Sampled(Silent()).split(torch.ones(2, 3), -torch.ones(2, 3))
+    rows, y, _ = Sampled(Silent()).split(torch.ones(2, 3), torch.ones(2, 3))
+    assert y is None
+    assert rows.shape == (2, 1, 3)
 
 
 @pytest.mark.parametrize("per", ["example", "batch"])

@@ -220,6 +220,11 @@ def _passed(metric: LayerwiseMetric) -> Linearization:
             "the metric knows no pass yet: run the model inside metric.record() and "
             "call metric.backward(loss, outputs)"
         )
+    if metric.fewer.history is not None or metric.fewer.rows is not None:
+        raise ContractionError(
+            "the rows of this metric are no longer those of the examples of one batch "
+            "(rows=... or history=...); pass metric.of(model) after a backward pass"
+        )
     if metric.reduction != "mean":
         raise ContractionError(
             "stability is about a mean of losses, but the metric was built with "
@@ -231,6 +236,8 @@ def _passed(metric: LayerwiseMetric) -> Linearization:
 def _examples(found: Linearization) -> int:
     if found.costates:
         return next(iter(found.costates.values())).rank
+    if found.gradient:
+        return found.examples
     raise NotRecordedError(
         "the last pass had no loss; call metric.backward(loss, outputs)"
     )

@@ -94,6 +94,7 @@ class Sampled(OutputMetric):
         self.per = per
         self.gradient_rows = gradient_rows
         self.joint = per == "batch"
+        self.leads = gradient_rows
 
     def factor(self, outputs: Tensor) -> Tensor:
         """Draw rows ``(n, probes, *output)``, anew at every call.
@@ -135,6 +136,9 @@ class Sampled(OutputMetric):
             ``(n, 1 + probes)`` (``(1 + probes,)`` for the whole batch), which is zero
             but for the gradient's row; and what the metric itself leaves of the
             cotangent. Cost: one whitening for each probe.
+
+        Raises:
+            OutputMetricError: the metric whitens the cotangent, but not its own rows.
         """
         if not self.gradient_rows:
             return self.factor(outputs), *self.whiten(outputs, cotangent)
@@ -152,7 +156,11 @@ class Sampled(OutputMetric):
         drawn = self.factor(outputs).unbind(1) if self.probes else ()
         for row in drawn:
             z, _ = self.metric.whiten(outputs, row)
-            assert z is not None
+            if z is None:
+                raise OutputMetricError(
+                    f"{self.metric!r}.whiten explains the cotangent of the loss but "
+                    "not its own random rows; return y for both, or for neither"
+                )
             shared = z.double().reshape(len(y), -1) * u
             common = shared.sum() if self.joint else shared.sum(1).view(shape)
             rows.append((row.double() - common * first).to(outputs.dtype))
