@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node
+from torch.autograd.graph import GradientEdge, Node
 
 from riemannian_modules.declared import DeclaredParameters
 from riemannian_modules.errors import (
@@ -17,6 +17,7 @@ from riemannian_modules.errors import (
 )
 from riemannian_modules.factors import MetricFactor
 from riemannian_modules.finite import looks_finite
+from riemannian_modules.reverse import single_pass
 from riemannian_modules.tape import Tape
 
 __all__ = [
@@ -211,15 +212,19 @@ def unfreed() -> Iterator[None]:
         ) from error
 
 
-def output_costates(loss: Tensor, outputs: Sequence[Tensor]) -> list[Tensor]:
+def output_costates(
+    loss: Tensor, outputs: Sequence[Tensor], edges: Sequence[GradientEdge] = ()
+) -> tuple[list[Tensor], list[Tensor | None]]:
     """Return d loss/d outputs, each of the shape of its output; the graph is kept.
 
     Args:
         loss: scalar.
         outputs: model outputs.
+        edges: more places in the graph where the derivative is wanted.
 
     Returns:
-        The costates at the outputs, zero at those that the loss does not depend on.
+        The costates at the outputs, zero at those that the loss does not depend on; and
+        those at the edges, None there.
 
     Raises:
         NotRecordedError: the loss does not depend on the outputs.
@@ -232,9 +237,9 @@ def output_costates(loss: Tensor, outputs: Sequence[Tensor]) -> list[Tensor]:
             "loss.mean() (reduction='mean') or loss.sum() (reduction='sum')"
         )
     active = [output for output in outputs if output.requires_grad]
-    grads: tuple[Tensor | None, ...] = (None,) * len(active)
+    grads: tuple[Tensor | None, ...] = (None,) * (len(active) + len(edges))
     if loss.requires_grad:
-        grads = torch.autograd.grad(loss, active, retain_graph=True, allow_unused=True)
+        grads = single_pass([loss], [*active, *edges], None, keep=True)
     pairs = iter(grads)
     found = [next(pairs) if output.requires_grad else None for output in outputs]
     if all(costate is None for costate in found):
@@ -254,7 +259,7 @@ def output_costates(loss: Tensor, outputs: Sequence[Tensor]) -> list[Tensor]:
                 "not; nothing was changed. Check the loss for roots, norms and "
                 "logarithms of 0"
             )
-    return costates
+    return costates, list(grads[len(active) :])
 
 
 def require_finite(value: Tensor, what: str, tape: Tape) -> None:

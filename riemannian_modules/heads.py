@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -154,19 +155,30 @@ class Rows:
     """What is carried down from the outputs.
 
     Attributes:
-        stacks: for each head ``(count, n, *output)``: the r rows of L, the costate if
-            there is one, and the rest if there is one.
+        parts: for each head the r rows of L, the costate if there is one, and the rest
+            if there is one, ``(k, n, *output)`` each; empty without any of them.
         rank: number r of rows for each example, over all heads.
         residual: y with ``L^T y + rest = costate``, ``(r n,)``; None: rest is all.
         has_costate: whether a costate is among them.
         has_rest: whether a rest is among them.
     """
 
-    stacks: list[Tensor]
+    parts: list[list[Tensor]]
     rank: int
     residual: Tensor | None
     has_costate: bool
     has_rest: bool
+
+    @cached_property
+    def stacks(self) -> list[Tensor]:
+        """All of them for each head, ``(count, n, *output)``."""
+        return [torch.cat(parts) for parts in self.parts if parts]
+
+    @property
+    def others(self) -> list[Tensor]:
+        """All but the costate for each head; only where there are rows."""
+        found = [[*parts[:1], *parts[2:]] for parts in self.parts]
+        return [each[0] if len(each) == 1 else torch.cat(each) for each in found]
 
     @property
     def count(self) -> int:
@@ -197,7 +209,7 @@ def output_rows(
     parts = [_head_rows(head, reduction) for head in heads]
     rank = sum(0 if rows is None else len(rows) for rows, _ in parts)
     if costates is None:
-        return Rows(_stacks(heads, parts, [], rank), rank, None, False, False)
+        return Rows(_parts(heads, parts, [], rank), rank, None, False, False)
     whitened = [
         _whitened(head, rows, weight, costate)
         for head, (rows, weight), costate in zip(heads, parts, costates, strict=True)
@@ -205,7 +217,7 @@ def output_rows(
     extra = [list(costates)]
     exact = [y is not None for y, _ in whitened]
     if not any(exact):
-        return Rows(_stacks(heads, parts, extra, rank), rank, None, True, False)
+        return Rows(_parts(heads, parts, extra, rank), rank, None, True, False)
     residual = torch.cat(
         [
             costate.new_zeros(0 if rows is None else rows.shape[0] * rows.shape[1])
@@ -221,8 +233,7 @@ def output_rows(
     spans = all(r.device.type == "cpu" and not bool(r.any()) for r in rests)
     if not spans:
         extra.append(rests)
-    stacks = _stacks(heads, parts, extra, rank)
-    return Rows(stacks, rank, residual, True, not spans)
+    return Rows(_parts(heads, parts, extra, rank), rank, residual, True, not spans)
 
 
 def _head_rows(head: Head, reduction: Reduction) -> tuple[Tensor | None, float]:
@@ -278,21 +289,21 @@ def _whitened(
     return (None if y is None else y.mT.reshape(-1) / weight**0.5), rest
 
 
-def _stacks(
+def _parts(
     heads: Sequence[Head],
     parts: Sequence[tuple[Tensor | None, float]],
     extra: Sequence[Sequence[Tensor]],
     rank: int,
-) -> list[Tensor]:
-    stacks, before = [], 0
+) -> list[list[Tensor]]:
+    found, before = [], 0
     for index, ((outputs, _), (rows, _)) in enumerate(zip(heads, parts, strict=True)):
         own = 0 if rows is None else len(rows)
         pieces = [] if rows is None else [rows]
         if own < rank:
-            pieces.insert(0, outputs.new_zeros(before, *outputs.shape))
-            pieces.append(outputs.new_zeros(rank - before - own, *outputs.shape))
+            left = outputs.new_zeros(before, *outputs.shape)
+            right = outputs.new_zeros(rank - before - own, *outputs.shape)
+            pieces = [torch.cat([left, *pieces, right])]
         pieces += [each[index].unsqueeze(0) for each in extra]
-        if pieces:
-            stacks.append(torch.cat([piece.to(outputs.dtype) for piece in pieces]))
+        found.append([piece.to(outputs.dtype) for piece in pieces])
         before += own
-    return stacks
+    return found

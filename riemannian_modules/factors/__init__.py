@@ -3,6 +3,7 @@
 from riemannian_modules.factors.base import MetricFactor
 from riemannian_modules.factors.block import BlockFactor
 from riemannian_modules.factors.convolution import Convolution, ConvolutionFactor
+from riemannian_modules.factors.cotangents import stacked
 from riemannian_modules.factors.dense import DenseFactor
 from riemannian_modules.factors.embedding import EmbeddingFactor
 from riemannian_modules.factors.linear import BiasFactor, LinearFactor
@@ -22,4 +23,5 @@ __all__ = [
     "SumFactor",
     "coupled_dims",
     "joined",
+    "stacked",
 ]

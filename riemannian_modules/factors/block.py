@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from riemannian_modules.factors.base import MetricFactor
+from riemannian_modules.factors.cotangents import memory
 from riemannian_modules.factors.dense import DenseFactor
-from riemannian_modules.factors.linear import BiasFactor, LinearFactor, memory
+from riemannian_modules.factors.linear import BiasFactor, LinearFactor
 from riemannian_modules.factors.linear_gram import absorbs_bias
 from riemannian_modules.factors.slabs import add_lower
 from riemannian_modules.tangent import TangentSpace
