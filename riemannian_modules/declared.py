@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from operator import is_
 from typing import Literal
 
 import geoopt
@@ -143,6 +144,8 @@ class DeclaredParameters:
         for declared in self:
             declared.space()
         require_declared_manifolds(model)
+        self._tree: list[_Node] = []
+        self._foreign: list[Tensor] = []
         self.verify()
 
     def __iter__(self) -> Iterator[Declared]:
@@ -229,8 +232,9 @@ class DeclaredParameters:
             LinearizationError: a parameter was frozen, unfrozen or added after the
                 metric was built.
         """
+        same = all(map(_unchanged, self._tree)) and bool(self._tree)
         for declared in self:
-            now = declared.current
+            now = declared.tensor if same else declared.current
             view = getattr(now, "manifold", _EUCLIDEAN)
             if now is not declared.tensor or view is not declared.held:
                 base = view.base if isinstance(view, MetricManifold) else view
@@ -251,8 +255,16 @@ class DeclaredParameters:
             if now._version != declared.verified:
                 _check_value(declared, now.dtype if seen is None else seen.dtype)
                 declared.verified = now._version
-        for tensor in _tensors_of(self._model):
-            if id(tensor) not in self._names and tensor.requires_grad:
+        if not same:
+            self._tree = list(_tree_of(self._model))
+            self._foreign = [
+                t
+                for _, tensors, _ in self._tree
+                for t in tensors.values()
+                if t is not None and id(t) not in self._names
+            ]
+        for tensor in self._foreign:
+            if tensor.requires_grad:
                 raise LinearizationError(
                     f"a trainable parameter of shape {tuple(tensor.shape)} is new to "
                     "the metric; build the metric and the optimizer anew after adding, "
@@ -285,12 +297,28 @@ def _require_own_views(parameters: Iterable[Declared]) -> None:
             )
 
 
-def _tensors_of(model: nn.Module) -> Iterator[Tensor]:
-    # As model.parameters(), without its names, which take most of its time.
+# A module with the parameters and the modules that it holds itself, by name.
+_Node = tuple[nn.Module, dict[str, Tensor | None], dict[str, nn.Module | None]]
+
+
+def _unchanged(node: _Node) -> bool:
+    """Whether a module holds what it held."""
+    module, tensors, children = node
+    own, below = module._parameters, module._modules
+    return (
+        own.keys() == tensors.keys()
+        and below.keys() == children.keys()
+        and all(map(is_, own.values(), tensors.values()))
+        and all(map(is_, below.values(), children.values()))
+    )
+
+
+def _tree_of(model: nn.Module) -> Iterator[_Node]:
+    # As model.modules(), without its names, which take most of its time.
     seen, waiting = {model}, [model]
     while waiting:
         module = waiting.pop()
-        yield from (t for t in module._parameters.values() if t is not None)
+        yield module, dict(module._parameters), dict(module._modules)
         for child in module._modules.values():
             if child is not None and child not in seen:
                 seen.add(child)

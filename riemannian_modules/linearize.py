@@ -23,7 +23,7 @@ from riemannian_modules.layout import Layout
 from riemannian_modules.reverse import joint, reverse_passes
 from riemannian_modules.rules import GENERIC, Call
 from riemannian_modules.rules.job import Job, UnexplainedError, explained
-from riemannian_modules.tape import Use, settings_of
+from riemannian_modules.tape import Use
 from riemannian_modules.watch import Watch
 
 __all__ = [
@@ -274,7 +274,7 @@ def _require_explicable(use: Use, job: Job) -> None:
             "parameters (torch.func.functional_call)"
         )
         raise UnexplainedError(job.names, reason)
-    if use.settings != settings_of(use.module):
+    if not use.keeps_settings():
         reason = (
             f"{use.label} has other attributes now than when it was called; "
             "call metric.backward before they change"

@@ -2,7 +2,8 @@
 
 from riemannian_modules.factors.base import MetricFactor
 from riemannian_modules.factors.block import BlockFactor
-from riemannian_modules.factors.convolution import Convolution, ConvolutionFactor
+from riemannian_modules.factors.convolution import ConvolutionFactor
+from riemannian_modules.factors.convolving import Convolution
 from riemannian_modules.factors.cotangents import stacked
 from riemannian_modules.factors.dense import DenseFactor
 from riemannian_modules.factors.embedding import EmbeddingFactor

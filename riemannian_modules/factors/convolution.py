@@ -10,15 +10,14 @@ are multiplied with.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import geoopt
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from riemannian_modules.errors import ShapeError
 from riemannian_modules.factors.base import MetricFactor
+from riemannian_modules.factors.convolving import Convolution
 from riemannian_modules.factors.cotangents import CotangentFactor, Known
 from riemannian_modules.factors.linear import LinearFactor
 from riemannian_modules.factors.linear_gram import forms_rows
@@ -32,78 +31,10 @@ from riemannian_modules.factors.slabs import (
 from riemannian_modules.factors.sums import SumFactor, added
 from riemannian_modules.tangent import TangentSpace
 
-__all__ = ["Convolution", "ConvolutionFactor"]
+__all__ = ["ConvolutionFactor"]
 
-
-@dataclass(frozen=True)
-class Convolution:
-    """What a convolution does besides multiplying with its weight.
-
-    Attributes:
-        kernel: size of the kernel.
-        stride: stride.
-        padding: zeros on both sides.
-        dilation: dilation.
-        groups: number of groups.
-        transposed: whether it is a transposed convolution.
-        output_padding: of a transposed convolution.
-    """
-
-    kernel: tuple[int, ...]
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    groups: int = 1
-    transposed: bool = False
-    output_padding: tuple[int, ...] = ()
-
-    @property
-    def _arguments(self) -> tuple[object, ...]:
-        return (
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.transposed,
-            self.output_padding or (0,) * len(self.kernel),
-            self.groups,
-        )
-
-    def apply(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Return the convolution of ``x``, ``(batch, channels, *size)``."""
-        result: Tensor = torch.convolution(x, weight, None, *self._arguments)  # type: ignore[arg-type]
-        return result
-
-    def pull(self, cotangent: Tensor, x: Tensor, shape: Sequence[int]) -> Tensor:
-        """Return the weight's gradient, of ``shape``."""
-        # Only the shape of the weight is looked at.
-        weight = x.new_empty(tuple(shape))
-        gradients = torch.ops.aten.convolution_backward(
-            cotangent, x, weight, None, *self._arguments, (False, True, False)
-        )
-        result: Tensor = gradients[1]
-        return result
-
-    def patches(self, x: Tensor, positions: Sequence[int]) -> Tensor:
-        """Return what the kernel sees, in one copy.
-
-        Args:
-            x: ``(n, uses, channels, *size)``.
-            positions: numbers of positions along each dimension.
-
-        Returns:
-            ``(n, channels * kernel, uses * positions)``.
-        """
-        if any(self.padding):
-            x = F.pad(x, [p for p in reversed(self.padding) for _ in range(2)])
-        n, uses, channels, *_ = x.shape
-        batch, use, channel, *steps = x.stride()
-        kernel = [d * s for d, s in zip(self.dilation, steps, strict=True)]
-        step = [d * s for d, s in zip(self.stride, steps, strict=True)]
-        windows = x.as_strided(
-            (n, channels, *self.kernel, uses, *positions),
-            (batch, channel, *kernel, use, *step),
-        )
-        return windows.reshape(n, channels * math.prod(self.kernel), -1)
+# A processor's cache holds this part of what may be held in memory.
+_CACHED = 8
 
 
 class ConvolutionFactor(CotangentFactor, SlabFactor):
@@ -270,7 +201,9 @@ class ConvolutionFactor(CotangentFactor, SlabFactor):
         groups, unit = self.convolution.groups, self.unit
         positions = left[0].shape[3:]
         each = right.shape[2] * math.prod((*self.convolution.kernel, *positions))
-        for some in pieces(len(right), each * right.shape[1]):
+        # Patches that stay in the processor's cache while they are multiplied.
+        each *= right.shape[1] * (_CACHED if left[0].device.type == "cpu" else 1)
+        for some in pieces(len(right), each):
             x = self.convolution.patches(right[some], positions)
             if groups > 1:
                 x = x.unflatten(1, (groups, -1))[:, low:high].flatten(0, 1)
