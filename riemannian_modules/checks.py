@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node
+from torch.autograd.graph import GradientEdge, Node
 
 from riemannian_modules.declared import DeclaredParameters
 from riemannian_modules.errors import (
@@ -216,15 +216,19 @@ def unfreed() -> Iterator[None]:
         ) from error
 
 
-def output_costates(loss: Tensor, outputs: Sequence[Tensor]) -> list[Tensor]:
+def output_costates(
+    loss: Tensor, outputs: Sequence[Tensor], edges: Sequence[GradientEdge] = ()
+) -> tuple[list[Tensor], list[Tensor | None]]:
     """Return d loss/d outputs, each of the shape of its output; the graph is kept.
 
     Args:
         loss: scalar.
         outputs: model outputs.
+        edges: more places in the graph where the derivative is wanted.
 
     Returns:
-        The costates at the outputs, zero at those that the loss does not depend on.
+        The costates at the outputs, zero at those that the loss does not depend on; and
+        those at the edges, None there.
 
     Raises:
         NotRecordedError: the loss does not depend on the outputs.
@@ -237,9 +241,9 @@ def output_costates(loss: Tensor, outputs: Sequence[Tensor]) -> list[Tensor]:
             "loss.mean() (reduction='mean') or loss.sum() (reduction='sum')"
         )
     active = [output for output in outputs if output.requires_grad]
-    grads: Sequence[Tensor | None] = (None,) * len(active)
+    grads: Sequence[Tensor | None] = (None,) * (len(active) + len(edges))
     if loss.requires_grad:
-        grads = scaled_grad(loss, active, loss_scale(outputs))
+        grads = scaled_grad(loss, [*active, *edges], loss_scale(outputs))
     pairs = iter(grads)
     found = [next(pairs) if output.requires_grad else None for output in outputs]
     if all(costate is None for costate in found):
@@ -259,7 +263,7 @@ def output_costates(loss: Tensor, outputs: Sequence[Tensor]) -> list[Tensor]:
                 "not; nothing was changed. Check the loss for roots, norms and "
                 "logarithms of 0"
             )
-    return costates
+    return costates, list(grads[len(active) :])
 
 
 def require_finite(value: Tensor, what: str, tape: Tape) -> None:

@@ -34,6 +34,7 @@ from riemannian_modules.manifolds.riesz import require_own_formulas
 from riemannian_modules.mass import Mass, MassLike, as_masses
 from riemannian_modules.metric import LayerMetric, Part
 from riemannian_modules.model_checks import require_module, require_own_memory
+from riemannian_modules.module_tree import Node, tree_of, unchanged
 from riemannian_modules.tangent import TangentSpace
 
 __all__ = ["Blocks", "Declared", "DeclaredParameters"]
@@ -143,6 +144,8 @@ class DeclaredParameters:
         for declared in self:
             declared.space()
         require_declared_manifolds(model)
+        self._tree: list[Node] = []
+        self._foreign: list[Tensor] = []
         self.verify()
 
     def __iter__(self) -> Iterator[Declared]:
@@ -229,8 +232,9 @@ class DeclaredParameters:
             LinearizationError: a parameter was frozen, unfrozen or added after the
                 metric was built.
         """
+        same = all(map(unchanged, self._tree)) and bool(self._tree)
         for declared in self:
-            now = declared.current
+            now = declared.tensor if same else declared.current
             view = getattr(now, "manifold", _EUCLIDEAN)
             if now is not declared.tensor or view is not declared.held:
                 base = view.base if isinstance(view, MetricManifold) else view
@@ -251,8 +255,16 @@ class DeclaredParameters:
             if now._version != declared.verified:
                 _check_value(declared, now.dtype if seen is None else seen.dtype)
                 declared.verified = now._version
-        for tensor in _tensors_of(self._model):
-            if id(tensor) not in self._names and tensor.requires_grad:
+        if not same:
+            self._tree = list(tree_of(self._model))
+            self._foreign = [
+                t
+                for _, tensors, _ in self._tree
+                for t in tensors.values()
+                if t is not None and id(t) not in self._names
+            ]
+        for tensor in self._foreign:
+            if tensor.requires_grad:
                 raise LinearizationError(
                     f"a trainable parameter of shape {tuple(tensor.shape)} is new to "
                     "the metric; build the metric and the optimizer anew after adding, "
@@ -283,18 +295,6 @@ def _require_own_views(parameters: Iterable[Declared]) -> None:
                 f"'{other}' and '{declared.name}' share a MetricManifold, which holds "
                 "the metric of one parameter; give each its own"
             )
-
-
-def _tensors_of(model: nn.Module) -> Iterator[Tensor]:
-    # As model.parameters(), without its names, which take most of its time.
-    seen, waiting = {model}, [model]
-    while waiting:
-        module = waiting.pop()
-        yield from (t for t in module._parameters.values() if t is not None)
-        for child in module._modules.values():
-            if child is not None and child not in seen:
-                seen.add(child)
-                waiting.append(child)
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:

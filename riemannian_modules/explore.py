@@ -15,12 +15,13 @@ from riemannian_modules.linearize import (
     Carried,
     Graph,
     Linearization,
-    UnexplainedError,
     assemble,
     carry,
-    linearize,
     narrowed,
+    taken_apart,
 )
+from riemannian_modules.reverse import joint
+from riemannian_modules.rules.job import UnexplainedError
 from riemannian_modules.tape import Tape, Use
 from riemannian_modules.watch import Watch
 
@@ -67,7 +68,8 @@ def explore(
         torch.cat([stack, probe])
         for stack, probe in zip(rows.stacks, probes, strict=False)
     ]
-    known, batched = carry(tape.uses, outputs, stacks, batched=None)
+    passes, batched = carry(tape.uses, outputs, stacks, batched=None)
+    known = [tuple(joint(own)) for own in zip(*passes, strict=True)]
     _refuse_nested_heads(outputs)
     truths = [] if expected is None else [(rows.rank, expected)]
     # At an optimum the costate vanishes and tells nothing; the probes always do.
@@ -151,26 +153,23 @@ def _agreed(
             layouts, certain = _layouts(watch, uses, carried, first, n, tape.rounding)
             graph = Graph(True, layouts, [])
             needed = [narrowed(each, stop) for each in carried]
-            whole = assemble(watch, uses, needed, graph, n)
+            whole = assemble(watch, uses, [needed], graph, n)
         except UnexplainedError as error:
             for name in error.names:
                 watch.raise_up(name, tape, error.reason)
             continue
-        if not whole:
+        if not whole.uses:
             raise NotRecordedError(
                 "these outputs do not depend on any recorded layer; call the model "
                 "inside metric.record() and hand on what it returned"
             )
         wrong: dict[str, str] = {}
         for index, truth in truths:
-            factors = {
-                name: factor.narrow(index * n, (index + 1) * n)
-                for name, factor in whole.items()
-            }
+            factors = whole.part(index, index + 1)
             sums = {name: factor.row_sum() for name, factor in factors.items()}
             wrong |= disagreements(sums, truth, factors, tape.rounding)
         if not wrong:
-            return linearize(whole, rows, n), graph, certain
+            return taken_apart(whole, rows), graph, certain
         for name, reason in wrong.items():
             watch.refuse_rule(name, reason)
             watch.raise_up(name, tape, reason)

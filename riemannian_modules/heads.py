@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -154,8 +155,8 @@ class Rows:
     """What is carried down from the outputs.
 
     Attributes:
-        stacks: for each head ``(count, n, *output)``: the r rows of L, the costate if
-            there is one, and the rest if there is one.
+        parts: for each head the r rows of L, the costate if there is one, and the rest
+            if there is one, ``(k, n, *output)`` each; empty without any of them.
         rank: number r of rows for each example, over all heads.
         residual: y with ``L^T y + rest = costate``, ``(r n,)``; None: rest is all.
         has_costate: whether a costate is among them.
@@ -165,13 +166,24 @@ class Rows:
             example's times its entry of y, so that it need not be carried.
     """
 
-    stacks: list[Tensor]
+    parts: list[list[Tensor]]
     rank: int
     residual: Tensor | None
     has_costate: bool
     has_rest: bool
     joint: bool = False
     leads: bool = False
+
+    @cached_property
+    def stacks(self) -> list[Tensor]:
+        """All of them for each head, ``(count, n, *output)``."""
+        return [torch.cat(parts) for parts in self.parts if parts]
+
+    @property
+    def others(self) -> list[Tensor]:
+        """All but the costate for each head; only where there are rows."""
+        found = [[*parts[:1], *parts[2:]] for parts in self.parts]
+        return [each[0] if len(each) == 1 else torch.cat(each) for each in found]
 
     @property
     def count(self) -> int:
@@ -205,21 +217,19 @@ def output_rows(
     parts = [head.rows for head in found]
     rank = sum(0 if rows is None else len(rows) for rows in parts)
     if costates is None:
-        stacks = _stacks(heads, parts, [], rank)
-        return Rows(stacks, rank, None, False, False, joint)
+        return Rows(_parts(heads, parts, [], rank), rank, None, False, False, joint)
     extra = [list(costates)]
     if all(head.residual is None for head in found):
-        stacks = _stacks(heads, parts, extra, rank)
-        return Rows(stacks, rank, None, True, False, joint)
+        carried = _parts(heads, parts, extra, rank)
+        return Rows(carried, rank, None, True, False, joint)
     residual = torch.cat([head.coordinates(joint) for head in found])
     rests = [head.rest for head in found]
     # Reading the remainder is free on the CPU only; elsewhere it travels along.
     spans = all(r.device.type == "cpu" and not bool(r.any()) for r in rests)
     if not spans:
         extra.append(rests)
-    stacks = _stacks(heads, parts, extra, rank)
-    leads = spans and not joint and len(heads) == 1 and _leads(heads[0][1])
-    return Rows(stacks, rank, residual, True, not spans, joint, leads)
+    carried = _parts(heads, parts, extra, rank)
+    return Rows(carried, rank, residual, True, not spans, joint)
 
 
 @dataclass(frozen=True)
@@ -308,23 +318,23 @@ def _require_split(
         )
 
 
-def _stacks(
+def _parts(
     heads: Sequence[Head],
     parts: Sequence[Tensor | None],
     extra: Sequence[Sequence[Tensor]],
     rank: int,
-) -> list[Tensor]:
-    stacks, before = [], 0
+) -> list[list[Tensor]]:
+    found, before = [], 0
     for index, ((outputs, _), rows) in enumerate(zip(heads, parts, strict=True)):
         own = 0 if rows is None else len(rows)
         pieces = [] if rows is None else [rows]
         if own < rank:
-            pieces.insert(0, outputs.new_zeros(before, *outputs.shape))
-            pieces.append(outputs.new_zeros(rank - before - own, *outputs.shape))
+            left = outputs.new_zeros(before, *outputs.shape)
+            right = outputs.new_zeros(rank - before - own, *outputs.shape)
+            pieces = [torch.cat([left, *pieces, right])]
         pieces += [each[index].unsqueeze(0) for each in extra]
-        if pieces:
-            # In half precision they would underflow before they can be scaled.
-            dtype = outputs.dtype if outputs.itemsize >= 4 else torch.float32
-            stacks.append(torch.cat([piece.to(dtype) for piece in pieces]))
+        # In half precision they would underflow before they can be scaled.
+        dtype = outputs.dtype if outputs.itemsize >= 4 else torch.float32
+        found.append([piece.to(dtype) for piece in pieces])
         before += own
-    return stacks
+    return found

@@ -16,45 +16,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from riemannian_modules.errors import (
-    LinearizationError,
-    NotRecordedError,
-    ShapeError,
-)
-from riemannian_modules.factors import MetricFactor, joined, summed
+from riemannian_modules.errors import NotRecordedError
+from riemannian_modules.factors import MetricFactor, joined, stacked, summed
 from riemannian_modules.heads import Rows
 from riemannian_modules.layout import Layout
-from riemannian_modules.reverse import rescaled, reverse_pass, unit_scaled
+from riemannian_modules.reverse import joint, rescaled, reverse_passes, unit_scaled
 from riemannian_modules.rules import GENERIC, Call
-from riemannian_modules.tape import Use, settings_of
-from riemannian_modules.watch import Job, Watch
+from riemannian_modules.rules.job import Job, UnexplainedError, explained
+from riemannian_modules.tape import Use
+from riemannian_modules.watch import Watch
 
 __all__ = [
+    "Assembled",
     "Carried",
     "Graph",
     "Linearization",
-    "UnexplainedError",
     "assemble",
+    "by_use",
     "carry",
+    "in_float16",
     "linearize",
     "narrowed",
+    "taken_apart",
 ]
 
 Carried = tuple[Tensor | None, ...]
-
-
-class UnexplainedError(LinearizationError):
-    """A module cannot explain some of its parameters; one above it may.
-
-    Attributes:
-        names: the parameters.
-        reason: what is wrong.
-    """
-
-    def __init__(self, names: Sequence[str], reason: str) -> None:
-        super().__init__(reason)
-        self.names = list(names)
-        self.reason = reason
 
 
 @dataclass
@@ -63,6 +49,7 @@ class Graph:
 
     Attributes:
         batched: whether the reverse pass can and should carry all cotangents at once.
+        alone: whether the costate travels alone, from the loss on.
         layouts: for each use, where the examples are in its outputs.
         memos: for each use and job, what the rule found out.
     """
@@ -70,6 +57,7 @@ class Graph:
     batched: bool
     layouts: list[tuple[Layout, ...]]
     memos: list[list[dict[str, Any]]]
+    alone: bool = False
 
 
 @dataclass(frozen=True)
@@ -106,19 +94,19 @@ def carry(
     *,
     batched: bool | None,
     keep: bool = False,
-) -> tuple[list[Carried], bool]:
+) -> tuple[list[list[Carried]], bool]:
     """Carry cotangents down to the outputs of every use.
 
     Args:
         uses: recorded calls.
         outputs: the model's outputs.
         stacks: cotangents at each output, ``(k, n, *output)``.
-        batched: see :func:`riemannian_modules.reverse.reverse_pass`.
+        batched: see :func:`riemannian_modules.reverse.reverse_passes`.
         keep: whether to keep the graph.
 
     Returns:
-        For each use and each of its differentiable outputs ``(k, *shape)`` or None,
-        and whether the pass was batched.
+        For each pass, each use and each of its differentiable outputs ``(cotangents of
+        the pass, *shape)`` or None, and whether all were carried at once.
 
     Raises:
         NotRecordedError: the outputs do not come from the recorded pass, or there is
@@ -131,12 +119,10 @@ def carry(
         )
     edges = [edge for use in uses for edge in use.edges]
     active = [i for i, output in enumerate(outputs) if output.requires_grad]
-    dtypes = {use.dtype for use in uses} | {output.dtype for output in outputs}
     back = None
-    if torch.float16 in dtypes:
-        # Its range is short; bfloat16 has that of float32.
+    if in_float16(uses, outputs):
         stacks, back = unit_scaled(stacks)
-    flat, batched = reverse_pass(
+    passes, batched = reverse_passes(
         [outputs[i] for i in active],
         edges,
         [stacks[i].to(outputs[i].dtype) for i in active],
@@ -144,14 +130,29 @@ def carry(
         keep=keep,
     )
     if back is not None:
-        flat = [None if each is None else rescaled(each, back) for each in flat]
-    if all(each is None for each in flat):
+        flat = joint(passes)
+        passes = [[None if each is None else rescaled(each, back) for each in flat]]
+    if all(each is None for flat in passes for each in flat):
         raise NotRecordedError(
             "these outputs do not come from the recorded pass; call the model inside "
             "metric.record() and hand on what it returned"
         )
+    return [by_use(uses, flat) for flat in passes], batched
+
+
+def in_float16(uses: Sequence[Use], outputs: Sequence[Tensor]) -> bool:
+    """Whether cotangents have to be scaled, float16 being somewhere on their way.
+
+    Its range is short; bfloat16 has that of float32.
+    """
+    dtypes = {use.dtype for use in uses} | {output.dtype for output in outputs}
+    return torch.float16 in dtypes
+
+
+def by_use(uses: Sequence[Use], flat: Sequence[Tensor | None]) -> list[Carried]:
+    """Return what was carried to the edges of all uses, use by use."""
     pieces = iter(flat)
-    return [tuple(next(pieces) for _ in use.edges) for use in uses], batched
+    return [tuple([next(pieces) for _ in use.edges]) for use in uses]
 
 
 def narrowed(carried: Carried, stop: int) -> Carried:
@@ -159,122 +160,146 @@ def narrowed(carried: Carried, stop: int) -> Carried:
     return tuple(None if each is None else each[:stop] for each in carried)
 
 
+@dataclass(frozen=True)
+class Assembled:
+    """The factors of all cotangents that were carried down.
+
+    Attributes:
+        examples: number n of examples.
+        uses: for each parameter and each use of it the factor of all cotangents, or
+            those of one pass after the other.
+    """
+
+    examples: int
+    uses: dict[str, list[list[MetricFactor]]]
+
+    def part(self, start: int, stop: int) -> dict[str, MetricFactor]:
+        """Return each parameter's factor of the cotangents ``start:stop``."""
+        rows = start * self.examples, stop * self.examples
+        known: dict[tuple[int, ...], Tensor] = {}
+        return {
+            name: joined([_rows(factors, *rows, known) for factors in uses])
+            for name, uses in self.uses.items()
+        }
+
+
+def _rows(
+    factors: Sequence[MetricFactor],
+    start: int,
+    stop: int,
+    known: dict[tuple[int, ...], Tensor],
+) -> MetricFactor:
+    """Return rows ``start:stop`` of factors one after the other."""
+    chosen, before = [], 0
+    for factor in factors:
+        low, high = max(start - before, 0), min(stop - before, factor.rank)
+        if low < high:
+            whole = (low, high) == (0, factor.rank)
+            chosen.append(factor if whole else factor.narrow(low, high))
+        before += factor.rank
+    return chosen[0] if len(chosen) == 1 else stacked(chosen, known)
+
+
 def assemble(
     watch: Watch,
     uses: Sequence[Use],
-    carried: Sequence[Carried],
+    passes: Sequence[Sequence[Carried]],
     graph: Graph,
     examples: int,
-) -> dict[str, MetricFactor]:
+) -> Assembled:
     """Return the factor of every parameter, one row for each cotangent and example.
 
     Args:
         watch: what explains which parameter.
         uses: recorded calls.
-        carried: cotangents at their outputs.
+        passes: what each reverse pass carried down to their outputs.
         graph: layouts and memos of the uses.
         examples: number of examples.
 
     Returns:
-        ``{parameter name: factor}``.
+        The factors.
 
     Raises:
         UnexplainedError: a rule refuses a call.
         LinearizationError: a rule fails or returns what does not fit.
     """
-    found: dict[str, list[MetricFactor]] = {}
-    for index, (use, cotangents) in enumerate(zip(uses, carried, strict=True)):
-        if all(each is None for each in cotangents):
+    found: dict[str, list[list[MetricFactor]]] = {}
+    for index, use in enumerate(uses):
+        own = [carried[index] for carried in passes]
+        if all(each is None for cotangents in own for each in cotangents):
             continue
+        if len(own) > 1:
+            own = _filled(own)
+        together: list[Carried] | None = None
         jobs: list[Job] = watch.jobs[use.name]
         while len(graph.memos) <= index:
             graph.memos.append([{} for _ in jobs])
         for job, memo in zip(jobs, graph.memos[index], strict=True):
-            call = Call(
-                use.module,
-                use.args,
-                use.kwargs,
-                use.places,
-                cotangents,
-                graph.layouts[index],
-                examples,
-                job.wanted,
-                use.label,
-                use.values,
-                memo,
-                watch.name_of,
-            )
-            if not (use.plain or job.entry is GENERIC):
-                reason = f"{use.label} ran another forward than that of its class"
-                raise UnexplainedError(job.names, reason)
-            if not use.own:
-                reason = (
-                    f"{use.label} was called with other tensors in the place of its "
-                    "parameters (torch.func.functional_call)"
+            _require_explicable(use, job)
+            pieces = own
+            if len(own) > 1 and not job.entry.apart:
+                together = together or [tuple(joint(own))]
+                pieces = together
+            for cotangents in pieces:
+                call = Call(
+                    use.module,
+                    use.args,
+                    use.kwargs,
+                    use.places,
+                    cotangents,
+                    graph.layouts[index],
+                    examples,
+                    job.wanted,
+                    use.label,
+                    use.values,
+                    memo,
+                    watch.name_of,
                 )
-                raise UnexplainedError(job.names, reason)
-            if use.settings != settings_of(use.module):
-                reason = (
-                    f"{use.label} has other attributes now than when it was called; "
-                    "call metric.backward before they change"
-                )
-                raise UnexplainedError(job.names, reason)
-            for name, factor in _explained(job, call).items():
-                found.setdefault(name, []).append(factor)
-    return {name: joined(factors) for name, factors in found.items()}
+                for name, factor in explained(job, call).items():
+                    known = found.setdefault(name, [])
+                    if cotangents is pieces[0]:
+                        known.append([factor])
+                    else:
+                        known[-1].append(factor)
+    return Assembled(examples, found)
 
 
-def _explained(job: Job, call: Call) -> dict[str, MetricFactor]:
-    """Return the factors that a rule makes of a call, by name in the model.
+def _filled(passes: Sequence[Carried]) -> list[Carried]:
+    """Put zeros where one pass comes to an output and another does not."""
+    like = [
+        next((each for each in own if each is not None), None)
+        for own in zip(*passes, strict=True)
+    ]
+    return [
+        tuple(
+            torch.zeros_like(some[:1]) if each is None and some is not None else each
+            for each, some in zip(cotangents, like, strict=True)
+        )
+        for cotangents in passes
+    ]
+
+
+def _require_explicable(use: Use, job: Job) -> None:
+    """Check that a call ran as the rule knows it.
 
     Raises:
-        UnexplainedError: the rule cannot explain this call.
-        LinearizationError: the rule is wrong: it fails, or what it returns does not
-            fit; names the layer and the parameters.
+        UnexplainedError: it did not.
     """
-    names = dict(zip(job.wanted, job.names, strict=True))
-
-    try:
-        factors: object = job.entry.rule(call)
-    except (LinearizationError, RuntimeError, IndexError, ShapeError) as error:
-        raise UnexplainedError(job.names, str(error)) from error
-    except Exception as error:
-        reason = f"raised {type(error).__name__}: {error}"
-        raise LinearizationError(_wrong(job, call, reason)) from error
-    if not isinstance(factors, Mapping):
-        reason = f"returned a {type(factors).__name__}, not a mapping to factors"
-        raise LinearizationError(_wrong(job, call, reason))
-    missing = [name for path, name in names.items() if path not in factors]
-    if missing:
-        raise UnexplainedError(
-            missing, f"the rule of {call.label} gives no factor for {missing}"
+    if not (use.plain or job.entry is GENERIC):
+        reason = f"{use.label} ran another forward than that of its class"
+        raise UnexplainedError(job.names, reason)
+    if not use.own:
+        reason = (
+            f"{use.label} was called with other tensors in the place of its "
+            "parameters (torch.func.functional_call)"
         )
-    rows = next(len(each) for each in call.cotangents if each is not None)
-    for path, name in names.items():
-        factor, shape = factors[path], tuple(call.module.get_parameter(path).shape)
-        if not isinstance(factor, MetricFactor):
-            reason = (
-                f"returned a {type(factor).__name__} for '{name}', not a MetricFactor "
-                "such as riemannian_modules.factors.DenseFactor(rows)"
-            )
-            raise LinearizationError(_wrong(job, call, reason))
-        if (factor.rank, tuple(factor.shape)) != (rows * call.examples, shape):
-            reason = (
-                f"returned a factor of rank {factor.rank} and shape "
-                f"{tuple(factor.shape)} for '{name}', not of rank "
-                f"{rows * call.examples} ({rows} cotangents for each of "
-                f"{call.examples} examples) and shape {shape}"
-            )
-            raise LinearizationError(_wrong(job, call, reason))
-    return {name: factors[path] for path, name in names.items()}
-
-
-def _wrong(job: Job, call: Call, reason: str) -> str:
-    title = ", ".join(f"'{name}'" for name in job.names)
-    return (
-        f"the rule of {call.label} ({type(call.module).__name__}), asked for factors "
-        f"of {title}, {reason}; test it with riemannian_modules.testing.check_rule"
-    )
+        raise UnexplainedError(job.names, reason)
+    if not use.keeps_settings():
+        reason = (
+            f"{use.label} has other attributes now than when it was called; "
+            "call metric.backward before they change"
+        )
+        raise UnexplainedError(job.names, reason)
 
 
 def linearize(
@@ -296,31 +321,36 @@ def linearize(
     Returns:
         The linearisation.
     """
+    uses = {name: [[factor]] for name, factor in whole.items()}
+    return taken_apart(Assembled(examples, uses), rows)
 
-    def part(start: int, stop: int) -> dict[str, MetricFactor]:
-        ends = start * examples, stop * examples
-        return {name: factor.narrow(*ends) for name, factor in whole.items()}
 
+def taken_apart(whole: Assembled, rows: Rows) -> Linearization:
+    """Take rows, costate and rest apart.
+
+    Args:
+        whole: factors of all cotangents that were carried down.
+        rows: what they were.
+
+    Returns:
+        The linearisation.
+    """
     r = rows.rank
-    factors = part(0, r) if r else {}
+    factors = whole.part(0, r) if r else {}
     if rows.joint:
         factors = {name: summed(each, r) for name, each in factors.items()}
     gradient: dict[str, Tensor] = {}
     own: dict[str, MetricFactor] = {}
     source, covectors = None, None
-    if not carried:
-        assert rows.residual is not None
-        y = rows.residual[:examples]
-        gradient = {name: each.rmatvec(y) for name, each in part(0, 1).items()}
-    elif rows.has_costate:
-        own = part(r, r + 1)
+    if rows.has_costate:
+        own = whole.part(r, r + 1)
         gradient = {name: factor.row_sum() for name, factor in own.items()}
         if rows.residual is None:
             source, covectors = own, gradient
         elif rows.has_rest:
-            source = part(r + 1, r + 2)
+            source = whole.part(r + 1, r + 2)
             covectors = {name: factor.row_sum() for name, factor in source.items()}
-    count = 1 if rows.joint else examples
+    names, count = list(whole.uses), 1 if rows.joint else whole.examples
     return Linearization(
-        list(whole), factors, gradient, rows.residual, covectors, source, own, count
+        names, factors, gradient, rows.residual, covectors, source, own, count
     )

@@ -13,7 +13,7 @@ import torch
 
 from riemannian_modules.block import Block
 from riemannian_modules.factors import DenseFactor, LinearFactor, MetricFactor
-from riemannian_modules.factors.linear import CotangentFactor
+from riemannian_modules.factors.cotangents import CotangentFactor
 
 __all__ = ["Held", "held", "parse_bytes"]
 

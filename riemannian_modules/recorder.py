@@ -20,19 +20,20 @@ from riemannian_modules.checks import (
 from riemannian_modules.declared import DeclaredParameters
 from riemannian_modules.errors import LinearizationError
 from riemannian_modules.explore import explore
-from riemannian_modules.heads import Head, Reduction, output_rows
+from riemannian_modules.heads import Head, Reduction, Rows, output_rows
 from riemannian_modules.layout import keeps_apart, mask_probe
 from riemannian_modules.linearize import (
     Carried,
     Graph,
     Linearization,
-    UnexplainedError,
     assemble,
+    by_use,
     carry,
-    linearize,
-    narrowed,
+    in_float16,
+    taken_apart,
 )
-from riemannian_modules.reverse import batching_pays, loss_scale
+from riemannian_modules.reverse import FEW, batching_pays, loss_scale
+from riemannian_modules.rules.job import UnexplainedError
 from riemannian_modules.survey import survey
 from riemannian_modules.tape import Tape, Use
 from riemannian_modules.watch import Watch
@@ -119,42 +120,78 @@ class Recorder:
         tape = recorded_tape(self._tape, ends)
         uses = self.watch.explaining(tape)
         key, moving = self._survey(uses, ends, loss)
-        costates = None
-        if loss is not None:
-            require_finite(loss, "the loss", tape)
-            costates = output_costates(loss, ends)
-            refuse_direct_terms(loss, ends, self._parameters)
         if self.watch.generation != self._generation:
             self.graphs, self._generation = {}, self.watch.generation
         graph = self.graphs.get(key)
+        costates, below = None, None
+        if loss is not None:
+            require_finite(loss, "the loss", tape)
+            alone = graph is not None and graph.alone and not in_float16(uses, ends)
+            edges = [edge for use in uses for edge in use.edges] if alone else []
+            costates, flat = output_costates(loss, ends, edges)
+            if alone:
+                below = by_use(uses, [None if g is None else g[None] for g in flat])
         if graph is None:
+            if loss is not None:
+                refuse_direct_terms(loss, ends, self._parameters)
             return self._explore(tape, heads, costates, loss, reduction)
         n = len(ends[0])
         with torch.no_grad():
             rows = output_rows(heads, costates, reduction)
-            # Without a row of its own, the gradient is that of the rows that it leads.
-            count = rows.rank if rows.leads else rows.count
-            stacks = [stack[:count] for stack in rows.stacks]
             present = self._some_examples(n, ends[0].device) if moving else None
-            if present is not None:
-                stacks = [
-                    torch.cat([stack, mask_probe(end.detach(), present)])
-                    for stack, end in zip(stacks, ends, strict=True)
-                ]
-            # Where examples may move, the graph may have to be looked at anew.
-            keep = present is not None
-            carried, _ = carry(uses, ends, stacks, batched=graph.batched, keep=keep)
-            if present is not None:
-                if not _apart(carried, graph, present):
-                    del self.graphs[key]
-                    return self._explore(tape, heads, costates, loss, reduction)
-                carried = [narrowed(each, count) for each in carried]
+            passes = self._carried(uses, ends, rows, graph, below, present)
+            if passes is None:
+                # Where examples may move, the graph has to be looked at anew.
+                del self.graphs[key]
+                return self._explore(tape, heads, costates, loss, reduction)
             try:
-                whole = assemble(self.watch, uses, carried, graph, n)
+                whole = assemble(self.watch, uses, passes, graph, n)
             except UnexplainedError as error:
                 raise LinearizationError(error.reason) from error
             self._exploring = moving
-            return linearize(whole, rows, n, carried=not rows.leads)
+            graph.alone = _travels_alone(rows, graph, probes=present is not None)
+            return taken_apart(whole, rows)
+
+    def _carried(
+        self,
+        uses: Sequence[Use],
+        ends: Sequence[Tensor],
+        rows: Rows,
+        graph: Graph,
+        below: list[Carried] | None,
+        present: Tensor | None,
+    ) -> list[list[Carried]] | None:
+        """Carry rows, costate and rest down to the uses.
+
+        Args:
+            uses: recorded calls.
+            ends: the model's outputs.
+            rows: what is carried.
+            graph: what is known about the graph.
+            below: the costate at the uses, if it is known.
+            present: some examples, whose probe has to stay with them; or None.
+
+        Returns:
+            What each pass carried; None if an example has moved.
+        """
+        below = below if rows.rank else None
+        stacks = rows.stacks if below is None else rows.others
+        if present is not None:
+            probes = [mask_probe(end.detach(), present) for end in ends]
+            stacks = [torch.cat(pair) for pair in zip(stacks, probes, strict=True)]
+        keep = present is not None
+        passes, _ = carry(uses, ends, stacks, batched=graph.batched, keep=keep)
+        if present is not None:
+            if not _apart(passes[-1], graph, present):
+                return None
+            passes = passes[:-1] if len(passes) > 1 else [_narrowed(passes[0], 0, -1)]
+        if below is None:
+            return passes
+        r = rows.rank
+        if len(passes) == 1 and rows.count > 2:
+            passes = [_narrowed(passes[0], 0, r), _narrowed(passes[0], r, rows.count)]
+            r = 1
+        return [*passes[:r], below, *(passes[r:] if rows.has_rest else [])]
 
     def _some_examples(self, n: int, device: torch.device) -> Tensor | None:
         """Return some examples, others in every pass; None for a single one."""
@@ -189,8 +226,9 @@ class Recorder:
             if self.watch.generation != self._generation:
                 self.graphs, self._generation = {}, self.watch.generation
             uses = self.watch.explaining(tape)
-            key = self._survey(uses, ends, loss)[0]
+            key, moving = self._survey(uses, ends, loss)
             graph.batched = graph.batched and batching_pays(key[-1], ends[0].device)
+            graph.alone = _travels_alone(rows, graph, probes=moving)
             self.graphs[key] = graph
         return found
 
@@ -209,6 +247,21 @@ class Recorder:
         )
         patterns = tuple(use.pattern(n) for use in uses)
         return (n == 1, patterns, operations), moving
+
+
+def _travels_alone(rows: Rows, graph: Graph, *, probes: bool) -> bool:
+    """Whether the costate is best carried from the loss on, and nothing with it."""
+    others = rows.count - 1 + probes
+    few = not graph.batched or others < FEW
+    return rows.has_costate and rows.rank > 0 and few
+
+
+def _narrowed(carried: Sequence[Carried], start: int, stop: int) -> list[Carried]:
+    """Return some of the cotangents."""
+    return [
+        tuple([None if each is None else each[start:stop] for each in own])
+        for own in carried
+    ]
 
 
 def _apart(carried: Sequence[Carried], graph: Graph, present: Tensor) -> bool:

@@ -8,16 +8,20 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 __all__ = [
+    "FEW",
     "batching_pays",
+    "joint",
     "loss_scale",
     "rescaled",
     "reverse_pass",
+    "reverse_passes",
     "scaled_grad",
+    "single_pass",
     "unit_scaled",
 ]
 
 # So few cotangents are carried faster one by one.
-_FEW = 2
+FEW = 2
 # Operations that torch carries one by one all the same, and copies the results of.
 _ONE_BY_ONE = (
     "Convolution",
@@ -70,13 +74,13 @@ def loss_scale(values: Iterable[Tensor], *, half: bool = False) -> float:
 
 
 def scaled_grad(
-    loss: Tensor, tensors: Sequence[Tensor], scale: float
+    loss: Tensor, tensors: Sequence[Tensor | GradientEdge], scale: float
 ) -> list[Tensor | None]:
     """Return the derivative of a loss, without underflow in float16.
 
     Args:
         loss: scalar.
-        tensors: where the derivative is wanted.
+        tensors: where the derivative is wanted, tensors or places in the graph.
         scale: a power of two that the loss is multiplied with on the way.
 
     Returns:
@@ -85,14 +89,8 @@ def scaled_grad(
     """
 
     def grad(factor: float) -> tuple[Tensor | None, ...]:
-        found: tuple[Tensor | None, ...] = torch.autograd.grad(
-            loss,
-            tensors,
-            torch.full_like(loss, factor),
-            retain_graph=True,
-            allow_unused=True,
-        )
-        return found
+        start = torch.full_like(loss, factor)
+        return single_pass([loss], tensors, [start], keep=True)
 
     plain = grad(1.0)
     if scale == 1.0:
@@ -158,6 +156,47 @@ def reverse_pass(
 ) -> tuple[list[Tensor | None], bool]:
     """Carry cotangents at the outputs back to places in the graph.
 
+    Args:
+        outputs: see :func:`reverse_passes`, as all others.
+        edges: places in the autograd graph.
+        cotangents: ``(k, n, *output)`` for each output.
+        batched: whether all at once, or None.
+        keep: whether to keep the graph.
+
+    Returns:
+        For each edge a tensor ``(k, *shape)`` or None if the outputs do not depend
+        on it, and whether the pass was batched.
+
+    Raises:
+        RuntimeError: autograd refuses the pass.
+    """
+    found, batched = reverse_passes(
+        outputs, edges, cotangents, batched=batched, keep=keep
+    )
+    return joint(found), batched
+
+
+def joint(passes: Sequence[Sequence[Tensor | None]]) -> list[Tensor | None]:
+    """Return what several passes carried to each place, one after the other."""
+    if len(passes) == 1:
+        return list(passes[0])
+    found = []
+    for own in zip(*passes, strict=True):
+        pieces = [each for each in own if each is not None]
+        found.append(torch.cat(pieces) if pieces else None)
+    return found
+
+
+def reverse_passes(
+    outputs: Sequence[Tensor],
+    edges: Sequence[GradientEdge],
+    cotangents: Sequence[Tensor],
+    *,
+    batched: bool | None,
+    keep: bool = False,
+) -> tuple[list[list[Tensor | None]], bool]:
+    """Carry cotangents at the outputs back to places in the graph, in one pass or more.
+
     Nothing is differentiated with respect to parameters or the model's input.
 
     Args:
@@ -170,14 +209,14 @@ def reverse_pass(
         keep: whether to keep the graph; else it is freed.
 
     Returns:
-        For each edge a tensor ``(k, *shape)`` or None if the outputs do not depend
-        on it, and whether the pass was batched.
+        For each pass, and each edge, a tensor ``(cotangents of the pass, *shape)`` or
+        None if the outputs do not depend on it; and whether it was one pass for all.
 
     Raises:
         RuntimeError: autograd refuses the pass.
     """
     count = len(cotangents[0])
-    if batched is None or (batched and count > _FEW):
+    if batched is None or (batched and count > FEW):
         try:
             keep = keep or batched is None
             found = _batched(outputs, edges, cotangents, keep=keep)
@@ -185,24 +224,48 @@ def reverse_pass(
             if batched:
                 raise
         else:
-            return list(found), True
-    stacks: list[Tensor | None] = [None] * len(edges)
+            return [list(found)], True
+    passes = []
     for index in range(count):
-        grads = torch.autograd.grad(
+        grads = single_pass(
             outputs,
             edges,
             [cotangent[index] for cotangent in cotangents],
-            allow_unused=True,
-            retain_graph=keep or batched is None or index + 1 < count,
+            keep=keep or batched is None or index + 1 < count,
         )
-        # Copied at once, so that the next pass finds the memory that this one had.
-        for place, grad in enumerate(grads):
-            if grad is not None:
-                stack = stacks[place]
-                if stack is None:
-                    stack = stacks[place] = grad.new_empty(count, *grad.shape)
-                stack[index] = grad
-    return stacks, False
+        passes.append([None if g is None else g.unsqueeze(0) for g in grads])
+    return passes, False
+
+
+def single_pass(
+    outputs: Sequence[Tensor],
+    places: Sequence[Tensor | GradientEdge],
+    cotangents: Sequence[Tensor] | None,
+    *,
+    keep: bool,
+) -> tuple[Tensor | None, ...]:
+    """Carry one cotangent back to places in the graph.
+
+    Args:
+        outputs: where it begins.
+        places: where it is wanted.
+        cotangents: of the shape of each output; None: ones, for a scalar.
+        keep: whether to keep the graph.
+
+    Returns:
+        For each place a tensor, or None if the outputs do not depend on it.
+
+    Raises:
+        RuntimeError: autograd refuses the pass.
+    """
+    grads: tuple[Tensor | None, ...] = torch.autograd.grad(
+        outputs,
+        places,  # type: ignore[arg-type]
+        cotangents,
+        allow_unused=True,
+        retain_graph=keep,
+    )
+    return grads
 
 
 def _batched(

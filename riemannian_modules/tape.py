@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from operator import is_
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from riemannian_modules.errors import LinearizationError, NonFiniteError
 from riemannian_modules.finite import looks_finite
 
-__all__ = ["Tape", "Use", "Watched", "map_tensors", "settings_of", "tensors_in"]
+__all__ = ["Tape", "Use", "Watched", "map_tensors", "tensors_in"]
 
 
 def tensors_in(value: object) -> Iterator[Tensor]:
@@ -45,11 +46,11 @@ _PLAIN = (bool, int, float, str, tuple, type(None))
 _CONTAINERS = (dict, OrderedDict, set)
 
 
-def settings_of(module: nn.Module) -> list[tuple[str, object]]:
+def _settings(attributes: dict[str, object]) -> list[tuple[str, object]]:
     """Return the plain attributes of a module, such as a stride or a padding."""
     return [
         item
-        for item in vars(module).items()
+        for item in attributes.items()
         # Most are the containers that every module has: told apart the fast way.
         if type(item[1]) not in _CONTAINERS and isinstance(item[1], _PLAIN)
     ]
@@ -107,7 +108,7 @@ class Use:
         origins: the nodes of the autograd graph that made the arguments.
         plain: whether it ran the ``forward`` of its class.
         own: whether it held its own parameters, and nothing in their place.
-        settings: its plain attributes, such as a stride, when it was called.
+        attributes: what it was made of when it was called.
         values: its differentiable outputs, where they are to be compared later.
     """
 
@@ -124,8 +125,15 @@ class Use:
     origins: tuple[Node, ...]
     plain: bool
     own: bool
-    settings: list[tuple[str, object]]
+    attributes: dict[str, object]
     values: tuple[Tensor, ...]
+
+    def keeps_settings(self) -> bool:
+        """Whether its plain attributes, such as a stride, are as they were."""
+        now, before = vars(self.module), self.attributes
+        # The very same objects, as a rule; the plain ones do not change themselves.
+        same = len(now) == len(before) and all(map(is_, now.values(), before.values()))
+        return same or _settings(now) == _settings(before)
 
     @property
     def label(self) -> str:
@@ -183,11 +191,11 @@ class Tape:
             kwargs: dict[str, Any],
             output: object,
         ) -> None:
-            every = [output] if isinstance(output, Tensor) else [*tensors_in(output)]
-            outputs = [t for t in every if t.requires_grad]
             # A copy of the module, made meanwhile, has a copy of this hook.
             if module is not watched.module:
                 return
+            every = [output] if isinstance(output, Tensor) else [*tensors_in(output)]
+            outputs = [t for t in every if t.requires_grad]
             if any(map(torch._C._functorch.is_functorch_wrapped_tensor, every)):
                 # Gone when the function that is transformed returns.
                 self.hidden.update(watched.own_names())
@@ -195,16 +203,22 @@ class Tape:
             # Under no_grad a view of a parameter asks for a gradient without a graph.
             if not outputs or not torch.is_grad_enabled():
                 return
-            given = [*tensors_in(args), *tensors_in(kwargs)]
-            inputs = [t.detach() for t in given]
-            pieces = iter(inputs)
+            if not kwargs and len(args) == 1 and isinstance(args[0], Tensor):
+                given, inputs = [args[0]], [args[0].detach()]
+                own: tuple[Any, ...] = (inputs[0],)
+            else:
+                given = [*tensors_in(args), *tensors_in(kwargs)]
+                inputs = [t.detach() for t in given]
+                pieces = iter(inputs)
+                own = map_tensors(args, lambda _: next(pieces))
+                kwargs = map_tensors(kwargs, lambda _: next(pieces))
             origins = [t.grad_fn for t in given]
             self.uses.append(
                 Use(
                     watched.name,
                     module,
-                    map_tensors(args, lambda _: next(pieces)),
-                    map_tensors(kwargs, lambda _: next(pieces)),
+                    own,
+                    kwargs,
                     inputs,
                     tuple([get_gradient_edge(t) for t in outputs]),
                     tuple([i for i, t in enumerate(every) if t.requires_grad]),
@@ -214,7 +228,7 @@ class Tape:
                     tuple([node for node in origins if node is not None]),
                     "forward" not in vars(module),
                     watched.holds_its_own(),
-                    settings_of(module),
+                    vars(module).copy(),
                     tuple([t.detach().clone() for t in outputs])
                     if watched.keep
                     else (),

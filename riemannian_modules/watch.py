@@ -1,31 +1,16 @@
 """Which modules are recorded, and which of them explains which parameter."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from riemannian_modules.declared import DeclaredParameters
 from riemannian_modules.errors import LinearizationError
 from riemannian_modules.rules import GENERIC, Entry, entry_of
+from riemannian_modules.rules.job import Job
 from riemannian_modules.tape import Tape, Use, Watched
 
-__all__ = ["Job", "Watch"]
-
-
-@dataclass(frozen=True)
-class Job:
-    """A rule and the parameters that it makes factors of.
-
-    Attributes:
-        entry: the rule.
-        wanted: parameters of the module, by path below it.
-        names: the same parameters by name in the model.
-    """
-
-    entry: Entry
-    wanted: tuple[str, ...]
-    names: tuple[str, ...]
+__all__ = ["Watch"]
 
 
 class Watch:

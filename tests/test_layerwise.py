@@ -86,15 +86,15 @@ class Unbatched(nn.Module):
 def spied(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[bool | None, bool]]]:
     """Collect (asked for, found) of every reverse pass."""
     ways: list[tuple[bool | None, bool]] = []
-    reverse_pass = linearize.reverse_pass
+    reverse_passes = linearize.reverse_passes
 
     def spy(*args: Any, **options: Any) -> Any:
-        found = reverse_pass(*args, **options)
+        found = reverse_passes(*args, **options)
         ways.append((options["batched"], found[1]))
         return found
 
     with monkeypatch.context() as patch:
-        patch.setattr(linearize, "reverse_pass", spy)
+        patch.setattr(linearize, "reverse_passes", spy)
         yield ways
 
 

@@ -33,7 +33,7 @@ LAYERS = (
     {"output"},
     {"layout", "tape"},
     {"rules"},
-    {"model_checks"},
+    {"model_checks", "module_tree"},
     {"declared", "reverse"},
     {"heads", "watch"},
     {"checks", "linearize"},

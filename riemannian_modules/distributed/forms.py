@@ -18,7 +18,7 @@ from riemannian_modules.factors import (
     MetricFactor,
     SumFactor,
 )
-from riemannian_modules.factors.linear import CotangentFactor, memory
+from riemannian_modules.factors.cotangents import CotangentFactor, memory
 from riemannian_modules.factors.stacked import StackedFactor
 
 __all__ = ["DENSE", "Form", "Pieces", "Spec", "form_of"]

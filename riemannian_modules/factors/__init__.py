@@ -10,7 +10,9 @@ from riemannian_modules.factors.chosen import (
     owned,
     taken,
 )
-from riemannian_modules.factors.convolution import Convolution, ConvolutionFactor
+from riemannian_modules.factors.convolution import ConvolutionFactor
+from riemannian_modules.factors.convolving import Convolution
+from riemannian_modules.factors.cotangents import stacked
 from riemannian_modules.factors.dense import DenseFactor
 from riemannian_modules.factors.embedding import EmbeddingFactor
 from riemannian_modules.factors.linear import BiasFactor, LinearFactor
@@ -38,6 +40,7 @@ __all__ = [
     "joined",
     "owned",
     "scaled",
+    "stacked",
     "summed",
     "taken",
 ]

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from riemannian_modules.factors.base import MetricFactor
 from riemannian_modules.factors.chunks import is_bounded
+from riemannian_modules.factors.cotangents import memory
 from riemannian_modules.factors.dense import DenseFactor
-from riemannian_modules.factors.linear import BiasFactor, LinearFactor, memory
+from riemannian_modules.factors.linear import BiasFactor, LinearFactor
 from riemannian_modules.factors.linear_gram import absorbs_bias
 from riemannian_modules.factors.products import (
     gram_columns,

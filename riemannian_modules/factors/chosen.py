@@ -7,13 +7,9 @@ from torch import Tensor
 
 from riemannian_modules.factors.base import MetricFactor
 from riemannian_modules.factors.convolution import ConvolutionFactor
+from riemannian_modules.factors.cotangents import CotangentFactor, memory
 from riemannian_modules.factors.dense import DenseFactor
-from riemannian_modules.factors.linear import (
-    BiasFactor,
-    CotangentFactor,
-    LinearFactor,
-    memory,
-)
+from riemannian_modules.factors.linear import BiasFactor, LinearFactor
 from riemannian_modules.tangent import TangentSpace
 
 __all__ = ["Shared", "column", "combined", "energies", "owned", "rebuilt", "taken"]

@@ -10,16 +10,16 @@ are multiplied with.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import geoopt
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from riemannian_modules.errors import ShapeError
 from riemannian_modules.factors.base import MetricFactor
-from riemannian_modules.factors.linear import CotangentFactor, LinearFactor
+from riemannian_modules.factors.convolving import Convolution
+from riemannian_modules.factors.cotangents import CotangentFactor, Known
+from riemannian_modules.factors.linear import LinearFactor
 from riemannian_modules.factors.linear_gram import forms_rows
 from riemannian_modules.factors.slabs import (
     Slab,
@@ -31,78 +31,10 @@ from riemannian_modules.factors.slabs import (
 from riemannian_modules.factors.sums import SumFactor, added
 from riemannian_modules.tangent import TangentSpace
 
-__all__ = ["Convolution", "ConvolutionFactor"]
+__all__ = ["ConvolutionFactor"]
 
-
-@dataclass(frozen=True)
-class Convolution:
-    """What a convolution does besides multiplying with its weight.
-
-    Attributes:
-        kernel: size of the kernel.
-        stride: stride.
-        padding: zeros on both sides.
-        dilation: dilation.
-        groups: number of groups.
-        transposed: whether it is a transposed convolution.
-        output_padding: of a transposed convolution.
-    """
-
-    kernel: tuple[int, ...]
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    groups: int = 1
-    transposed: bool = False
-    output_padding: tuple[int, ...] = ()
-
-    @property
-    def _arguments(self) -> tuple[object, ...]:
-        return (
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.transposed,
-            self.output_padding or (0,) * len(self.kernel),
-            self.groups,
-        )
-
-    def apply(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Return the convolution of ``x``, ``(batch, channels, *size)``."""
-        result: Tensor = torch.convolution(x, weight, None, *self._arguments)  # type: ignore[arg-type]
-        return result
-
-    def pull(self, cotangent: Tensor, x: Tensor, shape: Sequence[int]) -> Tensor:
-        """Return the weight's gradient, of ``shape``."""
-        # Only the shape of the weight is looked at.
-        weight = x.new_empty(tuple(shape))
-        gradients = torch.ops.aten.convolution_backward(
-            cotangent, x, weight, None, *self._arguments, (False, True, False)
-        )
-        result: Tensor = gradients[1]
-        return result
-
-    def patches(self, x: Tensor, positions: Sequence[int]) -> Tensor:
-        """Return what the kernel sees, in one copy.
-
-        Args:
-            x: ``(n, uses, channels, *size)``.
-            positions: numbers of positions along each dimension.
-
-        Returns:
-            ``(n, channels * kernel, uses * positions)``.
-        """
-        if any(self.padding):
-            x = F.pad(x, [p for p in reversed(self.padding) for _ in range(2)])
-        n, uses, channels, *_ = x.shape
-        batch, use, channel, *steps = x.stride()
-        kernel = [d * s for d, s in zip(self.dilation, steps, strict=True)]
-        step = [d * s for d, s in zip(self.stride, steps, strict=True)]
-        windows = x.as_strided(
-            (n, channels, *self.kernel, uses, *positions),
-            (batch, channel, *kernel, use, *step),
-        )
-        return windows.reshape(n, channels * math.prod(self.kernel), -1)
+# A processor's cache holds this part of what may be held in memory.
+_CACHED = 8
 
 
 class ConvolutionFactor(CotangentFactor, SlabFactor):
@@ -111,7 +43,8 @@ class ConvolutionFactor(CotangentFactor, SlabFactor):
     Args:
         convolution: what the layer does.
         inputs: its inputs, ``(n, uses, channels, *size)``.
-        cotangents: rows of L at its output, ``(r, n, uses, channels, *size)``.
+        cotangents: rows of L at its output, ``(r, n, uses, channels, *size)``; or
+            several of these, one after the other.
         shape: shape of the weight.
 
     The rank is ``r n``, with the example as the fast index. Memory is that of the two
@@ -130,24 +63,27 @@ class ConvolutionFactor(CotangentFactor, SlabFactor):
         self,
         convolution: Convolution,
         inputs: Tensor,
-        cotangents: Tensor,
+        cotangents: Tensor | Sequence[Tensor],
         shape: Sequence[int],
     ) -> None:
+        pieces = (cotangents,) if isinstance(cotangents, Tensor) else tuple(cotangents)
         dims = 3 + len(convolution.kernel)
-        if (
-            inputs.ndim != dims
-            or cotangents.ndim != dims + 1
-            or inputs.shape[:2] != cotangents.shape[1:3]
-        ):
-            raise ShapeError(
-                f"inputs {tuple(inputs.shape)} and cotangents "
-                f"{tuple(cotangents.shape)} do not fit; expected (n, uses, channels, "
-                "*size) and (rows, n, uses, channels, *size)"
-            )
+        for piece in pieces:
+            if (
+                inputs.ndim != dims
+                or piece.ndim != dims + 1
+                or inputs.shape[:2] != piece.shape[1:3]
+            ):
+                raise ShapeError(
+                    f"inputs {tuple(inputs.shape)} and cotangents "
+                    f"{tuple(piece.shape)} do not fit; expected (n, uses, channels, "
+                    "*size) and (rows, n, uses, channels, *size)"
+                )
         self.convolution = convolution
         self.inputs = inputs
-        self.cotangents = cotangents
-        self.rank = cotangents.shape[0] * cotangents.shape[1]
+        # Too large to be put together without need.
+        self.pieces = pieces
+        self.rank = sum(len(piece) for piece in pieces) * len(inputs)
         self.shape = tuple(shape)
         self.unit = 1 if convolution.groups == 1 else shape[0] // convolution.groups
 
@@ -155,20 +91,24 @@ class ConvolutionFactor(CotangentFactor, SlabFactor):
         """Return ``K u``: each row's cotangent against the layer with weight ``u``."""
         if self.whole is not None:
             return self.times_whole(u)
-        n, r = self.inputs.shape[0], len(self.cotangents)
+        n = self.inputs.shape[0]
         z = self.convolution.apply(self.inputs.flatten(0, 1), u.to(self.dtype))
         z = z.reshape(n, -1)
-        images = [(own.reshape(n, -1) * z).sum(-1) for own in self.cotangents]
-        return images[0] if r == 1 else torch.cat(images)
+        images = [(own.reshape(n, -1) * z).sum(-1) for own in self._each()]
+        return images[0] if len(images) == 1 else torch.cat(images)
 
     def combine(self, a: Tensor) -> Tensor:
         """Return ``sum_j a_ji l_ji``, ``(n, uses, channels, *size)``."""
-        r, n, *rest = self.cotangents.shape
-        weights = a.to(self.dtype).view(r, n, *[1] * len(rest))
-        total = self.cotangents[0] * weights[0]
-        for own, weight in zip(self.cotangents[1:], weights[1:], strict=True):
-            total.addcmul_(own, weight)
+        own = self._each()
+        weights = a.to(self.dtype).view(len(own), -1, *[1] * (own[0].ndim - 1))
+        total = own[0] * weights[0]
+        for each, weight in zip(own[1:], weights[1:], strict=True):
+            total.addcmul_(each, weight)
         return total
+
+    def _each(self) -> list[Tensor]:
+        """Return the cotangents one by one, ``(n, uses, channels, *size)``."""
+        return [own for piece in self.pieces for own in piece.unbind()]
 
     def rmatvec(self, a: Tensor) -> Tensor:
         """Return ``K^T a``: one backward pass with the combined cotangent."""
@@ -190,18 +130,27 @@ class ConvolutionFactor(CotangentFactor, SlabFactor):
 
         The bound is ``sqrt(r * kernel) |l| |x|``.
         """
-        most = len(self.cotangents) * math.prod(self.convolution.kernel)
+        most = self.rank // len(self.inputs) * math.prod(self.convolution.kernel)
         return self.cotangents.norm() * self.inputs.norm() * most**0.5
 
     def narrow(self, start: int, stop: int) -> "ConvolutionFactor":
         """Return the factor of whole groups of n rows."""
         return self._with(self.inputs, self._groups(start, stop))
 
+    def with_cotangents(
+        self, cotangents: Sequence[Tensor], known: Known
+    ) -> "ConvolutionFactor":
+        """Return the factor of other rows of the same call."""
+        return self._with(self.inputs, cotangents)
+
     def to(self, dtype: torch.dtype) -> "ConvolutionFactor":
         """Return the same factor in another data type."""
-        return self._with(self.inputs.to(dtype), self.cotangents.to(dtype))
+        pieces = [piece.to(dtype) for piece in self.pieces]
+        return self._with(self.inputs.to(dtype), pieces)
 
-    def _with(self, inputs: Tensor, cotangents: Tensor) -> "ConvolutionFactor":
+    def _with(
+        self, inputs: Tensor, cotangents: Tensor | Sequence[Tensor]
+    ) -> "ConvolutionFactor":
         return ConvolutionFactor(self.convolution, inputs, cotangents, self.shape)
 
     # --- rows
@@ -222,19 +171,21 @@ class ConvolutionFactor(CotangentFactor, SlabFactor):
         low, high = first // self.unit, -(-last // self.unit)
         size = (high - low) * self.unit
         out = self.inputs.new_empty(stop - start, size, *self.shape[1:])
+        each = self._each()
         for cotangents, examples, where in row_blocks(start, stop, len(self.inputs)):
             count = cotangents.stop - cotangents.start
             block = out[where].unflatten(0, (count, -1)).flatten(3)
-            l, x = self.cotangents[cotangents, examples], self.inputs[examples]
+            l = [own[examples] for own in each[cotangents]]
+            x = self.inputs[examples]
             if self.convolution.transposed:
                 for own, rows in zip(l, block, strict=True):
-                    self._fill(rows.unsqueeze(0), x.unsqueeze(0), own, low, high)
+                    self._fill(rows.unsqueeze(0), [x], own, low, high)
             else:
                 self._fill(block, l, x, low, high)
         return out.narrow(1, first - low * self.unit, last - first)
 
     def _fill(
-        self, out: Tensor, left: Tensor, right: Tensor, low: int, high: int
+        self, out: Tensor, left: Sequence[Tensor], right: Tensor, low: int, high: int
     ) -> None:
         """Write ``left patches(right)^T`` to ``out``, for parts ``low:high`` of it.
 
@@ -242,20 +193,22 @@ class ConvolutionFactor(CotangentFactor, SlabFactor):
 
         Args:
             out: ``(count, n, parts * unit, columns)``.
-            left: ``(count, n, uses, channels, *positions)``.
+            left: as many as count, ``(n, uses, channels, *positions)`` each.
             right: ``(n, uses, channels, *size)``.
             low: first part.
             high: end of the parts.
         """
         groups, unit = self.convolution.groups, self.unit
-        positions = left.shape[4:]
+        positions = left[0].shape[3:]
         each = right.shape[2] * math.prod((*self.convolution.kernel, *positions))
-        for some in pieces(len(right), each * right.shape[1]):
+        # Patches that stay in the processor's cache while they are multiplied.
+        each *= right.shape[1] * (_CACHED if left[0].device.type == "cpu" else 1)
+        for some in pieces(len(right), each):
             x = self.convolution.patches(right[some], positions)
             if groups > 1:
                 x = x.unflatten(1, (groups, -1))[:, low:high].flatten(0, 1)
-            for own, rows in zip(left[:, some], out[:, some], strict=True):
-                l = own.transpose(1, 2).flatten(2)
+            for own, rows in zip(left, out[:, some], strict=True):
+                l = own[some].transpose(1, 2).flatten(2)
                 if groups == 1:
                     torch.bmm(l[:, low:high], x.mT, out=rows)
                 else:
@@ -281,8 +234,8 @@ class ConvolutionFactor(CotangentFactor, SlabFactor):
         flat = isinstance(space.manifold, geoopt.Euclidean) and space.mass.is_scalar
         if flat and self.convolution.groups == 1:
             transposed = self.convolution.transposed
-            r, n, uses, *_ = self.cotangents.shape
-            side = self.inputs if transposed else self.cotangents[0]
+            n, uses = self.inputs.shape[:2]
+            r, side = self.rank // n, self.inputs if transposed else self.pieces[0][0]
             positions = uses * math.prod(side.shape[3:])
             kind = (1, r * n) if transposed else (r, n)
             out, width = self.shape[0], math.prod(self.shape[1:])
@@ -297,7 +250,7 @@ class ConvolutionFactor(CotangentFactor, SlabFactor):
 
         Only without groups; the weight is flattened to a matrix.
         """
-        r = len(self.cotangents)
+        r = self.rank // len(self.inputs)
         if self.convolution.transposed:
             right = self.cotangents.flatten(0, 1)
             left = self.inputs.repeat(r, *[1] * (self.inputs.ndim - 1)).unsqueeze(0)
@@ -317,7 +270,7 @@ class ConvolutionFactor(CotangentFactor, SlabFactor):
         """Return the sum of factors: alike in everything, they are further uses."""
         alike: dict[object, list[ConvolutionFactor]] = {}
         for factor in factors:
-            sizes = factor.inputs.shape[3:], factor.cotangents.shape[4:]
+            sizes = factor.inputs.shape[3:], factor.pieces[0].shape[4:]
             alike.setdefault((factor.convolution, *sizes), []).append(factor)
         merged = [
             same[0]._with(

@@ -14,7 +14,11 @@ from torch import Tensor
 
 from riemannian_modules.errors import ShapeError
 from riemannian_modules.factors.base import MetricFactor
-from riemannian_modules.factors.linear import CotangentFactor
+from riemannian_modules.factors.cotangents import (
+    CotangentFactor,
+    Known,
+    side_by_side,
+)
 from riemannian_modules.factors.slabs import (
     Slab,
     SparseFactor,
@@ -76,7 +80,7 @@ class EmbeddingFactor(CotangentFactor, SparseFactor):
                 "(rows, n, places, width) with a place for each token"
             )
         self.tokens = tokens
-        self.cotangents = cotangents
+        self.pieces, self.cotangents = (cotangents,), cotangents
         self.places = places
         self.weights = weights
         self.rank = cotangents.shape[0] * cotangents.shape[1]
@@ -153,6 +157,12 @@ class EmbeddingFactor(CotangentFactor, SparseFactor):
         """Return the same factor in another data type."""
         weights = None if self.weights is None else self.weights.to(dtype)
         return self._with(self.cotangents.to(dtype), weights)
+
+    def with_cotangents(
+        self, cotangents: Sequence[Tensor], known: Known
+    ) -> "EmbeddingFactor":
+        """Return the factor of other rows of the same call."""
+        return self._with(side_by_side(cotangents, known), self.weights)
 
     def _with(
         self, cotangents: Tensor, weights: Tensor | None = None

@@ -6,22 +6,26 @@ Row ``(j, i)`` of K, for output row j of example i, is the sum over positions t
 L at the layer's output and ``x`` the layer's input.
 """
 
-from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Self
 
 import torch
 from torch import Tensor
 
 from riemannian_modules.errors import ShapeError
 from riemannian_modules.factors.base import MetricFactor
+from riemannian_modules.factors.cotangents import (
+    CotangentFactor,
+    Known,
+    memory,
+    side_by_side,
+)
 from riemannian_modules.factors.dense import DenseFactor
 from riemannian_modules.factors.linear_gram import forms_rows, has_terms, linear_gram
 from riemannian_modules.factors.slabs import Slab, SlabFactor, slab_gram
 from riemannian_modules.factors.sums import added
 from riemannian_modules.tangent import TangentSpace
 
-__all__ = ["BiasFactor", "CotangentFactor", "LinearFactor", "memory"]
+__all__ = ["BiasFactor", "LinearFactor"]
 
 
 def _check(inputs: Tensor | None, cotangents: Tensor) -> None:
@@ -36,53 +40,8 @@ def _check(inputs: Tensor | None, cotangents: Tensor) -> None:
         )
 
 
-def memory(tensor: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
-    """Return what two tensors have in common only if they are the same numbers."""
-    return tensor.data_ptr(), tensor.shape, tensor.stride()
-
-
 def _same(a: Tensor, b: Tensor) -> bool:
-    return memory(a) == memory(b)
-
-
-class CotangentFactor(MetricFactor):
-    """A factor that is linear in cotangents ``(r, n, *places)`` at a layer's output."""
-
-    cotangents: Tensor
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Data type of the cotangents."""
-        return self.cotangents.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the cotangents."""
-        return self.cotangents.device
-
-    def combine(self, a: Tensor) -> Tensor:
-        """Return ``sum_j a_ji l_ji``, ``(n, *places)``, for ``a`` (rank,)."""
-        r, n, *places = self.cotangents.shape
-        weights = a.to(self.dtype).view(r, n, *[1] * len(places))
-        if r == 1:
-            return self.cotangents[0] * weights[0]
-        return (self.cotangents * weights).sum(0)
-
-    def total(self) -> Tensor:
-        """Return :meth:`combine` of ones."""
-        l = self.cotangents
-        return l[0] if l.shape[0] == 1 else l.sum(0)
-
-    @classmethod
-    @abstractmethod
-    def merge(cls, factors: Sequence[Self]) -> MetricFactor:
-        """Return the sum of factors of this kind."""
-
-    def _groups(self, start: int, stop: int) -> Tensor:
-        n = self.cotangents.shape[1]
-        if start % n or stop % n:
-            raise ShapeError(f"rows {start}:{stop} are not whole groups of {n} rows")
-        return self.cotangents[start // n : stop // n]
+    return a is b or memory(a) == memory(b)
 
 
 class LinearFactor(CotangentFactor, SlabFactor):
@@ -107,7 +66,7 @@ class LinearFactor(CotangentFactor, SlabFactor):
     def __init__(self, inputs: Tensor, cotangents: Tensor) -> None:
         _check(inputs, cotangents)
         self.inputs = inputs
-        self.cotangents = cotangents
+        self.pieces, self.cotangents = (cotangents,), cotangents
         self.rank = cotangents.shape[0] * cotangents.shape[1]
         self.shape = (cotangents.shape[-1], inputs.shape[-1])
         self._kernels: dict[tuple[torch.dtype, float, float], Tensor] = {}
@@ -209,6 +168,12 @@ class LinearFactor(CotangentFactor, SlabFactor):
         """Return the factor of whole groups of n rows."""
         return LinearFactor(self.inputs, self._groups(start, stop))
 
+    def with_cotangents(
+        self, cotangents: Sequence[Tensor], known: Known
+    ) -> "LinearFactor":
+        """Return the factor of other rows of the same call."""
+        return LinearFactor(self.inputs, side_by_side(cotangents, known))
+
     def gram(
         self,
         space: TangentSpace,
@@ -290,7 +255,7 @@ class BiasFactor(CotangentFactor):
 
     def __init__(self, cotangents: Tensor) -> None:
         _check(None, cotangents)
-        self.cotangents = cotangents
+        self.pieces, self.cotangents = (cotangents,), cotangents
         self.rank = cotangents.shape[0] * cotangents.shape[1]
         self.shape = (cotangents.shape[-1],)
 
@@ -327,6 +292,12 @@ class BiasFactor(CotangentFactor):
     def narrow(self, start: int, stop: int) -> "BiasFactor":
         """Return the factor of whole groups of n rows."""
         return BiasFactor(self._groups(start, stop))
+
+    def with_cotangents(
+        self, cotangents: Sequence[Tensor], known: Known
+    ) -> "BiasFactor":
+        """Return the factor of other rows of the same call."""
+        return BiasFactor(side_by_side(cotangents, known))
 
     def __add__(self, other: MetricFactor) -> MetricFactor:
         """Return the factor of a bias that two layers share."""

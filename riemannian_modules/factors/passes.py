@@ -10,12 +10,9 @@ from riemannian_modules.errors import ShapeError
 from riemannian_modules.factors.base import MetricFactor
 from riemannian_modules.factors.chosen import Shared, rebuilt
 from riemannian_modules.factors.convolution import ConvolutionFactor
+from riemannian_modules.factors.cotangents import CotangentFactor
 from riemannian_modules.factors.dense import DenseFactor
-from riemannian_modules.factors.linear import (
-    BiasFactor,
-    CotangentFactor,
-    LinearFactor,
-)
+from riemannian_modules.factors.linear import BiasFactor, LinearFactor
 
 __all__ = ["concatenated", "scaled", "summed"]
 

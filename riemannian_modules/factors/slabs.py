@@ -42,7 +42,11 @@ __all__ = [
     "slab_gram",
 ]
 
+# The lower triangle is made in bands of so many rows, and in at least so many bands
+# where a product of that many columns takes longer than a call.
 _BLOCK_ROWS = 128
+_BANDS = 4
+_WIDE = 1024
 _FEWEST_ROWS = 16
 
 Slab = slice | Tensor
@@ -155,9 +159,11 @@ def add_lower(out: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
         right: ``(rank, k)``.
         first: overwrite instead.
     """
-    rank = len(out)
-    for start in range(0, rank, _BLOCK_ROWS):
-        stop = min(start + _BLOCK_ROWS, rank)
+    rank, step = len(out), _BLOCK_ROWS
+    if out.device.type == "cpu" and left.shape[1] >= _WIDE:
+        step = min(step, max(_FEWEST_ROWS, -(-rank // _BANDS)))
+    for start in range(0, rank, step):
+        stop = min(start + step, rank)
         block = out[start:stop, :stop]
         if first:
             torch.mm(left[start:stop], right[:stop].mT, out=block)

@@ -301,7 +301,7 @@ class FunctionalMetric(ModelMetric):
                     f"the loss is {float(loss.detach())}; nothing was changed. Lower "
                     "the learning rate or raise the mass"
                 )
-            costates = output_costates(loss, ends)
+            costates, _ = output_costates(loss, ends)
             refuse_direct_terms(loss, ends, self.parameters)
         parts, stacks = [], {}
         with torch.no_grad():

@@ -88,18 +88,25 @@ class Entry:
             ordinary gradient.
         deep: whether it explains the parameters of the module's children as well.
         compares: whether it asks for the values of the outputs.
+        apart: whether it is as cheap for cotangents one by one.
     """
 
     rule: Rule
     deep: bool = False
     compares: bool = False
+    apart: bool = False
 
 
 _ENTRIES: dict[type[nn.Module], Entry] = {}
 
 
 def register_rule(
-    layer: type[nn.Module], rule: Rule, *, deep: bool = False, compares: bool = False
+    layer: type[nn.Module],
+    rule: Rule,
+    *,
+    deep: bool = False,
+    compares: bool = False,
+    apart: bool = False,
 ) -> None:
     """Use ``rule`` for layers of type ``layer`` and of subclasses that compute alike.
 
@@ -111,8 +118,11 @@ def register_rule(
         rule: ``{attribute: factor}`` for a :class:`Call`; see :class:`Entry`.
         deep: whether it explains the parameters of the layer's children as well.
         compares: whether it asks for :attr:`Call.values`.
+        apart: whether it may be asked for the cotangents of one call one by one, which
+            saves copying them into one tensor; its factors must then be
+            LinearFactors, BiasFactors or ConvolutionFactors.
     """
-    _ENTRIES[layer] = Entry(rule, deep, compares)
+    _ENTRIES[layer] = Entry(rule, deep, compares, apart)
 
 
 def entry_of(module: nn.Module) -> Entry | None:

@@ -95,4 +95,4 @@ for _layer in (
     nn.ConvTranspose2d,
     nn.ConvTranspose3d,
 ):
-    register_rule(_layer, convolution)
+    register_rule(_layer, convolution, apart=True)

@@ -40,4 +40,4 @@ def _positions(tensor: Tensor, leading: int) -> Tensor:
     return tensor.flatten(leading, -2)
 
 
-register_rule(nn.Linear, linear)
+register_rule(nn.Linear, linear, apart=True)

@@ -1,0 +1,92 @@
+"""What a rule is asked for, and whether its answer fits."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from riemannian_modules.errors import LinearizationError, ShapeError
+from riemannian_modules.factors import MetricFactor
+from riemannian_modules.rules.base import Call, Entry
+
+__all__ = ["Job", "UnexplainedError", "explained"]
+
+
+class UnexplainedError(LinearizationError):
+    """A module cannot explain some of its parameters; one above it may.
+
+    Attributes:
+        names: the parameters.
+        reason: what is wrong.
+    """
+
+    def __init__(self, names: Sequence[str], reason: str) -> None:
+        super().__init__(reason)
+        self.names = list(names)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Job:
+    """A rule and the parameters that it makes factors of.
+
+    Attributes:
+        entry: the rule.
+        wanted: parameters of the module, by path below it.
+        names: the same parameters by name in the model.
+    """
+
+    entry: Entry
+    wanted: tuple[str, ...]
+    names: tuple[str, ...]
+
+
+def explained(job: Job, call: Call) -> dict[str, MetricFactor]:
+    """Return the factors that a rule makes of a call, by name in the model.
+
+    Raises:
+        UnexplainedError: the rule cannot explain this call.
+        LinearizationError: the rule is wrong: it fails, or what it returns does not
+            fit; names the layer and the parameters.
+    """
+    names = dict(zip(job.wanted, job.names, strict=True))
+
+    try:
+        factors: object = job.entry.rule(call)
+    except (LinearizationError, RuntimeError, IndexError, ShapeError) as error:
+        raise UnexplainedError(job.names, str(error)) from error
+    except Exception as error:
+        reason = f"raised {type(error).__name__}: {error}"
+        raise LinearizationError(_wrong(job, call, reason)) from error
+    if not isinstance(factors, Mapping):
+        reason = f"returned a {type(factors).__name__}, not a mapping to factors"
+        raise LinearizationError(_wrong(job, call, reason))
+    missing = [name for path, name in names.items() if path not in factors]
+    if missing:
+        raise UnexplainedError(
+            missing, f"the rule of {call.label} gives no factor for {missing}"
+        )
+    rows = next(len(each) for each in call.cotangents if each is not None)
+    for path, name in names.items():
+        factor, shape = factors[path], tuple(call.module.get_parameter(path).shape)
+        if not isinstance(factor, MetricFactor):
+            reason = (
+                f"returned a {type(factor).__name__} for '{name}', not a MetricFactor "
+                "such as riemannian_modules.factors.DenseFactor(rows)"
+            )
+            raise LinearizationError(_wrong(job, call, reason))
+        if (factor.rank, tuple(factor.shape)) != (rows * call.examples, shape):
+            reason = (
+                f"returned a factor of rank {factor.rank} and shape "
+                f"{tuple(factor.shape)} for '{name}', not of rank "
+                f"{rows * call.examples} ({rows} cotangents for each of "
+                f"{call.examples} examples) and shape {shape}"
+            )
+            raise LinearizationError(_wrong(job, call, reason))
+    return {name: factors[path] for path, name in names.items()}
+
+
+def _wrong(job: Job, call: Call, reason: str) -> str:
+    title = ", ".join(f"'{name}'" for name in job.names)
+    return (
+        f"the rule of {call.label} ({type(call.module).__name__}), asked for factors "
+        f"of {title}, {reason}; test it with riemannian_modules.testing.check_rule"
+    )
