@@ -41,6 +41,8 @@ __all__ = [
 
 Carried = tuple[Tensor | None, ...]
 
+_SMALL = 1 << 16
+
 
 @dataclass
 class Graph:
@@ -217,7 +219,7 @@ def assemble(
         for job, memo in zip(jobs, graph.memos[index], strict=True):
             _require_explicable(use, job)
             pieces = own
-            if len(own) > 1 and not job.entry.apart:
+            if len(own) > 1 and not (job.entry.apart and _large(own[0])):
                 together = together or [tuple(joint(own))]
                 pieces = together
             for cotangents in pieces:
@@ -242,6 +244,11 @@ def assemble(
                     else:
                         known[-1].append(factor)
     return Assembled(examples, found)
+
+
+def _large(cotangents: Carried) -> bool:
+    """Whether putting cotangents together takes longer than asking a rule again."""
+    return any(each is not None and each.numel() > _SMALL for each in cotangents)
 
 
 def _filled(passes: Sequence[Carried]) -> list[Carried]:
