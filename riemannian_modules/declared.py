@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from operator import is_
 from typing import Literal
 
 import geoopt
@@ -34,7 +33,13 @@ from riemannian_modules.manifolds.metric_manifold import follow, has_tensors
 from riemannian_modules.manifolds.riesz import require_own_formulas
 from riemannian_modules.mass import Mass, MassLike, as_masses
 from riemannian_modules.metric import LayerMetric, Part
-from riemannian_modules.model_checks import require_module, require_own_memory
+from riemannian_modules.model_checks import (
+    TreeNode,
+    require_module,
+    require_own_memory,
+    tree_of,
+    unchanged,
+)
 from riemannian_modules.tangent import TangentSpace
 
 __all__ = ["Blocks", "Declared", "DeclaredParameters"]
@@ -152,7 +157,7 @@ class DeclaredParameters:
         for declared in self:
             declared.space()
         require_declared_manifolds(model)
-        self._tree: list[_Node] = []
+        self._tree: list[TreeNode] = []
         self._foreign: list[Tensor] = []
         self.verify()
 
@@ -240,7 +245,7 @@ class DeclaredParameters:
             LinearizationError: a parameter was frozen, unfrozen or added after the
                 metric was built.
         """
-        same = all(map(_unchanged, self._tree)) and bool(self._tree)
+        same = all(map(unchanged, self._tree)) and bool(self._tree)
         for declared in self:
             now = declared.tensor if same else declared.current
             view = getattr(now, "manifold", _EUCLIDEAN)
@@ -264,7 +269,7 @@ class DeclaredParameters:
                 _check_value(declared, now.dtype if seen is None else seen.dtype)
                 declared.verified = now._version
         if not same:
-            self._tree = list(_tree_of(self._model))
+            self._tree = list(tree_of(self._model))
             self._foreign = [
                 t
                 for _, tensors, _ in self._tree
@@ -303,34 +308,6 @@ def _require_own_views(parameters: Iterable[Declared]) -> None:
                 f"'{other}' and '{declared.name}' share a MetricManifold, which holds "
                 "the metric of one parameter; give each its own"
             )
-
-
-# A module with the parameters and the modules that it holds itself, by name.
-_Node = tuple[nn.Module, dict[str, Tensor | None], dict[str, nn.Module | None]]
-
-
-def _unchanged(node: _Node) -> bool:
-    """Whether a module holds what it held."""
-    module, tensors, children = node
-    own, below = module._parameters, module._modules
-    return (
-        own.keys() == tensors.keys()
-        and below.keys() == children.keys()
-        and all(map(is_, own.values(), tensors.values()))
-        and all(map(is_, below.values(), children.values()))
-    )
-
-
-def _tree_of(model: nn.Module) -> Iterator[_Node]:
-    # As model.modules(), without its names, which take most of its time.
-    seen, waiting = {model}, [model]
-    while waiting:
-        module = waiting.pop()
-        yield module, dict(module._parameters), dict(module._modules)
-        for child in module._modules.values():
-            if child is not None and child not in seen:
-                seen.add(child)
-                waiting.append(child)
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:

@@ -49,9 +49,18 @@ class LayerwiseMetric(ModelMetric):
         reduction: how the loss sums over examples, ``"mean"`` or ``"sum"``.
         precision: data type of the small matrices; None: float64 up to rank 2048, or
             float32 where that costs a float32 model no accuracy.
+        static_graph: a promise that saves time, as in
+            ``torch.nn.parallel.DistributedDataParallel``: passes whose tensors have the
+            same shapes run the same operations on the same parameters, the loss too,
+            and leave every example in its place. After three passes that agreed, and
+            one of the same shapes, later ones are not compared with them any more: no
+            walk through autograd's graph, no probes that follow the examples, no look
+            at the inputs of layers for NaN. Outputs, loss and step must still be
+            finite. If the promise is broken, the metric may be wrong without an error.
 
     Attributes:
         grouping: the ``blocks`` that it was made with.
+        static_graph: whether it was promised that graphs stay as they are.
         version: number of pull-backs so far.
         passes: number of backward passes so far (frozen ones count).
         blocks: ``{block name: LayerMetric}`` of the last one.
@@ -87,6 +96,7 @@ class LayerwiseMetric(ModelMetric):
         blocks: Blocks = "layer",
         reduction: Reduction = "mean",
         precision: torch.dtype | None = None,
+        static_graph: bool = False,
     ) -> None:
         super().__init__(
             model,
@@ -96,7 +106,8 @@ class LayerwiseMetric(ModelMetric):
             reduction=reduction,
             precision=precision,
         )
-        self._recorder = Recorder(model, self.parameters)
+        self.static_graph = static_graph
+        self._recorder = Recorder(model, self.parameters, static=static_graph)
 
     def __repr__(self) -> str:
         frozen = ", frozen" if self._frozen else ""
@@ -117,6 +128,7 @@ class LayerwiseMetric(ModelMetric):
             blocks=self.grouping,
             reduction=self.reduction,
             precision=self.precision,
+            static_graph=self.static_graph,
         )
 
     @contextmanager

@@ -51,6 +51,7 @@ class Graph:
     Attributes:
         batched: whether the reverse pass can and should carry all cotangents at once.
         alone: whether the costate travels alone, from the loss on.
+        verified: how many later passes have found the same.
         layouts: for each use, where the examples are in its outputs.
         memos: for each use and job, what the rule found out.
     """
@@ -59,6 +60,7 @@ class Graph:
     layouts: list[tuple[Layout, ...]]
     memos: list[list[dict[str, Any]]]
     alone: bool = False
+    verified: int = 0
 
 
 @dataclass(frozen=True)

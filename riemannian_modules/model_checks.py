@@ -1,13 +1,20 @@
 """What a model must be before anything is declared about its parameters."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from operator import is_
 
 import torch
 from torch import Tensor, nn
 
 from riemannian_modules.errors import LinearizationError
 
-__all__ = ["require_module", "require_own_memory"]
+__all__ = [
+    "TreeNode",
+    "require_module",
+    "require_own_memory",
+    "tree_of",
+    "unchanged",
+]
 
 
 def require_module(model: object) -> None:
@@ -52,3 +59,42 @@ def require_own_memory(named: Mapping[str, Tensor]) -> None:
                 "does that to a shared parameter; give both modules the same object "
                 "again (a.weight = b.weight), or the second one a clone"
             )
+
+
+# A module with the parameters and the modules that it holds itself, by name.
+TreeNode = tuple[nn.Module, dict[str, Tensor | None], dict[str, nn.Module | None]]
+
+
+def unchanged(node: TreeNode) -> bool:
+    """Whether a module holds what it held.
+
+    Args:
+        node: the module with what it held.
+    """
+    module, tensors, children = node
+    own, below = module._parameters, module._modules
+    return (
+        own.keys() == tensors.keys()
+        and below.keys() == children.keys()
+        and all(map(is_, own.values(), tensors.values()))
+        and all(map(is_, below.values(), children.values()))
+    )
+
+
+def tree_of(model: nn.Module) -> Iterator[TreeNode]:
+    """Yield every module with what it holds now.
+
+    Args:
+        model: the model.
+
+    Yields:
+        As ``model.modules()``, without its names, which take most of its time.
+    """
+    seen, waiting = {model}, [model]
+    while waiting:
+        module = waiting.pop()
+        yield module, dict(module._parameters), dict(module._modules)
+        for child in module._modules.values():
+            if child is not None and child not in seen:
+                seen.add(child)
+                waiting.append(child)
