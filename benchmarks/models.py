@@ -15,7 +15,14 @@ from benchmarks.by_hand import sampled_step_by_hand
 THREADS = 2
 BATCH = 128
 SIZES = {"small": (64, 256, 256, 10), "large": (784, 1024, 1024, 10)}
-METHODS = ("adam", "sampled by hand", "sampled", "exact model", "exact layer")
+METHODS = (
+    "adam",
+    "sampled by hand",
+    "sampled",
+    "sampled, static graph",
+    "exact model",
+    "exact layer",
+)
 
 Step = Callable[[], None]
 
@@ -116,8 +123,13 @@ def step_of(
     output: rm.output.OutputMetric = rm.output.Categorical()
     if method.startswith("sampled"):
         output = rm.output.Sampled(output, probes=probes)
-    blocks = "model" if method.endswith("model") else "layer"
-    metric = rm.LayerwiseMetric(model, output=output, mass=1e-2, blocks=blocks)
+    metric = rm.LayerwiseMetric(
+        model,
+        output=output,
+        mass=1e-2,
+        blocks="model" if method.endswith("model") else "layer",
+        static_graph=method.endswith("static graph"),
+    )
     optimizer = rm.optim.RiemannianSGD(metric, lr=1e-6)
 
     def layered() -> None:

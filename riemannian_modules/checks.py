@@ -23,6 +23,7 @@ from riemannian_modules.tape import Tape
 __all__ = [
     "autograd_gradient",
     "batch_norms",
+    "check_values",
     "disagreements",
     "embeddings",
     "output_costates",
@@ -103,7 +104,6 @@ def recorded_tape(tape: Tape | None, outputs: Sequence[Tensor]) -> Tape:
     Raises:
         NotRecordedError: nothing was recorded, or without gradients.
         LinearizationError: everything ran inside a function transform.
-        NonFiniteError: NaN or infinity in the outputs or in a layer's input.
     """
     if tape is not None and tape.hidden and not tape.uses:
         names = ", ".join(f"'{name}'" for name in sorted(tape.hidden))
@@ -119,10 +119,23 @@ def recorded_tape(tape: Tape | None, outputs: Sequence[Tensor]) -> Tape:
             "'with metric.record():', with gradients enabled, before every "
             "metric.backward or metric.pull_back"
         )
-    tape.check_inputs()
+    return tape
+
+
+def check_values(tape: Tape, outputs: Sequence[Tensor], *, inputs: bool) -> None:
+    """Check that a pass is as it was, and finite.
+
+    Args:
+        tape: the recorded pass.
+        outputs: model outputs.
+        inputs: whether the inputs of layers must be finite, too.
+
+    Raises:
+        LinearizationError, NonFiniteError: it is not.
+    """
+    (tape.check_inputs if inputs else tape.require_intact)()
     for output in outputs:
         require_finite(output, "the outputs", tape)
-    return tape
 
 
 def autograd_gradient(

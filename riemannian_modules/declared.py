@@ -60,6 +60,7 @@ class Declared:
         seen: the value last seen; alive, so that its address is not used again.
         moves: whether its manifold has tensors, which follow the parameter.
         held: what the parameter's ``manifold`` attribute was last.
+        flat: the tangent space of a Euclidean parameter, whose point is the parameter.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Declared:
     seen: Tensor | None = None
     moves: bool = False
     held: geoopt.Manifold | None = None
+    flat: TangentSpace | None = None
 
     def __repr__(self) -> str:
         shape = tuple(self.tensor.shape)
@@ -92,12 +94,18 @@ class Declared:
 
     def space(self) -> TangentSpace:
         """Return the tangent space at the current value."""
-        point = self.tensor.detach().as_subclass(torch.Tensor)
-        if not isinstance(self.manifold, geoopt.Euclidean):
-            if self.moves:
-                follow(self.manifold, point)
-            point = point.clone()
-        return TangentSpace(self.manifold, point, self.mass, self.name)
+        known, tensor = self.flat, self.tensor
+        if known is not None and known.mass is self.mass:
+            same = known.point.data_ptr() == tensor.data_ptr()
+            if same and known.point.shape == tensor.shape:
+                return known
+        point = tensor.detach().as_subclass(torch.Tensor)
+        if isinstance(self.manifold, geoopt.Euclidean):
+            self.flat = TangentSpace(self.manifold, point, self.mass, self.name)
+            return self.flat
+        if self.moves:
+            follow(self.manifold, point)
+        return TangentSpace(self.manifold, point.clone(), self.mass, self.name)
 
 
 class DeclaredParameters:

@@ -63,9 +63,18 @@ class LayerwiseMetric(ModelMetric):
             are added, or its window; None: none.
         refresh: in how many backward passes the rows are renewed once; in those
             between only the gradient is computed, as in :meth:`frozen`.
+        static_graph: a promise that saves time, as in
+            ``torch.nn.parallel.DistributedDataParallel``: passes whose tensors have the
+            same shapes run the same operations on the same parameters, the loss too,
+            and leave every example in its place. After three passes that agreed, and
+            one of the same shapes, later ones are not compared with them any more: no
+            walk through autograd's graph, no probes that follow the examples, no look
+            at the inputs of layers for NaN. Outputs, loss and step must still be
+            finite. If the promise is broken, the metric may be wrong without an error.
 
     Attributes:
         grouping: the ``blocks`` that it was made with.
+        static_graph: whether it was promised that graphs stay as they are.
         version: number of pull-backs so far.
         passes: number of backward passes so far (frozen ones count).
         blocks: ``{block name: LayerMetric}`` of the last one.
@@ -106,6 +115,7 @@ class LayerwiseMetric(ModelMetric):
         rows: RowReduction | None = None,
         history: History | int | None = None,
         refresh: int = 1,
+        static_graph: bool = False,
     ) -> None:
         super().__init__(
             model,
@@ -118,7 +128,8 @@ class LayerwiseMetric(ModelMetric):
             max_memory=max_memory,
             fewer=FewerRows(rows, history, refresh),
         )
-        self._recorder = Recorder(model, self.parameters)
+        self.static_graph = static_graph
+        self._recorder = Recorder(model, self.parameters, static=static_graph)
 
     def __repr__(self) -> str:
         frozen = ", frozen" if self._frozen else ""
@@ -144,6 +155,7 @@ class LayerwiseMetric(ModelMetric):
             precision=self.precision,
             solver=self.solver,
             max_memory=self.max_memory,
+            static_graph=self.static_graph,
         )
 
     @contextmanager

@@ -42,6 +42,8 @@ __all__ = [
 
 Carried = tuple[Tensor | None, ...]
 
+_SMALL = 1 << 16
+
 
 @dataclass
 class Graph:
@@ -50,6 +52,7 @@ class Graph:
     Attributes:
         batched: whether the reverse pass can and should carry all cotangents at once.
         alone: whether the costate travels alone, from the loss on.
+        verified: how many later passes have found the same.
         layouts: for each use, where the examples are in its outputs.
         memos: for each use and job, what the rule found out.
     """
@@ -58,6 +61,7 @@ class Graph:
     layouts: list[tuple[Layout, ...]]
     memos: list[list[dict[str, Any]]]
     alone: bool = False
+    verified: int = 0
 
 
 @dataclass(frozen=True)
@@ -237,7 +241,7 @@ def assemble(
         for job, memo in zip(jobs, graph.memos[index], strict=True):
             _require_explicable(use, job)
             pieces = own
-            if len(own) > 1 and not job.entry.apart:
+            if len(own) > 1 and not (job.entry.apart and _large(own[0])):
                 together = together or [tuple(joint(own))]
                 pieces = together
             for cotangents in pieces:
@@ -262,6 +266,11 @@ def assemble(
                     else:
                         known[-1].append(factor)
     return Assembled(examples, found)
+
+
+def _large(cotangents: Carried) -> bool:
+    """Whether putting cotangents together takes longer than asking a rule again."""
+    return any(each is not None and each.numel() > _SMALL for each in cotangents)
 
 
 def _filled(passes: Sequence[Carried]) -> list[Carried]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from riemannian_modules.checks import (
     autograd_gradient,
     batch_norms,
+    check_values,
     embeddings,
     output_costates,
     recorded_tape,
@@ -43,6 +44,9 @@ __all__ = ["Recorder"]
 # A single example?, what is equal in every use, and the operations of the graph.
 Key = tuple[bool, tuple[object, ...], tuple[object, ...]]
 
+# So many passes have to agree on a graph before it is taken to stay as it is.
+_SURE = 2
+
 
 class Recorder:
     """Records the forward passes of a model and turns them into linearisations.
@@ -50,14 +54,19 @@ class Recorder:
     Args:
         model: the model.
         parameters: its trainable parameters.
+        static: whether it is promised that the graph stays as it is.
     """
 
-    def __init__(self, model: nn.Module, parameters: DeclaredParameters) -> None:
+    def __init__(
+        self, model: nn.Module, parameters: DeclaredParameters, *, static: bool = False
+    ) -> None:
         self._parameters = parameters
         self._batch_norms = batch_norms(model)
         self._embeddings = embeddings(model)
         self.watch = Watch(model, parameters)
         self.graphs: dict[Key, Graph] = {}
+        self._static = static
+        self._settled: dict[object, Graph] = {}
         self._generation = 0
         self._coins = torch.Generator().manual_seed(0)
         self._exploring = True
@@ -119,10 +128,14 @@ class Recorder:
         ends = [tensor for tensor, _ in heads]
         tape = recorded_tape(self._tape, ends)
         uses = self.watch.explaining(tape)
-        key, moving = self._survey(uses, ends, loss)
         if self.watch.generation != self._generation:
-            self.graphs, self._generation = {}, self.watch.generation
-        graph = self.graphs.get(key)
+            self._forget()
+        glance = _at_a_glance(uses, ends, loss)
+        graph, moving = self._settled.get(glance), False
+        check_values(tape, ends, inputs=graph is None)
+        if graph is None:
+            key, moving = self._survey(uses, ends, loss)
+            graph = self.graphs.get(key)
         costates, below = None, None
         if loss is not None:
             require_finite(loss, "the loss", tape)
@@ -142,12 +155,16 @@ class Recorder:
             passes = self._carried(uses, ends, rows, graph, below, present)
             if passes is None:
                 # Where examples may move, the graph has to be looked at anew.
-                del self.graphs[key]
+                self.graphs = {k: g for k, g in self.graphs.items() if g is not graph}
                 return self._explore(tape, heads, costates, loss, reduction)
             try:
                 whole = assemble(self.watch, uses, passes, graph, n)
             except UnexplainedError as error:
                 raise LinearizationError(error.reason) from error
+            graph.verified += 1
+            if self._static and graph.verified >= _SURE:
+                self._settled[glance] = graph
+                moving = False
             self._exploring = moving
             graph.alone = _travels_alone(rows, graph, probes=present is not None)
             return taken_apart(whole, rows)
@@ -193,6 +210,11 @@ class Recorder:
             r = 1
         return [*passes[:r], below, *(passes[r:] if rows.has_rest else [])]
 
+    def _forget(self) -> None:
+        """Forget all graphs: other modules explain the parameters now."""
+        self._generation = self.watch.generation
+        self.graphs, self._settled = {}, {}
+
     def _some_examples(self, n: int, device: torch.device) -> Tensor | None:
         """Return some examples, others in every pass; None for a single one."""
         if n == 1 or device.type == "meta":
@@ -224,7 +246,7 @@ class Recorder:
             )
         if certain:
             if self.watch.generation != self._generation:
-                self.graphs, self._generation = {}, self.watch.generation
+                self._forget()
             uses = self.watch.explaining(tape)
             key, moving = self._survey(uses, ends, loss)
             graph.batched = graph.batched and batching_pays(key[-1], ends[0].device)
@@ -247,6 +269,14 @@ class Recorder:
         )
         patterns = tuple(use.pattern(n) for use in uses)
         return (n == 1, patterns, operations), moving
+
+
+def _at_a_glance(
+    uses: Sequence[Use], outputs: Sequence[Tensor], loss: Tensor | None
+) -> object:
+    """Return what shows at a glance that a pass is not like another."""
+    shapes = tuple([(use.name, use.shapes) for use in uses])
+    return loss is None, tuple([output.shape for output in outputs]), shapes
 
 
 def _travels_alone(rows: Rows, graph: Graph, *, probes: bool) -> bool:

@@ -107,7 +107,7 @@ def survey(
     seen: dict[Node, int] = {}
     moving = _walk(list(outputs), found, seen, parameters, examples)
     found.append("|")
-    _walk([loss], found, seen, parameters, examples)
+    _walk([loss], found, seen, parameters, 0)
     return tuple(found), moving
 
 
@@ -140,7 +140,7 @@ def _walk(
             )
         if kind.remembers:
             found += [getattr(node, name, None) for name in _REMEMBERED]
-        moving = moving or _moves(node, kind.moves, examples)
+        moving = moving or (examples > 0 and _moves(node, kind.moves, examples))
         waiting += [following for following, _ in node.next_functions]
     return moving
 

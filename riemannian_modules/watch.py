@@ -68,9 +68,9 @@ class Watch:
             self.jobs.setdefault(path, []).append(job)
 
     def _job(self, entry: Entry, module: nn.Module, wanted: Sequence[str]) -> Job:
-        tensors = map(module.get_parameter, wanted)
+        tensors = tuple(map(module.get_parameter, wanted))
         names = tuple(self._parameters.of(tensor).name for tensor in tensors)
-        return Job(entry, tuple(wanted), names)
+        return Job(entry, tuple(wanted), names, tensors)
 
     def _is_own(self, tensor: Tensor) -> bool:
         name = self._parameters.name_of(tensor)

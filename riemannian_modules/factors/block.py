@@ -232,14 +232,19 @@ class _Combined:
         self, factor: Combining, source: MetricFactor | None = None
     ) -> Tensor:
         """Return the combined cotangent, or what it leaves of the sum of a source's."""
+        if isinstance(factor, BiasFactor):
+            factor = factor.single
+        if isinstance(source, BiasFactor):
+            source = source.single
         key: object = memory(factor.cotangents)
         if isinstance(source, Combining):
             key = key, memory(source.cotangents)
         if key not in self._known:
-            sums = factor.combine(self._a)
-            if isinstance(source, Combining):
-                sums = source.total() - sums
-            self._known[key] = sums
+            self._known[key] = (
+                factor.remainder(self._a, source.total())
+                if isinstance(source, Combining)
+                else factor.combine(self._a)
+            )
         return self._known[key]
 
     def covector(self, factor: MetricFactor) -> Tensor:

@@ -94,6 +94,14 @@ class CotangentFactor(MetricFactor):
             return self.cotangents[0] * weights[0]
         return (self.cotangents * weights).sum(0)
 
+    def remainder(self, a: Tensor, total: Tensor) -> Tensor:
+        """Return what :meth:`combine` leaves of a total, in one pass where it can."""
+        if self.cotangents.shape[0] > 1:
+            return total - self.combine(a)
+        own = self.cotangents[0]
+        weights = a.to(self.dtype).view(-1, *[1] * (own.ndim - 1))
+        return torch.addcmul(total, own, weights, value=-1.0)
+
     def total(self) -> Tensor:
         """Return :meth:`combine` of ones."""
         l = self.cotangents

@@ -7,6 +7,7 @@ L at the layer's output and ``x`` the layer's input.
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -259,6 +260,13 @@ class BiasFactor(CotangentFactor):
         self.rank = cotangents.shape[0] * cotangents.shape[1]
         self.shape = (cotangents.shape[-1],)
 
+    @cached_property
+    def single(self) -> "BiasFactor":
+        """The same factor with one position: all positions add the same bias."""
+        if self.cotangents.shape[2] == 1:
+            return self
+        return BiasFactor(self.cotangents.sum(2, keepdim=True))
+
     def belongs_to(self, weight: MetricFactor) -> bool:
         """Whether ``weight`` is the factor of this bias' own layer."""
         return isinstance(weight, LinearFactor) and _same(
@@ -267,15 +275,15 @@ class BiasFactor(CotangentFactor):
 
     def matvec(self, u: Tensor) -> Tensor:
         """Return ``K u``."""
-        return (self.cotangents @ u.to(self.dtype)).sum(-1).reshape(-1)
+        return (self.single.cotangents @ u.to(self.dtype)).reshape(-1)
 
     def rmatvec(self, a: Tensor) -> Tensor:
         """Return ``K^T a``."""
-        return self.pull(self.combine(a))
+        return self.pull(self.single.combine(a))
 
     def row_sum(self) -> Tensor:
         """Return ``K^T 1``."""
-        return self.pull(self.total())
+        return self.pull(self.single.total())
 
     def pull(self, cotangent: Tensor) -> Tensor:
         """Return the bias' gradient for a cotangent ``(n, positions, out)``."""
@@ -287,7 +295,7 @@ class BiasFactor(CotangentFactor):
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Return rows ``start:stop`` of K."""
-        return self.cotangents.flatten(0, 1)[start:stop].sum(1)
+        return self.single.cotangents.flatten(0, 2)[start:stop]
 
     def narrow(self, start: int, stop: int) -> "BiasFactor":
         """Return the factor of whole groups of n rows."""

@@ -61,7 +61,8 @@ class Call:
     @property
     def dtype(self) -> torch.dtype:
         """Data type of the parameters; under autocast the calls have another one."""
-        return self.module.get_parameter(self.wanted[0]).dtype
+        own = self.module._parameters.get(self.wanted[0])
+        return (self.module.get_parameter(self.wanted[0]) if own is None else own).dtype
 
     def first(self, tensor: Tensor) -> Tensor:
         """Return a tensor that is laid out like the first output, examples first."""

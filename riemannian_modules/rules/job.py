@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from riemannian_modules.errors import LinearizationError, ShapeError
 from riemannian_modules.factors import MetricFactor
 from riemannian_modules.rules.base import Call, Entry
@@ -32,11 +34,13 @@ class Job:
         entry: the rule.
         wanted: parameters of the module, by path below it.
         names: the same parameters by name in the model.
+        tensors: the parameters.
     """
 
     entry: Entry
     wanted: tuple[str, ...]
     names: tuple[str, ...]
+    tensors: tuple[Tensor, ...]
 
 
 def explained(job: Job, call: Call) -> dict[str, MetricFactor]:
@@ -47,8 +51,6 @@ def explained(job: Job, call: Call) -> dict[str, MetricFactor]:
         LinearizationError: the rule is wrong: it fails, or what it returns does not
             fit; names the layer and the parameters.
     """
-    names = dict(zip(job.wanted, job.names, strict=True))
-
     try:
         factors: object = job.entry.rule(call)
     except (LinearizationError, RuntimeError, IndexError, ShapeError) as error:
@@ -59,29 +61,32 @@ def explained(job: Job, call: Call) -> dict[str, MetricFactor]:
     if not isinstance(factors, Mapping):
         reason = f"returned a {type(factors).__name__}, not a mapping to factors"
         raise LinearizationError(_wrong(job, call, reason))
-    missing = [name for path, name in names.items() if path not in factors]
-    if missing:
+    if not all(path in factors for path in job.wanted):
+        named = zip(job.wanted, job.names, strict=True)
+        missing = [name for path, name in named if path not in factors]
         raise UnexplainedError(
             missing, f"the rule of {call.label} gives no factor for {missing}"
         )
-    rows = next(len(each) for each in call.cotangents if each is not None)
-    for path, name in names.items():
-        factor, shape = factors[path], tuple(call.module.get_parameter(path).shape)
+    rows = next(each.shape[0] for each in call.cotangents if each is not None)
+    found: dict[str, MetricFactor] = {}
+    for path, name, tensor in zip(job.wanted, job.names, job.tensors, strict=True):
+        factor, shape = factors[path], tensor.shape
         if not isinstance(factor, MetricFactor):
             reason = (
                 f"returned a {type(factor).__name__} for '{name}', not a MetricFactor "
                 "such as riemannian_modules.factors.DenseFactor(rows)"
             )
             raise LinearizationError(_wrong(job, call, reason))
-        if (factor.rank, tuple(factor.shape)) != (rows * call.examples, shape):
+        if factor.rank != rows * call.examples or tuple(factor.shape) != shape:
             reason = (
                 f"returned a factor of rank {factor.rank} and shape "
                 f"{tuple(factor.shape)} for '{name}', not of rank "
                 f"{rows * call.examples} ({rows} cotangents for each of "
-                f"{call.examples} examples) and shape {shape}"
+                f"{call.examples} examples) and shape {tuple(shape)}"
             )
             raise LinearizationError(_wrong(job, call, reason))
-    return {name: factors[path] for path, name in names.items()}
+        found[name] = factor
+    return found
 
 
 def _wrong(job: Job, call: Call, reason: str) -> str:
