@@ -1,7 +1,6 @@
 """What is checked before a linearisation counts: nothing is changed when it fails."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,6 @@ from riemannian_modules.errors import (
     LinearizationError,
     NonFiniteError,
     NotRecordedError,
-    RiemannianModulesError,
     ShapeError,
 )
 from riemannian_modules.factors import MetricFactor
@@ -33,11 +31,9 @@ __all__ = [
     "refuse_direct_terms",
     "refuse_scaled_gradients",
     "require_finite",
-    "unfreed",
 ]
 
 # How torch begins when saved tensors are gone.
-_FREED = "Trying to backward through the graph a second time"
 
 
 def batch_norms(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -207,26 +203,6 @@ def refuse_direct_terms(
             f"the loss depends on {names} other than through the outputs: it has a "
             "term of them (put weight decay in the optimizer), or sees hidden values"
         )
-
-
-@contextmanager
-def unfreed() -> Iterator[None]:
-    """Say in words of this library that a graph is gone.
-
-    Raises:
-        NotRecordedError: another backward pass has freed the recorded graph.
-        RuntimeError: any other error of torch, as it is.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if isinstance(error, RiemannianModulesError) or _FREED not in str(error):
-            raise
-        raise NotRecordedError(
-            "the recorded graph is freed: loss.backward() or another backward pass "
-            "went through it before. Call metric.backward(loss, outputs) instead of "
-            "loss.backward(), once for each recorded pass"
-        ) from error
 
 
 def output_costates(

@@ -15,7 +15,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from riemannian_modules.checks import unfreed
 from riemannian_modules.declared import Blocks
 from riemannian_modules.heads import (
     Head,
@@ -28,6 +27,7 @@ from riemannian_modules.heads import (
 from riemannian_modules.mass import MassLike
 from riemannian_modules.model_metric import ModelMetric
 from riemannian_modules.recorder import Recorder
+from riemannian_modules.reverse import unfreed
 from riemannian_modules.rows import FewerRows, History, RowReduction
 from riemannian_modules.strategy import Solver
 

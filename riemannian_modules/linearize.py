@@ -20,6 +20,7 @@ from riemannian_modules.errors import NotRecordedError
 from riemannian_modules.factors import MetricFactor, joined, stacked, summed
 from riemannian_modules.heads import Rows
 from riemannian_modules.layout import Layout
+from riemannian_modules.linearization import Linearization
 from riemannian_modules.reverse import joint, rescaled, reverse_passes, unit_scaled
 from riemannian_modules.rules import GENERIC, Call
 from riemannian_modules.rules.job import Job, UnexplainedError, explained
@@ -62,33 +63,6 @@ class Graph:
     memos: list[list[dict[str, Any]]]
     alone: bool = False
     verified: int = 0
-
-
-@dataclass(frozen=True)
-class Linearization:
-    """A recorded pass, differentiated.
-
-    Attributes:
-        names: parameters that the outputs depend on.
-        factors: ``{name: K}``; empty without an output metric.
-        gradient: ``{name: d loss}``; empty without a loss.
-        residual: y with ``d loss = K^T y + rest``, ``(rank,)``; None: no exact one.
-        rest: ``{name: covector}``; None: zero.
-        source: ``{name: factor}`` whose row sums are the rest; None with the rest.
-        costates: ``{name: factor}`` whose row sums are the gradient; empty where the
-            residual says it all.
-        examples: how many rows in succession are of different examples; 1 if rows
-            are of the whole batch.
-    """
-
-    names: list[str]
-    factors: dict[str, MetricFactor]
-    gradient: dict[str, Tensor]
-    residual: Tensor | None
-    rest: dict[str, Tensor] | None
-    source: dict[str, MetricFactor] | None
-    costates: dict[str, MetricFactor]
-    examples: int = 1
 
 
 def carry(

@@ -1,11 +1,14 @@
 """One reverse pass for many cotangents: the recursion ``L_{a-1} = L_a A_a``."""
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
+
+from riemannian_modules.errors import NotRecordedError, RiemannianModulesError
 
 __all__ = [
     "FEW",
@@ -17,8 +20,11 @@ __all__ = [
     "reverse_passes",
     "scaled_grad",
     "single_pass",
+    "unfreed",
     "unit_scaled",
 ]
+
+_FREED = "Trying to backward through the graph a second time"
 
 # So few cotangents are carried faster one by one.
 FEW = 2
@@ -288,3 +294,23 @@ def _batched(
             retain_graph=keep,
         )
     return grads
+
+
+@contextmanager
+def unfreed() -> Iterator[None]:
+    """Say in words of this library that a graph is gone.
+
+    Raises:
+        NotRecordedError: another backward pass has freed the recorded graph.
+        RuntimeError: any other error of torch, as it is.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, RiemannianModulesError) or _FREED not in str(error):
+            raise
+        raise NotRecordedError(
+            "the recorded graph is freed: loss.backward() or another backward pass "
+            "went through it before. Call metric.backward(loss, outputs) instead of "
+            "loss.backward(), once for each recorded pass"
+        ) from error

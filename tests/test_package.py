@@ -36,7 +36,7 @@ LAYERS = (
     {"model_checks", "module_tree"},
     {"declared", "reverse"},
     {"heads", "watch"},
-    {"checks", "linearize"},
+    {"checks", "linearization", "linearize"},
     {"assembly", "explore", "rows"},
     {"exchange", "survey"},
     {"recorder"},
