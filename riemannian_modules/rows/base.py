@@ -27,9 +27,7 @@ class Neglected:
 
         ``G~ <= G <= (1 + trace) G~``,
 
-    for the block of all parameters and for every smaller one. A positive rate of
-    contraction in G~ is then between that in G and ``1 + trace`` times that.
-    Implements :eq:`rows-neglected`.
+    for the block of all parameters and for every smaller one.
 
     Attributes:
         trace: energy of what was left out, a scalar.
@@ -49,6 +47,28 @@ class Neglected:
     def share(self) -> Tensor:
         """Energy left out relative to that of all rows, a scalar."""
         return self.trace / self.total.clamp_min(torch.finfo(self.total.dtype).tiny)
+
+    def rates(self, rate: float | Tensor) -> tuple[Tensor, Tensor]:
+        """Return bounds on a rate of contraction in the metric of all rows.
+
+        Implements :eq:`rows-neglected`.
+
+        Args:
+            rate: the rate in the reduced metric, for a Hessian without negative
+                eigenvalues.
+
+        Returns:
+            The least and the largest that it can be in the metric of all rows.
+
+        Raises:
+            ShapeError: random rows, which bound nothing.
+        """
+        if not self.bounds:
+            raise ShapeError("random rows are right on average only and bound no rate")
+        largest = torch.as_tensor(
+            rate, dtype=self.trace.dtype, device=self.trace.device
+        )
+        return largest / (1.0 + self.trace), largest
 
     def __repr__(self) -> str:
         if self.trace.is_meta:
