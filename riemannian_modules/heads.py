@@ -162,8 +162,6 @@ class Rows:
         has_costate: whether a costate is among them.
         has_rest: whether a rest is among them.
         joint: whether a row of L is the sum of its n parts; y is ``(r,)`` then.
-        leads: whether the costate is that combination of the first row alone, each
-            example's times its entry of y, so that it need not be carried.
     """
 
     parts: list[list[Tensor]]
@@ -172,7 +170,6 @@ class Rows:
     has_costate: bool
     has_rest: bool
     joint: bool = False
-    leads: bool = False
 
     @cached_property
     def stacks(self) -> list[Tensor]:
@@ -248,10 +245,6 @@ class _Found:
         return self.rest.new_zeros(r if joint else r * n)
 
 
-def _leads(metric: OutputMetric | None) -> bool:
-    return metric is not None and metric.leads
-
-
 def _joint(heads: Sequence[Head]) -> bool:
     kinds = {metric.joint for _, metric in heads if metric is not None}
     if len(kinds) > 1:
@@ -269,11 +262,14 @@ def _head_rows(head: Head, costate: Tensor | None, reduction: Reduction) -> _Fou
     metric.validate(outputs)
     weight = 1.0 / metric.terms(outputs) if reduction == "mean" else 1.0
     wide = _wide(outputs)
-    if costate is None:
-        rows, y, rest = metric.factor(wide), None, wide
-    else:
+    if costate is not None and type(metric).split is not OutputMetric.split:
         rows, y, rest = metric.split(wide, _wide(costate))
-    _require_rows(metric, rows, outputs)
+        _require_rows(metric, rows, outputs)
+    else:
+        rows, y, rest = metric.factor(wide), None, wide
+        _require_rows(metric, rows, outputs)
+        if costate is not None:
+            y, rest = metric.whiten(wide, _wide(costate))
     if costate is not None:
         _require_split(metric, rows, y, rest, outputs)
     if y is not None:

@@ -20,8 +20,7 @@ class Linearization:
         residual: y with ``d loss = K^T y + rest``, ``(rank,)``; None: no exact one.
         rest: ``{name: covector}``; None: zero.
         source: ``{name: factor}`` whose row sums are the rest; None with the rest.
-        costates: ``{name: factor}`` whose row sums are the gradient; empty where the
-            residual says it all.
+        costates: ``{name: factor}`` whose row sums are the gradient.
         examples: how many rows in succession are of different examples; 1 if rows
             are of the whole batch.
     """

@@ -32,9 +32,13 @@ WORKER = Path(__file__).with_name("distributed_worker.py")
 SECONDS = 180
 FOUR = ("layer", "curved", "tokens", "rest, model", "functional", "routed")
 
-pytestmark = pytest.mark.skipif(
-    not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo"
-)
+pytestmark = [
+    # Starting processes takes some ten seconds.
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo"
+    ),
+]
 
 
 # --- without processes: what is packed by one and joined by another

@@ -44,7 +44,7 @@ class Parameters(nn.Module):
     ...     _ = optimizer.step(
     ...         lambda: metric(t, 2.0 * torch.exp(-0.5 * t)).square().mean()
     ...     )
-    >>> round(float(rate), 3), round(float(model["height"]), 3)
+    >>> round(rate.item(), 3), round(model["height"].item(), 3)
     (0.5, 2.0)
     """
 

@@ -38,12 +38,9 @@ class OutputMetric(ABC):
     Attributes:
         joint: whether a row belongs to the batch, as the sum of the examples' parts,
             and not to one example.
-        leads: whether the cotangent that :meth:`split` explains is a multiple of the
-            first row of each example, and the other entries of y are zero.
     """
 
     joint: bool = False
-    leads: bool = False
 
     @abstractmethod
     def factor(self, outputs: Tensor) -> Tensor:
