@@ -49,7 +49,13 @@ def snapshot(
             state[f"view of {declared.name}"] = None if view is None else view.metric
     if optimizer is not None:
         groups = copy.deepcopy(optimizer.state_dict())
-        state["groups"] = groups["param_groups"]
+        state["groups"] = [
+            {
+                key: content(value) if isinstance(value, torch.Tensor) else value
+                for key, value in group.items()
+            }
+            for group in groups["param_groups"]
+        ]
         state["buffers"] = {
             index: {key: content(value) for key, value in entries.items()}
             for index, entries in groups["state"].items()
