@@ -278,6 +278,9 @@ def main() -> None:
     if dist.get_rank() == 0:
         (folder / "results.json").write_text(json.dumps(found), "utf-8")
     dist.destroy_process_group()
+    # torch's threads of gloo now and then abort a process that ends in the usual way.
+    sys.stdout.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":
