@@ -19,7 +19,8 @@ from riemannian_modules.optim.kronecker import KroneckerInverse
 from riemannian_modules.optim.output_map import OutputMap
 from riemannian_modules.optim.trial import Trial
 from riemannian_modules.optim.trial_reports import GaussNewtonReport
-from riemannian_modules.retractions import Default, Retraction
+from riemannian_modules.optim.whole_model import WholeModelOptimizer
+from riemannian_modules.retractions import Retraction
 
 __all__ = ["GaussNewton"]
 
@@ -36,7 +37,7 @@ class _Point:
         return sum(float((self.gradient[name] * x).sum()) for name, x in u.items())
 
 
-class GaussNewton(torch.optim.Optimizer):
+class GaussNewton(WholeModelOptimizer):
     """Steps of the exact Gauss-Newton metric where its rows are too many to factorise.
 
     Each step minimises the quadratic model of the loss, exact in the outputs of all
@@ -124,8 +125,6 @@ class GaussNewton(torch.optim.Optimizer):
                 f"trials={trials}: needs at least one iteration and one trial, and no "
                 "negative numbers"
             )
-        self.metric = metric
-        self.retraction = Default() if retraction is None else retraction
         self.report: GaussNewtonReport | None = None
         defaults = {
             "iterations": iterations,
@@ -138,29 +137,7 @@ class GaussNewton(torch.optim.Optimizer):
             "trials": trials,
             "scale": 1.0,
         }
-        super().__init__([d.tensor for d in metric.parameters], defaults)
-
-    def __reduce_ex__(self, protocol: object) -> str:
-        raise TypeError(
-            "the optimizer belongs to its metric and cannot be copied or pickled; use "
-            "state_dict() and load_state_dict() on an optimizer built anew"
-        )
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refuse a second group: one quadratic model holds all parameters.
-
-        Args:
-            param_group: as in torch.optim.Optimizer.
-
-        Raises:
-            ValueError: there is a group already.
-        """
-        if self.param_groups:
-            raise ValueError(
-                "GaussNewton moves all parameters of its metric together; it has no "
-                "further groups"
-            )
-        super().add_param_group(param_group)
+        super().__init__(metric, retraction, defaults)
 
     def step(  # type: ignore[override]
         self,

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from riemannian_modules.declared import Declared
-from riemannian_modules.errors import NotRecordedError
 from riemannian_modules.functional import FunctionalMetric
 from riemannian_modules.metric import LayerMetric
 from riemannian_modules.model_metric import ModelMetric
@@ -17,7 +16,8 @@ from riemannian_modules.optim.kinds import require_kinds
 from riemannian_modules.optim.quadratic import QuadraticModel, Step
 from riemannian_modules.optim.trial import Trial
 from riemannian_modules.optim.trial_reports import TrialReport
-from riemannian_modules.retractions import Default, Retraction
+from riemannian_modules.optim.whole_model import WholeModelOptimizer
+from riemannian_modules.retractions import Retraction
 
 __all__ = ["LevenbergMarquardt"]
 
@@ -27,7 +27,7 @@ _ROUNDING = 1e-3
 _SPACING = 0.1
 
 
-class LevenbergMarquardt(torch.optim.Optimizer):
+class LevenbergMarquardt(WholeModelOptimizer):
     """Gauss-Newton or natural-gradient steps without a learning rate.
 
     Each step asks the quadratic model of the last pass how far to go along the natural
@@ -119,11 +119,8 @@ class LevenbergMarquardt(torch.optim.Optimizer):
                 "straight line means nothing on a manifold, and a LayerwiseMetric "
                 "does not know its inputs; leave bend=None"
             )
-        self.metric = metric
-        self.retraction = Default() if retraction is None else retraction
         self.report: TrialReport | None = None
         self._bending = None if bend is False else bending
-        self._stepped = 0
         defaults = {
             "momentum": metric.several_blocks if momentum is None else momentum,
             "shrink": shrink,
@@ -133,29 +130,7 @@ class LevenbergMarquardt(torch.optim.Optimizer):
             "trials": trials,
             "scale": 1.0,
         }
-        super().__init__([d.tensor for d in metric.parameters], defaults)
-
-    def __reduce_ex__(self, protocol: object) -> str:
-        raise TypeError(
-            "the optimizer belongs to its metric and cannot be copied or pickled; use "
-            "state_dict() and load_state_dict() on an optimizer built anew"
-        )
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refuse a second group: one quadratic model holds all parameters.
-
-        Args:
-            param_group: as in torch.optim.Optimizer.
-
-        Raises:
-            ValueError: there is a group already.
-        """
-        if self.param_groups:
-            raise ValueError(
-                "LevenbergMarquardt moves all parameters of its metric together; it "
-                "has no further groups"
-            )
-        super().add_param_group(param_group)
+        super().__init__(metric, retraction, defaults)
 
     def step(self, closure: Callable[[], Any] | None = None) -> float:  # type: ignore[override]
         """Take one step from the last ``metric.backward``.
@@ -172,28 +147,15 @@ class LevenbergMarquardt(torch.optim.Optimizer):
             NotPositiveDefiniteError: a block's small matrix could not be factorised.
             TypeError: no closure.
         """
-        if closure is None:
-            raise TypeError(
-                "step() needs the loss as a function, to try points: "
-                "optimizer.step(lambda: loss_function(model(x), y))"
-            )
-        metric = self.metric
-        if metric.passes == self._stepped or metric.loss is None:
-            raise NotRecordedError(
-                "call metric.backward(loss, outputs) before every optimizer.step()"
-            )
-        metric.parameters.verify()
-        metric.parameters.require_unmoved()
+        evaluate, loss = self._begin(closure)
         with torch.no_grad():
-            self.report = self._search(closure, float(metric.loss))
-        self._stepped = metric.passes
+            self.report = self._search(evaluate, loss)
+        self._stepped = self.metric.passes
         return self.report.new_loss
 
     def _search(self, closure: Callable[[], Any], loss: float) -> TrialReport:
         group = self.param_groups[0]
-        moving = {
-            d.name: d for d in self.metric.parameters if d.tensor.grad is not None
-        }
+        moving = self._moving()
         points = Trial(moving, self.retraction)
         gradient = {
             name: d.tensor.grad

@@ -13,12 +13,13 @@ from riemannian_modules.optim.kinds import require_alone, require_kinds
 from riemannian_modules.optim.line_rules import Armijo, LineRule
 from riemannian_modules.optim.trial import Trial
 from riemannian_modules.optim.trial_reports import LineSearchReport
-from riemannian_modules.retractions import Default, Retraction
+from riemannian_modules.optim.whole_model import WholeModelOptimizer
+from riemannian_modules.retractions import Retraction
 
 __all__ = ["LineSearch"]
 
 
-class LineSearch(torch.optim.Optimizer):
+class LineSearch(WholeModelOptimizer):
     """Steps ``w <- R_w(-t x)`` along the natural gradient x, of a searched length t.
 
     The metric stays that of the last backward pass during the search. The slope along
@@ -76,35 +77,10 @@ class LineSearch(torch.optim.Optimizer):
             )
         if not (lr > 0.0 and math.isfinite(lr)):
             raise ValueError(f"lr={lr}: the first length must be positive and finite")
-        self.metric = metric
         self.rule = Armijo() if rule is None else rule
-        self.retraction = Default() if retraction is None else retraction
         self.report: LineSearchReport | None = None
-        self._stepped = 0
         defaults = {"lr": lr, "length": lr}
-        super().__init__([d.tensor for d in metric.parameters], defaults)
-
-    def __reduce_ex__(self, protocol: object) -> str:
-        raise TypeError(
-            "the optimizer belongs to its metric and cannot be copied or pickled; use "
-            "state_dict() and load_state_dict() on an optimizer built anew"
-        )
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refuse a second group: all parameters move along one curve.
-
-        Args:
-            param_group: as in torch.optim.Optimizer.
-
-        Raises:
-            ValueError: there is a group already.
-        """
-        if self.param_groups:
-            raise ValueError(
-                "LineSearch moves all parameters of its metric along one curve; it has "
-                "no further groups"
-            )
-        super().add_param_group(param_group)
+        super().__init__(metric, retraction, defaults)
 
     def step(self, closure: Callable[[], Any] | None = None) -> float:  # type: ignore[override]
         """Take one step from the last ``metric.backward``.
@@ -126,29 +102,16 @@ class LineSearch(torch.optim.Optimizer):
             NotPositiveDefiniteError: a block's small matrix could not be factorised.
             TypeError: no closure.
         """
-        if closure is None:
-            raise TypeError(
-                "step() needs the loss as a function, to try points: "
-                "optimizer.step(lambda: loss_function(model(x), y))"
-            )
-        metric = self.metric
-        if metric.passes == self._stepped or metric.loss is None:
-            raise NotRecordedError(
-                "call metric.backward(loss, outputs) before every optimizer.step()"
-            )
-        require_alone("LineSearch", metric)
-        metric.parameters.verify()
-        metric.parameters.require_unmoved()
-        with metric.frozen():
-            self.report = self._search(closure, float(metric.loss))
-        self._stepped = metric.passes
+        evaluate, loss = self._begin(closure)
+        require_alone("LineSearch", self.metric)
+        with self.metric.frozen():
+            self.report = self._search(evaluate, loss)
+        self._stepped = self.metric.passes
         return self.report.new_loss
 
     def _search(self, closure: Callable[[], Any], loss: float) -> LineSearchReport:
         group = self.param_groups[0]
-        moving = {
-            d.name: d for d in self.metric.parameters if d.tensor.grad is not None
-        }
+        moving = self._moving()
         trial = Trial(moving, self.retraction)
         with torch.no_grad():
             found = self.metric.natural_gradient()

@@ -6,20 +6,20 @@ from typing import Any
 
 import torch
 
-from riemannian_modules.errors import NotRecordedError
 from riemannian_modules.model_metric import ModelMetric
 from riemannian_modules.optim.kinds import require_kinds
 from riemannian_modules.optim.quadratic import QuadraticModel
 from riemannian_modules.optim.trial import Trial
 from riemannian_modules.optim.trial_reports import TrustRegionReport
-from riemannian_modules.retractions import Default, Retraction
+from riemannian_modules.optim.whole_model import WholeModelOptimizer
+from riemannian_modules.retractions import Retraction
 
 __all__ = ["TrustRegion"]
 
 _EDGE = 0.99
 
 
-class TrustRegion(torch.optim.Optimizer):
+class TrustRegion(WholeModelOptimizer):
     """Natural-gradient steps no longer in the metric than a radius that adapts.
 
     Implements :eq:`trust-region`. The step along the natural gradient minimises the
@@ -95,10 +95,7 @@ class TrustRegion(torch.optim.Optimizer):
             raise ValueError(
                 f"radius={radius}: must be positive and at most largest={largest}"
             )
-        self.metric = metric
-        self.retraction = Default() if retraction is None else retraction
         self.report: TrustRegionReport | None = None
-        self._stepped = 0
         defaults = {
             "radius": radius,
             "largest": largest,
@@ -109,29 +106,7 @@ class TrustRegion(torch.optim.Optimizer):
             "shrink": shrink,
             "trials": trials,
         }
-        super().__init__([d.tensor for d in metric.parameters], defaults)
-
-    def __reduce_ex__(self, protocol: object) -> str:
-        raise TypeError(
-            "the optimizer belongs to its metric and cannot be copied or pickled; use "
-            "state_dict() and load_state_dict() on an optimizer built anew"
-        )
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refuse a second group: one quadratic model holds all parameters.
-
-        Args:
-            param_group: as in torch.optim.Optimizer.
-
-        Raises:
-            ValueError: there is a group already.
-        """
-        if self.param_groups:
-            raise ValueError(
-                "TrustRegion moves all parameters of its metric together; it has no "
-                "further groups"
-            )
-        super().add_param_group(param_group)
+        super().__init__(metric, retraction, defaults)
 
     def step(self, closure: Callable[[], Any] | None = None) -> float:  # type: ignore[override]
         """Take one step from the last ``metric.backward``.
@@ -151,28 +126,15 @@ class TrustRegion(torch.optim.Optimizer):
             NotPositiveDefiniteError: a block's small matrix could not be factorised.
             TypeError: no closure.
         """
-        if closure is None:
-            raise TypeError(
-                "step() needs the loss as a function, to try points: "
-                "optimizer.step(lambda: loss_function(model(x), y))"
-            )
-        metric = self.metric
-        if metric.passes == self._stepped or metric.loss is None:
-            raise NotRecordedError(
-                "call metric.backward(loss, outputs) before every optimizer.step()"
-            )
-        metric.parameters.verify()
-        metric.parameters.require_unmoved()
+        evaluate, loss = self._begin(closure)
         with torch.no_grad():
-            self.report = self._search(closure, float(metric.loss))
-        self._stepped = metric.passes
+            self.report = self._search(evaluate, loss)
+        self._stepped = self.metric.passes
         return self.report.new_loss
 
     def _search(self, closure: Callable[[], Any], loss: float) -> TrustRegionReport:
         group = self.param_groups[0]
-        moving = {
-            d.name: d for d in self.metric.parameters if d.tensor.grad is not None
-        }
+        moving = self._moving()
         gradient = {
             name: d.tensor.grad
             for name, d in moving.items()

@@ -1,0 +1,83 @@
+"""What optimizers share that move all parameters together and try points."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from riemannian_modules.declared import Declared
+from riemannian_modules.errors import NotRecordedError
+from riemannian_modules.model_metric import ModelMetric
+from riemannian_modules.retractions import Default, Retraction
+
+__all__ = ["WholeModelOptimizer"]
+
+
+class WholeModelOptimizer(torch.optim.Optimizer):
+    """An optimizer with one group, all parameters of its metric.
+
+    Args:
+        metric: the metric.
+        retraction: how a tangent step becomes a point; None: the default one.
+        defaults: hyperparameters and state of the group.
+    """
+
+    def __init__(
+        self,
+        metric: ModelMetric,
+        retraction: Retraction | None,
+        defaults: dict[str, Any],
+    ) -> None:
+        self.metric = metric
+        self.retraction = Default() if retraction is None else retraction
+        self._stepped = 0
+        super().__init__([d.tensor for d in metric.parameters], defaults)
+
+    def __reduce_ex__(self, protocol: object) -> str:
+        raise TypeError(
+            "the optimizer belongs to its metric and cannot be copied or pickled; use "
+            "state_dict() and load_state_dict() on an optimizer built anew"
+        )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refuse a second group: a step moves the whole model.
+
+        Args:
+            param_group: as in torch.optim.Optimizer.
+
+        Raises:
+            ValueError: there is a group already.
+        """
+        if self.param_groups:
+            raise ValueError(
+                f"{type(self).__name__} moves all parameters of its metric together; "
+                "it has no further groups"
+            )
+        super().add_param_group(param_group)
+
+    def _begin(
+        self, closure: Callable[[], Any] | None
+    ) -> tuple[Callable[[], Any], float]:
+        """Return the closure and the loss of the last backward pass, to step from.
+
+        Raises:
+            TypeError: no closure.
+            NotRecordedError: no ``metric.backward`` since the last step.
+        """
+        if closure is None:
+            raise TypeError(
+                "step() needs the loss as a function, to try points: "
+                "optimizer.step(lambda: loss_function(model(x), y))"
+            )
+        metric = self.metric
+        if metric.passes == self._stepped or metric.loss is None:
+            raise NotRecordedError(
+                "call metric.backward(loss, outputs) before every optimizer.step()"
+            )
+        metric.parameters.verify()
+        metric.parameters.require_unmoved()
+        return closure, float(metric.loss)
+
+    def _moving(self) -> dict[str, Declared]:
+        """Return the parameters that have a gradient."""
+        return {d.name: d for d in self.metric.parameters if d.tensor.grad is not None}
