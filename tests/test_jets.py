@@ -156,6 +156,27 @@ def test_structured_factors_are_the_stored_ones(activation, seed, inputs):
     require_equal(network(activation, inputs), all_terms, inputs)
 
 
+ARITHMETIC = {
+    "x / 2": lambda x: x / 2.0,
+    "div(x, 3)": lambda x: torch.div(x, 3.0),
+    "2 / x": lambda x: 2.0 / (x.exp() + 1.0),
+    "x / y": lambda x: x.sin() / (x * x + 1.0),
+    "x - 1": lambda x: torch.tanh(x - 0.5) - 1.0,
+    "1 - x": lambda x: torch.tanh(1.5 - x),
+    "x - y": lambda x: x.sin() - x * x,
+    "-x": lambda x: torch.neg(x.cos()) * 1.5,
+}
+
+
+@pytest.mark.parametrize("name", ARITHMETIC)
+def test_arithmetic_is_that_of_the_stored_rows(name):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(2, 4), Elementwise(ARITHMETIC[name]), nn.Tanh(), nn.Linear(4, 1)
+    )
+    require_equal(model, all_terms, 2)
+
+
 @settings(max_examples=2)
 @given(seed=SEEDS, inputs=st.integers(1, 3), outputs=st.integers(1, 3))
 @pytest.mark.parametrize("operator", OPERATORS)
