@@ -164,6 +164,9 @@ ARITHMETIC = {
     "x - 1": lambda x: torch.tanh(x - 0.5) - 1.0,
     "1 - x": lambda x: torch.tanh(1.5 - x),
     "x - y": lambda x: x.sin() - x * x,
+    "rsub(x, 1)": lambda x: torch.rsub(x.sin(), 1.0),
+    "c - x": lambda x: torch.ones(4) - x.sin(),
+    "c / x": lambda x: torch.ones(4) / (x.exp() + 1.0),
     "-x": lambda x: torch.neg(x.cos()) * 1.5,
 }
 
