@@ -329,6 +329,7 @@ REFUSED = {
     ),
     "batch": (lambda: computing(lambda x: torch.cat([x, x])), "dimension 0"),
     "sum": (lambda: computing(lambda x: x + torch.ones(3, 1)), r"\(3, 1\)"),
+    "left": (lambda: computing(lambda x: torch.eye(4) @ x), "matmul"),
     "detached": (lambda: behind(Constant()), "returns a Tensor"),
     "weight-norm": (
         lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(2, 5))),

@@ -275,20 +275,21 @@ def _joined(parts: Sequence[Any], dim: int = 0) -> Streams:
     return first.like(torch.cat([each.data for each in parts], -1))
 
 
-_BINARY: dict[Any, Callable[[Any, Any], Streams]] = {}
-for _names, _operation in (
-    (("add", "__add__", "__radd__"), lambda a, b: a + b),
-    (("sub", "subtract", "__sub__"), lambda a, b: a - b),
-    (("rsub", "__rsub__"), lambda a, b: b - a),
-    (("mul", "multiply", "__mul__", "__rmul__"), lambda a, b: a * b),
-    (("div", "true_divide", "divide", "__truediv__"), lambda a, b: a / b),
-    (("__rtruediv__", "__rdiv__"), lambda a, b: b / a),
-    (("matmul", "__matmul__", "mm"), lambda a, b: a @ b),
+# What streams do for a function of torch, as the first and as the second argument.
+_BINARY: dict[Any, tuple[str, str]] = {}
+for _names, *_methods in (
+    (("add", "__add__", "__radd__"), "__add__", "__add__"),
+    (("sub", "subtract", "__sub__"), "__sub__", "__rsub__"),
+    (("rsub", "__rsub__"), "__rsub__", "__sub__"),
+    (("mul", "multiply", "__mul__", "__rmul__"), "__mul__", "__mul__"),
+    (("div", "true_divide", "divide", "__truediv__"), "__truediv__", "__rtruediv__"),
+    (("__rtruediv__", "__rdiv__"), "__rtruediv__", "__truediv__"),
+    (("matmul", "__matmul__", "mm"), "__matmul__", ""),
 ):
     for _name in _names:
         for _owner in (torch, Tensor):
             if (_function := getattr(_owner, _name, None)) is not None:
-                _BINARY[_function] = _operation
+                _BINARY[_function] = (_methods[0], _methods[1])
 
 
 def _called(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -302,7 +303,11 @@ def _called(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> An
         except TypeError as error:
             raise LinearizationError(_refusal(f"{name} with {error}")) from error
     if function in _BINARY and len(args) == 2 and not kwargs:
-        return _BINARY[function](*args)
+        forward, reflected = _BINARY[function]
+        if isinstance(args[0], Streams):
+            return getattr(Streams, forward)(args[0], args[1])
+        if reflected:
+            return getattr(Streams, reflected)(args[1], args[0])
     if function in (torch.cat, torch.concat, torch.concatenate):
         return _joined(*args, **kwargs)
     if function in (torch.neg, torch.negative, Tensor.neg):
