@@ -11,7 +11,13 @@ import torch
 
 from benchmarks.models import BATCH, INPUTS, THREADS, interleaved, network_step
 
-METHODS = ("adam", "sampled", "sampled, static graph", "exact layer")
+METHODS = (
+    "adam",
+    "sampled",
+    "sampled, static graph",
+    "sampled, gradient kept",
+    "exact layer",
+)
 
 # Ratios to Adam that a step must stay below. They are not reached: docs/benchmarks.md
 # says by how much and why.

@@ -20,6 +20,7 @@ METHODS = (
     "sampled by hand",
     "sampled",
     "sampled, static graph",
+    "sampled, gradient kept",
     "exact model",
     "exact layer",
 )
@@ -106,7 +107,8 @@ def step_of(
 ) -> Step:
     """Return one step of a method: forward, backward and update.
 
-    A method is "adam", or "sampled" (``probes`` random rows) or "exact" with the blocks
+    A method is "adam", or "sampled" (``probes`` random rows and no other, unless the
+    gradient is kept, as is the default of the library) or "exact" with the blocks
     behind it: "layer" if nothing is said, or "model". The step length is tiny, so that
     the thousandth step meets the same problem as the first.
     """
@@ -122,7 +124,8 @@ def step_of(
 
     output: rm.output.OutputMetric = rm.output.Categorical()
     if method.startswith("sampled"):
-        output = rm.output.Sampled(output, probes=probes)
+        kept = method.endswith("gradient kept")
+        output = rm.output.Sampled(output, probes=probes, gradient_rows=kept)
     metric = rm.LayerwiseMetric(
         model,
         output=output,
