@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from mutants import static_graph as mutants
 from torch import Tensor, nn
 
 import riemannian_modules as rm
 from riemannian_modules import recorder
 from riemannian_modules.errors import LinearizationError, NonFiniteError
-from tests.mutants import static_graph as mutants
 
 SETTLING = 3
 
