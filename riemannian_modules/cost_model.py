@@ -1,11 +1,11 @@
 r"""What solving a block costs, counted from ranks, dimensions and shapes.
 
-Seconds of one thread are the unit, from rates that were measured once; only their
+Seconds are the unit, from rates of one thread that were measured once; only their
 quotients matter. With R the rank, p the entries of the parameters and m the smaller of
 R and the dimension,
 
     direct     Gram matrix + m^3 / 3 + two products with K
-    iterative  columns of the preconditioner + R k^2 + iterations * product
+    iterative  diagonal + k columns of the preconditioner + R k^2 + iterations * product
 
 where the Gram matrix, a column and a product of each factor are counted by
 :func:`work`.
@@ -39,6 +39,8 @@ PRODUCT = 5.0e10
 CHOLESKY = 2.2e10
 STREAM = 4.0e9
 CALL = 6e-6
+# What n threads make of a large product: n to this power.
+SHARED = 0.9
 # Float64 takes this many times longer.
 DOUBLE = 2.0
 # Of an entrywise product of the Gram matrix, in entries read.
@@ -57,17 +59,20 @@ class Work:
         product: one product with ``K sharp K^T``.
         column: one column of it.
         gram: all of it.
+        diagonal: its diagonal.
     """
 
     product: float
     column: float
     gram: float
+    diagonal: float
 
     def __add__(self, other: "Work") -> "Work":
         return Work(
             self.product + other.product,
             self.column + other.column,
             self.gram + other.gram,
+            self.diagonal + other.diagonal,
         )
 
 
@@ -86,7 +91,13 @@ def work(factor: MetricFactor, space: TangentSpace) -> Work:
 
 def _stored(rank: int, size: int) -> Work:
     product = 2 * rank * size / STREAM + 4 * CALL
-    return Work(product, rank * size / PRODUCT, rank**2 * size / (2 * PRODUCT))
+    gram = rank**2 * size / (2 * PRODUCT)
+    return Work(product, rank * size / PRODUCT, gram, _of_rows(rank, size))
+
+
+def _of_rows(rank: int, size: int, riesz: float = 0.0) -> float:
+    """Return the seconds for the lengths of rows that are formed first."""
+    return rank * (4 * size / STREAM + riesz / PRODUCT)
 
 
 @work.register(DenseFactor)
@@ -110,12 +121,13 @@ def _(factor: LinearFactor, space: TangentSpace) -> Work:
     if has_kernel(factor, space):
         small = min(n, 2 * width) * n * out
         product = small / PRODUCT + 2 * stream / STREAM + 8 * CALL
-        return Work(product, rank * (out / PRODUCT + 1 / STREAM), gram)
+        column = rank * (out / PRODUCT + 1 / STREAM)
+        return Work(product, column, gram, stream / STREAM)
     riesz = 0 if space.divisor is not None else 4 * size * min(out, width)
     dense = 2 * n * positions * size + riesz
     product = dense / PRODUCT + 2 * stream / STREAM + 20 * CALL
     column = (n * positions * size + riesz) / PRODUCT + stream / PRODUCT
-    return Work(product, column, gram)
+    return Work(product, column, gram, _of_rows(rank, size, riesz))
 
 
 @work.register(ConvolutionFactor)
@@ -126,7 +138,8 @@ def _(factor: ConvolutionFactor, space: TangentSpace) -> Work:
         return _stored(factor.rank, size)
     product = 2 * places * size / PRODUCT + 2 * stream / STREAM + 20 * CALL
     rows = len(factor.cotangents) * places * size
-    return Work(product, product, (rows + factor.rank**2 * size / 2) / PRODUCT)
+    gram = (rows + factor.rank**2 * size / 2) / PRODUCT
+    return Work(product, product, gram, rows / PRODUCT + _of_rows(factor.rank, size))
 
 
 @work.register(EmbeddingFactor)
@@ -135,12 +148,13 @@ def _(factor: EmbeddingFactor, space: TangentSpace) -> Work:
     product = 2 * (stream + space.point.numel()) / STREAM + 10 * CALL
     # Rows exist at the tokens that occur only.
     size = min(len(factor.tokens), factor.shape[0]) * factor.shape[1]
-    return Work(product, product, factor.rank**2 * size / (2 * PRODUCT))
+    gram = factor.rank**2 * size / (2 * PRODUCT)
+    return Work(product, product, gram, _of_rows(factor.rank, factor.shape[1]))
 
 
 @work.register(SumFactor)
 def _(factor: SumFactor, space: TangentSpace) -> Work:
-    total = Work(0.0, 0.0, 0.0)
+    total = Work(0.0, 0.0, 0.0, 0.0)
     for part in factor.parts:
         total = total + work(part, space)
     return total
@@ -156,6 +170,7 @@ class Costs:
             iteration.
         pivots: columns in the preconditioner that suit these costs.
         column: seconds for one of them.
+        diagonal: seconds for the diagonal that they are chosen by.
         cholesky: seconds for Gram matrix, factorisation and solve in the dual.
         primal: the same in the primal.
     """
@@ -164,6 +179,7 @@ class Costs:
     product: float
     pivots: int
     column: float
+    diagonal: float
     cholesky: float
     primal: float
 
@@ -174,7 +190,8 @@ class Costs:
     def pivoting(self, pivots: int) -> float:
         """Return the seconds for a preconditioner with this many columns."""
         small = 3 * DOUBLE * self.rank * pivots**2 / PRODUCT
-        return pivots * self.column + small + (40 * CALL if pivots else 0.0)
+        calls = 40 * CALL if pivots else 0.0
+        return self.diagonal + pivots * self.column + small + calls
 
     def iterative(self, iterations: int) -> float:
         """Return the seconds of conjugate gradients."""
@@ -210,7 +227,7 @@ def costs(block: Block, small: torch.dtype, pivots: int | None = None) -> Costs:
     (True, True)
     """
     rank, p = block.rank, block.size
-    total = Work(0.0, 0.0, 0.0)
+    total = Work(0.0, 0.0, 0.0, 0.0)
     for part in block.parts:
         if part.factor is not None:
             total = total + work(part.factor, part.space)
@@ -222,10 +239,14 @@ def costs(block: Block, small: torch.dtype, pivots: int | None = None) -> Costs:
         most = min(MOST_PIVOTS, rank // 8, int(4 * product / (own * total.column)))
         pivots = most if most >= FEWEST_PIVOTS else 0
     product += 4 * rank * pivots / STREAM
-    lower = wide * (rank**3 / 6 / CHOLESKY + 2 * rank**2 / STREAM)
-    cholesky = wide * total.gram + lower + 2 * own * total.product + 20 * CALL
-    primal = DOUBLE * ((rank * p**2 / 2) / PRODUCT + p**3 / 6 / CHOLESKY) + 20 * CALL
-    return Costs(rank, product, pivots, own * total.column, cholesky, primal)
+    # Products of large matrices share the threads, what reads memory hardly does.
+    speed = torch.get_num_threads() ** SHARED
+    lower = wide * (rank**3 / 6 / CHOLESKY / speed + 2 * rank**2 / STREAM)
+    cholesky = wide * total.gram / speed + lower + 2 * own * total.product + 20 * CALL
+    primal = (rank * p**2 / 2) / PRODUCT + p**3 / 6 / CHOLESKY
+    primal = DOUBLE * primal / speed + 20 * CALL
+    column, diagonal = own * total.column, own * total.diagonal
+    return Costs(rank, product, pivots, column, diagonal, cholesky, primal)
 
 
 def predicted_iterations(remaining: float, pivots: int, tolerance: float) -> int:
