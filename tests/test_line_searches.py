@@ -388,7 +388,7 @@ def region_findings(seed, radius, curvature):
         after = 0.25 * p * norm
     elif radius is None:
         after = norm
-    elif ratio > 0.75 and p < 1.0:
+    elif ratio > 0.75 and p * norm >= 0.99 * radius:
         after = 2.0 * radius
     else:
         after = radius
