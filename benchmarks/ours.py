@@ -8,7 +8,7 @@ from torch import nn
 
 import riemannian_modules as rm
 from benchmarks.method import Method, Settings, Step, full_batch
-from benchmarks.problem import Batch, Blocks, Geometry, Problem
+from benchmarks.problem import Batch, Blocks, Geometry, NetworkProblem, Problem
 
 Suits = Callable[[Problem, Blocks], str]
 OPTIONAL_RATE = (
@@ -53,6 +53,22 @@ def marquardt(
     return step
 
 
+def gauss_newton(problem: Problem, model: nn.Module, settings: Settings) -> Step:
+    """Return a step of GaussNewton, one random row in front."""
+    assert isinstance(problem, NetworkProblem)
+    metric = geometry_of(problem, model, settings, "layer").metric
+    optimizer = rm.optim.GaussNewton(metric)
+
+    def step(batch: Batch, _: float) -> None:
+        x, y = batch
+        with metric.record():
+            outputs = model(x)
+        metric.pull_back(outputs)
+        optimizer.step(lambda: model(x), lambda z: problem.criterion(z, y))
+
+    return step
+
+
 def geometry_of(
     problem: Problem, model: nn.Module, settings: Settings, blocks: Blocks
 ) -> Geometry:
@@ -75,25 +91,18 @@ def exact_grid(problem: Problem) -> Sequence[Settings]:
 
 
 def sampled_grid(problem: Problem) -> Sequence[Settings]:
-    """Return settings for one random row for each example.
-
-    What of the gradient the rows do not span is divided by the mass, so small masses
-    need step lengths that fall with them.
-    """
-    if problem.name == "poincare":
-        return [{**each, "probes": 1} for each in exact_grid(problem)]
-    _, middle, large = problem.masses
-    masses = (middle, large, 10.0 * large)
-    return [
-        {"lr": ratio * mass, "mass": mass, "probes": 1}
-        for ratio in (0.3, 1.0)
-        for mass in masses
-    ]
+    """Return those of all rows, for one random row of each example and the gradient."""
+    return [{**each, "probes": 1} for each in exact_grid(problem)]
 
 
 def mass_grid(problem: Problem) -> Sequence[Settings]:
     """Return the masses alone."""
     return [{"mass": mass} for mass in problem.masses]
+
+
+def one_probe_grid(problem: Problem) -> Sequence[Settings]:
+    """Return the masses, with one random row for each example."""
+    return [{"mass": mass, "probes": 1} for mass in problem.masses]
 
 
 def sampled_mass_grid(problem: Problem) -> Sequence[Settings]:
@@ -136,6 +145,12 @@ def with_losses(problem: Problem, blocks: Blocks, rows: Suits) -> str:
     return full_batch(problem) or rows(problem, blocks)
 
 
+def many_outputs(problem: Problem) -> str:
+    if not isinstance(problem, NetworkProblem):
+        return "its rows are few enough to factorise"
+    return full_batch(problem)
+
+
 # --- the list
 
 
@@ -172,6 +187,15 @@ def entries() -> Iterator[Method]:
                 partial(marquardt, blocks=blocks),
                 partial(with_losses, blocks=blocks, rows=suits),
             )
+
+    yield Method(
+        "gauss-newton",
+        "ours",
+        "GaussNewton, all rows by conjugate gradients, one random row in front",
+        one_probe_grid,
+        gauss_newton,
+        many_outputs,
+    )
 
 
 OURS = list(entries())

@@ -204,7 +204,9 @@ class NetworkProblem(Problem):
         output = self.output()
         if probes:
             output = rm.output.Sampled(output, probes=probes)
-        metric = rm.LayerwiseMetric(model, output=output, mass=mass, blocks=blocks)
+        metric = rm.LayerwiseMetric(
+            model, output=output, mass=mass, blocks=blocks, static_graph=True
+        )
 
         def backward(batch: Batch) -> Tensor:
             x, y = batch
