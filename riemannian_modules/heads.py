@@ -162,6 +162,7 @@ class Rows:
         has_costate: whether a costate is among them.
         has_rest: whether a rest is among them.
         joint: whether a row of L is the sum of its n parts; y is ``(r,)`` then.
+        led: whether the costate is y times the first row of each example.
     """
 
     parts: list[list[Tensor]]
@@ -170,11 +171,17 @@ class Rows:
     has_costate: bool
     has_rest: bool
     joint: bool = False
+    led: bool = False
 
     @cached_property
     def stacks(self) -> list[Tensor]:
         """All of them for each head, ``(count, n, *output)``."""
         return [torch.cat(parts) for parts in self.parts if parts]
+
+    @property
+    def bare(self) -> list[Tensor]:
+        """The rows alone for each head; only where there are some."""
+        return [parts[0] for parts in self.parts]
 
     @property
     def others(self) -> list[Tensor]:
@@ -226,7 +233,10 @@ def output_rows(
     if not spans:
         extra.append(rests)
     carried = _parts(heads, parts, extra, rank)
-    return Rows(carried, rank, residual, True, not spans, joint)
+    only = heads[0][1] if len(heads) == 1 else None
+    led = spans and not joint and only is not None and only.leads
+    led = led and not bool(residual[len(heads[0][0]) :].any())
+    return Rows(carried, rank, residual, True, not spans, joint, led)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from riemannian_modules.factors import MetricFactor, joined, stacked, summed
 from riemannian_modules.heads import Rows
 from riemannian_modules.layout import Layout
 from riemannian_modules.linearization import Linearization
-from riemannian_modules.reverse import joint, rescaled, reverse_passes, unit_scaled
+from riemannian_modules.reverse import FEW, joint, rescaled, reverse_passes, unit_scaled
 from riemannian_modules.rules import GENERIC, Call
 from riemannian_modules.rules.job import Job, UnexplainedError, explained
 from riemannian_modules.tape import Use
@@ -215,7 +215,8 @@ def assemble(
         for job, memo in zip(jobs, graph.memos[index], strict=True):
             _require_explicable(use, job)
             pieces = own
-            if len(own) > 1 and not (job.entry.apart and _large(own[0])):
+            few = len(own) <= FEW or _large(own[0])
+            if len(own) > 1 and not (job.entry.apart and few):
                 together = together or [tuple(joint(own))]
                 pieces = together
             for cotangents in pieces:
@@ -289,8 +290,6 @@ def linearize(
     whole: Mapping[str, MetricFactor],
     rows: Rows,
     examples: int,
-    *,
-    carried: bool = True,
 ) -> Linearization:
     """Take rows, costate and rest apart.
 
@@ -298,8 +297,6 @@ def linearize(
         whole: factors of all cotangents that were carried down.
         rows: what they were.
         examples: number of examples.
-        carried: whether the costate is among the cotangents; where the first row
-            leads it need not be, and there are no factors of costates then.
 
     Returns:
         The linearisation.
@@ -308,12 +305,13 @@ def linearize(
     return taken_apart(Assembled(examples, uses), rows)
 
 
-def taken_apart(whole: Assembled, rows: Rows) -> Linearization:
+def taken_apart(whole: Assembled, rows: Rows, *, led: bool = False) -> Linearization:
     """Take rows, costate and rest apart.
 
     Args:
         whole: factors of all cotangents that were carried down.
         rows: what they were.
+        led: whether the rows alone were carried, the first of which make the gradient.
 
     Returns:
         The linearisation.
@@ -325,7 +323,12 @@ def taken_apart(whole: Assembled, rows: Rows) -> Linearization:
     gradient: dict[str, Tensor] = {}
     own: dict[str, MetricFactor] = {}
     source, covectors = None, None
-    if rows.has_costate:
+    if led:
+        assert rows.residual is not None
+        first = whole.part(0, 1) if r > 1 else factors
+        y = rows.residual[: whole.examples]
+        gradient = {name: factor.rmatvec(y) for name, factor in first.items()}
+    elif rows.has_costate:
         own = whole.part(r, r + 1)
         gradient = {name: factor.row_sum() for name, factor in own.items()}
         if rows.residual is None:

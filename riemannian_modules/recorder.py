@@ -167,7 +167,7 @@ class Recorder:
                 moving = False
             self._exploring = moving
             graph.alone = _travels_alone(rows, graph, probes=present is not None)
-            return taken_apart(whole, rows)
+            return taken_apart(whole, rows, led=rows.led)
 
     def _carried(
         self,
@@ -191,8 +191,11 @@ class Recorder:
         Returns:
             What each pass carried; None if an example has moved.
         """
-        below = below if rows.rank else None
-        stacks = rows.stacks if below is None else rows.others
+        if rows.led:
+            below, stacks = None, rows.bare
+        else:
+            below = below if rows.rank else None
+            stacks = rows.stacks if below is None else rows.others
         if present is not None:
             probes = [mask_probe(end.detach(), present) for end in ends]
             stacks = [torch.cat(pair) for pair in zip(stacks, probes, strict=True)]
@@ -283,7 +286,7 @@ def _travels_alone(rows: Rows, graph: Graph, *, probes: bool) -> bool:
     """Whether the costate is best carried from the loss on, and nothing with it."""
     others = rows.count - 1 + probes
     few = not graph.batched or others < FEW
-    return rows.has_costate and rows.rank > 0 and few
+    return rows.has_costate and rows.rank > 0 and few and not rows.led
 
 
 def _narrowed(carried: Sequence[Carried], start: int, stop: int) -> list[Carried]:

@@ -98,7 +98,10 @@ class TangentSpace:
 
     def inner(self, u: Tensor, v: Tensor) -> Tensor:
         """Return ``g0(D u, v)`` summed over all entries, a scalar."""
-        return (self.flat(u) * v).sum()
+        mass = self.divisor
+        if mass is None:
+            return (self.flat(u) * v).sum()
+        return mass * torch.dot(u.reshape(-1), v.reshape(-1))
 
     def project(self, u: Tensor) -> Tensor:
         """Return the tangent part of an ambient vector or covector ``u``."""

@@ -12,6 +12,7 @@ from mutants.rows import SAMPLED
 from torch import Tensor, nn
 
 import riemannian_modules as rm
+from riemannian_modules import recorder
 from riemannian_modules.contraction import loss_lipschitz
 from riemannian_modules.errors import ContractionError, OutputMetricError
 from riemannian_modules.output import (
@@ -228,6 +229,49 @@ def test_the_gradient_and_what_one_example_does_are_those_of_the_first_pass(bloc
     for name, expected in zip(names, gradients, strict=True):
         torch.testing.assert_close(second[0].gradient[name], expected)
         assert metric.parameters[name].tensor.grad is second[0].gradient[name]
+
+
+@pytest.mark.parametrize("probes", [0, 1, 3])
+def test_the_costate_is_not_carried_where_a_row_says_the_same(probes, monkeypatch):
+    torch.manual_seed(0)
+    model, x = network(rm.manifolds.Stiefel()), torch.randn(5, 3)
+    metric = linearised(model, Sampled(Categorical(), probes), x, mass=0.1)
+    carried, own = [], recorder.carry
+
+    def counted(uses, outputs, stacks, **options):
+        carried.append(len(stacks[0]))
+        return own(uses, outputs, stacks, **options)
+
+    monkeypatch.setattr(recorder, "carry", counted)
+    monkeypatch.setattr(recorder.Recorder, "_some_examples", lambda *_: None)
+    with metric.record():
+        z = model(x)
+    metric.backward(cross_entropy(z), z)
+    assert carried == [1 + probes]
+
+
+class Boastful(OutputMetric):
+    """Says that its first row leads, and spreads the cotangent over all rows."""
+
+    leads = True
+
+    def factor(self, outputs: Tensor) -> Tensor:
+        return Categorical().factor(outputs)
+
+    def whiten(self, outputs: Tensor, cotangent: Tensor):
+        return Categorical().whiten(outputs, cotangent)
+
+
+def test_a_first_row_that_does_not_lead_is_not_believed():
+    torch.manual_seed(0)
+    model, x = network(rm.manifolds.Stiefel()), torch.randn(5, 3)
+    metric = linearised(model, Boastful(), x, mass=0.1)
+    with metric.record():
+        z = model(x)
+    metric.backward(cross_entropy(z), z)
+    expected = torch.autograd.grad(cross_entropy(model(x)), list(model.parameters()))
+    for p, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, gradient)
 
 
 def test_constants_of_examples_need_the_rows_of_examples():

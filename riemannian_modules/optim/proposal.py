@@ -123,10 +123,10 @@ def _combine(
             share = torch.where(length > 0.0, 1.0 / length, 0.0)
         length = share * length
     carried = pair[1] if before else torch.zeros_like(one)
-    vectors = {name: pair[0].to(v.dtype) * v for name, v in candidate.items()}
+    along, kept = share * pair[0], share * carried
+    vectors = {name: along.to(v.dtype) * v for name, v in candidate.items()}
     for name, d in before.items():
-        vectors[name] = vectors[name] + carried.to(d.dtype) * d
-    vectors = {name: share.to(u.dtype) * u for name, u in vectors.items()}
+        vectors[name] += kept.to(d.dtype) * d
     motion = Motion(vectors, pair[0], carried, share, length, inflation)
     if not rule.automatic or measured is None:
         return motion

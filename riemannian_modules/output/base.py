@@ -38,9 +38,12 @@ class OutputMetric(ABC):
     Attributes:
         joint: whether a row belongs to the batch, as the sum of the examples' parts,
             and not to one example.
+        leads: whether the first row of :meth:`split` is the cotangent of each example,
+            scaled, wherever there is a y and no rest; y is zero in all other rows.
     """
 
     joint: bool = False
+    leads: bool = False
 
     @abstractmethod
     def factor(self, outputs: Tensor) -> Tensor:

@@ -94,6 +94,7 @@ class Sampled(OutputMetric):
         self.per = per
         self.gradient_rows = gradient_rows
         self.joint = per == "batch"
+        self.leads = gradient_rows
 
     def factor(self, outputs: Tensor) -> Tensor:
         """Draw rows ``(n, probes, *output)``, anew at every call.
