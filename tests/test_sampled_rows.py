@@ -231,6 +231,37 @@ def test_the_gradient_and_what_one_example_does_are_those_of_the_first_pass(bloc
         assert metric.parameters[name].tensor.grad is second[0].gradient[name]
 
 
+@settings(max_examples=30)
+@given(seed=SEEDS, per=PER, probes=st.integers(0, 2), scale=st.floats(0.1, 60.0))
+def test_a_cheap_inverse_and_whitening_give_the_same_rows(seed, per, probes, scale):
+    z = scale * normal(seed, 4, 5)
+    v = z.softmax(-1) - F.one_hot(torch.arange(4), 5)
+    assert Categorical().sharp(z, v) is not None
+    found = []
+    for look_closer in (False, True):
+        generator = torch.Generator().manual_seed(seed)
+        metric = Sampled(Categorical(), probes, generator, per=per)
+        if look_closer:
+            metric.metric.sharp = lambda *_: None
+        found.append(metric.split(z, v))
+    for cheap, careful in zip(*found, strict=True):
+        torch.testing.assert_close(cheap, careful, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "gap"), [(torch.float32, 150.0), (torch.float64, 350.0)]
+)
+def test_extreme_or_strange_cotangents_are_looked_at_closely(dtype, gap):
+    z = torch.tensor([[0.0, gap, 1.0]], dtype=dtype)
+    wrong = z.softmax(-1) - torch.eye(3, dtype=dtype)[:1]
+    assert Categorical().sharp(z, wrong) is None
+    assert Categorical().sharp(0.9 * z, 0.9 * z) is None
+    assert Categorical().sharp(0.5 * z, wrong) is not None
+    assert Categorical().sharp(torch.zeros(1, 3), torch.ones(1, 3)) is None
+    meta = torch.zeros(1, 3, device="meta")
+    assert Categorical().sharp(meta, meta) is None
+
+
 @pytest.mark.parametrize("probes", [0, 1, 3])
 def test_the_costate_is_not_carried_where_a_row_says_the_same(probes, monkeypatch):
     torch.manual_seed(0)

@@ -122,6 +122,22 @@ class OutputMetric(ABC):
         rest = torch.where(noise, 0.0, rest).to(outputs.dtype)
         return y, rest.view_as(outputs)
 
+    def sharp(self, outputs: Tensor, cotangent: Tensor) -> Tensor | None:
+        """Return w with ``G_o w = cotangent``, where that is cheap and safe.
+
+        Then :class:`Sampled` needs no whitening: the residual of the cotangent has the
+        squared norm ``<cotangent, w>``. The default returns None, which is always right.
+
+        Args:
+            outputs: ``(n, *output)``.
+            cotangent: derivative of a loss, of the shape of ``outputs``.
+
+        Returns:
+            ``(n, *output)`` in float64, unique up to what ``G_o`` maps to zero; None
+            where :meth:`whiten` has to look closer.
+        """
+        return None
+
     def split(
         self, outputs: Tensor, cotangent: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor]:

@@ -26,6 +26,9 @@ from riemannian_modules.output.rows import ROUNDING, block_rows
 
 __all__ = ["Categorical"]
 
+# Below it the products of a probability's reciprocal leave the range of float64.
+_LEAST = 1e-150
+
 
 @final
 class Categorical(OutputMetric):
@@ -121,6 +124,25 @@ class Categorical(OutputMetric):
         y = y.masked_fill_(lost, 0.0).to(outputs.dtype)
         return y.view(outputs.shape[0], -1), rest
 
+    def sharp(self, outputs: Tensor, cotangent: Tensor) -> Tensor | None:
+        """Return ``v / p`` for cotangents v that sum to zero, at no extreme p.
+
+        Off the CPU it returns None, since looking at the numbers would wait.
+        """
+        self.validate_cotangent(outputs, cotangent)
+        if outputs.device.type != "cpu":
+            return None
+        p = outputs.detach().double().softmax(-1)
+        v = cotangent.detach().double()
+        info = torch.finfo(outputs.dtype)
+        # As in `whiten`, but for the whole batch; that looks at each example.
+        tolerance = _tolerance(p.shape[-1], info)
+        within = tolerance * v.abs().sum(-1).amax()
+        floor = max((info.tiny / info.eps) ** 2, _LEAST)
+        if not (v.sum(-1).abs().amax() <= within and p.amin() >= floor):
+            return None
+        return v / p
+
     def sample(
         self, outputs: Tensor, probes: int, generator: torch.Generator | None = None
     ) -> Tensor:
@@ -187,6 +209,11 @@ def _logarithms(outputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return z, tails, log_scale
 
 
+def _tolerance(classes: int, info: torch.finfo) -> float:
+    """Return up to what a sum over classes is rounding, relative to its summands."""
+    return ROUNDING * (1.0 + 0.25 * math.sqrt(classes)) * info.eps
+
+
 def _is_rounding(total: Tensor, v: Tensor, p: Tensor, info: torch.finfo) -> Tensor:
     """Return where rounding of a loss's cotangent explains its sum over classes.
 
@@ -195,7 +222,7 @@ def _is_rounding(total: Tensor, v: Tensor, p: Tensor, info: torch.finfo) -> Tens
     targets show it at each position, as ``v_i / p_i`` of all classes but one, whose
     own entry is zero or at least a rounding unit of w.
     """
-    tolerance = ROUNDING * (1.0 + 0.25 * math.sqrt(v.shape[-1])) * info.eps
+    tolerance = _tolerance(v.shape[-1], info)
     size = total.abs()
     # NaN sorts last and compares false: too few classes of a resolved probability.
     weights = (v / p).masked_fill_(p < info.tiny / info.eps, math.nan)

@@ -135,39 +135,58 @@ class Sampled(OutputMetric):
             Rows ``(n, 1 + probes, *output)``, the gradient's first; ``y`` of shape
             ``(n, 1 + probes)`` (``(1 + probes,)`` for the whole batch), which is zero
             but for the gradient's row; and what the metric itself leaves of the
-            cotangent. Cost: one whitening for each probe.
+            cotangent. Cost: one :meth:`sharp` of the metric, or a whitening for the
+            cotangent and for each probe.
 
         Raises:
             OutputMetricError: the metric whitens the cotangent, but not its own rows.
         """
         if not self.gradient_rows:
             return self.factor(outputs), *self.whiten(outputs, cotangent)
-        y, rest = self.metric.whiten(outputs, cotangent)
-        if y is None:
-            return self.factor(outputs), None, rest
-        y = y.detach().double().reshape(len(y), -1)
-        shape = (-1, *[1] * (outputs.ndim - 1))
-        length = y.norm() if self.joint else y.norm(dim=1, keepdim=True)
-        safe = torch.where(length > 0.0, length, 1.0)
-        u = y / safe
-        explained = (cotangent.detach() - rest).double()
-        first = explained / (safe if self.joint else safe.view(shape))
-        rows = [first.to(outputs.dtype)]
-        drawn = self.factor(outputs).unbind(1) if self.probes else ()
-        for row in drawn:
-            z, _ = self.metric.whiten(outputs, row)
+        v = cotangent.detach()
+        w = self.metric.sharp(outputs, cotangent)
+        if w is None:
+            y, rest = self.metric.whiten(outputs, cotangent)
+            if y is None:
+                return self.factor(outputs), None, rest
+            y = y.detach().double().reshape(len(y), -1)
+            squares = y.square().sum(1)
+        else:
+            y, rest = None, torch.zeros_like(v)
+            squares = (v.double() * w).flatten(1).sum(1)
+        length = (squares.sum() if self.joint else squares).sqrt()
+        # Of each example, or of the batch, in front of the shape of an output.
+        places = [1] * (outputs.ndim - 1)
+        safe = torch.where(length > 0.0, length, 1.0).view(-1, *places)
+        first = ((v - rest).double() / safe).unsqueeze(1)
+        rows = [first]
+        if self.probes:
+            drawn = self.factor(outputs).double()
+            if y is None:
+                assert w is not None
+                shared = (drawn * w.unsqueeze(1)).flatten(2).sum(2)
+            else:
+                shared = self._pairings(outputs, drawn, y)
+            shared = shared.sum(0, keepdim=True) if self.joint else shared
+            common = shared.view(*shared.shape, *places) / safe.unsqueeze(1)
+            rows.append(drawn - common * first)
+        count = (1 + self.probes,) if self.joint else (len(v), 1 + self.probes)
+        coordinates = outputs.new_zeros(count)
+        coordinates[..., 0] = length
+        return torch.cat(rows, 1).to(outputs.dtype), coordinates, rest
+
+    def _pairings(self, outputs: Tensor, drawn: Tensor, y: Tensor) -> Tensor:
+        """Return ``<z, y>`` for the whitened z of random rows, ``(n, probes)``."""
+        found = []
+        for row in drawn.unbind(1):
+            z, _ = self.metric.whiten(outputs, row.to(outputs.dtype))
             if z is None:
                 raise OutputMetricError(
                     f"{self.metric!r}.whiten explains the cotangent of the loss but "
                     "not its own random rows; return y for both, or for neither"
                 )
-            shared = z.double().reshape(len(y), -1) * u
-            common = shared.sum() if self.joint else shared.sum(1).view(shape)
-            rows.append((row.double() - common * first).to(outputs.dtype))
-        count = (1 + self.probes,) if self.joint else (len(y), 1 + self.probes)
-        coordinates = outputs.new_zeros(count)
-        coordinates[..., 0] = length if self.joint else length.squeeze(1)
-        return torch.stack(rows, 1), coordinates, rest
+            found.append((z.double().reshape(len(y), -1) * y).sum(1))
+        return torch.stack(found, 1)
 
     def sample(
         self, outputs: Tensor, probes: int, generator: torch.Generator | None = None

@@ -102,6 +102,14 @@ def _whiten(
     y, rest = output.whiten(outputs, covector)
     assert y is not None
     yield _sum("whiten_rows", rows, y, torch.zeros_like(rest), covector)
+    w = output.sharp(outputs, covector)
+    if w is not None:
+        yield CheckResult.at_most(
+            "sharp_inverse",
+            relative_gap(output.apply(outputs.double(), w), covector.double()),
+            _tolerance(outputs),
+            "G_o sharp(v) = v for combinations v of the rows",
+        )
 
 
 def _sum(
@@ -171,7 +179,8 @@ def check_output_metric(
 
     The findings are named ``factor_shape``, ``factor_kind``, ``factor_finite``,
     ``factor_per_example``, ``factor_metric``, ``terms``, ``whiten_kind``,
-    ``whiten_sum``, ``whiten_rows``, ``sample_unbiased``, ``unchanged`` and ``meta``;
+    ``whiten_sum``, ``whiten_rows``, ``sharp_inverse`` (where there is a ``sharp``),
+    ``sample_unbiased``, ``unchanged`` and ``meta``;
     ``raised`` where a method raises. If one of the first three, or ``factor`` itself,
     fails there are no others.
 
@@ -182,7 +191,7 @@ def check_output_metric(
             the Hessian of a likelihood, or a function of the outputs that returns it;
             None leaves ``factor_metric`` out.
         random: the factor is drawn anew at every call; leaves ``factor_per_example``,
-            ``whiten_rows`` and ``sample_unbiased`` out.
+            ``whiten_rows``, ``sharp_inverse`` and ``sample_unbiased`` out.
         generator: source of the random vectors and rows, on the device of the outputs.
 
     Returns:

@@ -374,6 +374,10 @@ class Coins(OutputMetric):
         p = outputs.sigmoid().unsqueeze(1).expand(-1, probes, -1)
         return torch.bernoulli(p, generator=generator) - p
 
+    def sharp(self, outputs, cotangent):
+        p = outputs.double().sigmoid()
+        return cotangent.double() / (p * (1 - p))
+
     @staticmethod
     def expected(outputs: Tensor) -> Tensor:
         p = outputs.sigmoid()
@@ -428,6 +432,12 @@ class AllRest(Coins):
         return torch.zeros_like(outputs), cotangent.clone()
 
 
+class UnrootedSharp(Coins):
+    def sharp(self, outputs, cotangent):
+        p = outputs.double().sigmoid()
+        return cotangent.double() / (p * (1 - p)).sqrt()
+
+
 class WidelySampled(Coins):
     def sample(self, outputs, probes, generator=None):
         return 1.2 * super().sample(outputs, probes, generator)
@@ -455,6 +465,7 @@ OUTPUTS: dict[str, type[OutputMetric]] = {
     "whiten_kind": Joined,
     "whiten_sum": UnrootedResidual,
     "whiten_rows": AllRest,
+    "sharp_inverse": UnrootedSharp,
     "sample_unbiased": WidelySampled,
     "unchanged": Overwriting,
     "meta": Peeking,
