@@ -101,7 +101,8 @@ class TangentSpace:
         mass = self.divisor
         if mass is None:
             return (self.flat(u) * v).sum()
-        return mass * torch.dot(u.reshape(-1), v.reshape(-1))
+        # Not torch.dot, whose rounding depends on where in memory the vectors are.
+        return mass * (u * v).sum()
 
     def project(self, u: Tensor) -> Tensor:
         """Return the tangent part of an ambient vector or covector ``u``."""

@@ -109,11 +109,14 @@ class Plan:
         whole = self.scale * self.gradient
         return whole if self.extra is None else whole + self.extra
 
-    def update(self, vector: Tensor, length: Tensor | None = None) -> Tensor | None:
-        """Return the tangent step; None where ``vector`` and ``lr`` say it all.
+    def update(
+        self, vector: Tensor, rate: float, length: Tensor | None = None
+    ) -> Tensor | None:
+        """Return the tangent step; None where ``rate * vector`` says it all.
 
         Args:
             vector: the direction.
+            rate: its factor, ``lr`` or ``-lr``.
             length: the length of the step beside ``lr``, for the decay; None: 1.
 
         Returns:
@@ -122,7 +125,7 @@ class Plan:
         euclidean = isinstance(self.declared.manifold, geoopt.Euclidean)
         if euclidean and not self.decay:
             return None
-        step = -self.lr * vector
+        step = rate * vector
         if self.decay:
             space = self.declared.space()
             decay = self.decay if length is None else self.decay * length.to(step.dtype)
@@ -189,25 +192,23 @@ class Plan:
     def commit(
         self,
         point: Tensor | None,
-        update: Tensor | None,
-        vector: Tensor,
+        step: tuple[float, Tensor],
         healthy: Tensor | None,
     ) -> None:
         """Write the new value, unless a factorisation on the device failed.
 
         Args:
             point: the new point of :meth:`retract`.
-            update: the tangent step of :meth:`update`.
-            vector: the direction.
+            step: the tangent step, a number and a vector.
             healthy: boolean scalar on the device; None: yes.
         """
         tensor = self.declared.tensor
-        step, length = (vector, -self.lr) if update is None else (update, 1.0)
+        rate, vector = step
         if healthy is not None:
-            moved = tensor.detach().add(step, alpha=length) if point is None else point
+            moved = tensor.detach().add(vector, alpha=rate) if point is None else point
             tensor.copy_(torch.where(healthy, moved, tensor.detach()))
         elif point is None:
-            tensor.add_(step, alpha=length)
+            tensor.add_(vector, alpha=rate)
         else:
             tensor.copy_(point)
         self.declared.verified = tensor._version

@@ -58,20 +58,19 @@ def propose(
     shift = rule.spring * image if rule.spring and image is not None else None
     solutions = _solve(metric, plans, shift)
     found = {n: x for s in solutions.values() for n, x in s.vectors.items()}
-    candidate = {name: -found[name] for name in plans}
+    # The candidate is minus this, which is not written out.
+    down = {name: found[name] for name in plans}
     numbers = None
     if rule.measures:
         own = _velocity(solutions) if len(found) == len(plans) else None
-        first = None if own is None else -own
-        numbers = (
-            model.numbers([candidate, before], [first, image])
-            if before
-            else model.numbers([candidate], [first])
+        directions, images = (
+            ([down, before], [own, image]) if before else ([down], [own])
         )
+        numbers = model.numbers(directions, images).turned()
     if trust is not None and image is not None and numbers is not None:
         slope = numbers.slopes[1]
         trust = renewed(trust.to(image), image.square().sum(), slope)
-    motion = _combine(metric, rule, numbers, candidate, before, trust)
+    motion = _combine(metric, rule, numbers, down, before, trust)
     if rule.clip is not None:
         motion = _clipped(rule.clip, model, plans, motion)
     if not all(map(looks_finite, motion.vectors.values())):
@@ -97,11 +96,11 @@ def _combine(
     metric: ModelMetric,
     rule: Rule,
     numbers: Numbers | None,
-    candidate: dict[str, Tensor],
+    down: dict[str, Tensor],
     before: dict[str, Tensor],
     trust: Tensor | None,
 ) -> Motion:
-    first = next(iter(candidate.values()))
+    first = next(iter(down.values()))
     one = torch.ones((), dtype=torch.float64, device=first.device)
     pair = torch.stack([one, rule.spring * one])
     inflation, measured = one, numbers
@@ -123,10 +122,10 @@ def _combine(
             share = torch.where(length > 0.0, 1.0 / length, 0.0)
         length = share * length
     carried = pair[1] if before else torch.zeros_like(one)
-    along, kept = share * pair[0], share * carried
-    vectors = {name: along.to(v.dtype) * v for name, v in candidate.items()}
+    along, kept = -share * pair[0], share * carried
+    vectors = {name: along.to(x.dtype) * x for name, x in down.items()}
     for name, d in before.items():
-        vectors[name] += kept.to(d.dtype) * d
+        vectors[name].addcmul_(d, kept.to(d.dtype))
     motion = Motion(vectors, pair[0], carried, share, length, inflation)
     if not rule.automatic or measured is None:
         return motion

@@ -47,6 +47,13 @@ class Numbers:
         """Curvature and weight together, ``(k, k)``."""
         return self.curvature + self.weight
 
+    def turned(self) -> "Numbers":
+        """Return the model on the same directions, the first the other way round."""
+        sign = torch.ones_like(self.slopes)
+        sign[0] = -1.0
+        signs = sign.outer(sign)
+        return Numbers(signs * self.curvature, signs * self.weight, sign * self.slopes)
+
 
 class QuadraticModel:
     """``f(R_w(u)) = f + df(u) + |K u|^2 / 2``, all blocks of parameters together.
@@ -167,6 +174,5 @@ class QuadraticModel:
         total = self._zero()
         for name, vector in u.items():
             if name in self._gradient:
-                own = self._gradient[name].reshape(-1)
-                total = total + torch.dot(own, vector.reshape(-1))
+                total = total + (self._gradient[name] * vector).sum()
         return total

@@ -27,8 +27,7 @@ class BlockReport:
         metric: its metric at the point where the step began.
         solution: the solved Riesz problem.
         lr: the step length.
-        steps: ``{parameter name: tangent step}``, None where it is ``-lr`` times the
-            solution's vector.
+        moves: ``{parameter name: (factor, vector)}``, whose products are the step.
         slope: derivative of the loss along the step; None: the solution knows it.
     """
 
@@ -36,12 +35,12 @@ class BlockReport:
     metric: LayerMetric
     solution: Solution
     lr: float
-    steps: dict[str, Tensor | None]
+    moves: dict[str, tuple[float, Tensor]]
     slope: Tensor | None = None
 
     def __repr__(self) -> str:
         return (
-            f"BlockReport({self.name}: {', '.join(self.steps)}; dim {self.dim}, rank "
+            f"BlockReport({self.name}: {', '.join(self.moves)}; dim {self.dim}, rank "
             f"{self.rank}, {self.branch})"
         )
 
@@ -59,6 +58,11 @@ class BlockReport:
             ("condition", self.condition),
             ("rate in output space", self.contraction_rate),
         ]
+
+    @cached_property
+    def steps(self) -> dict[str, Tensor]:
+        """The tangent step of each parameter."""
+        return {name: rate * vector for name, (rate, vector) in self.moves.items()}
 
     @property
     def rank(self) -> int:
@@ -83,12 +87,7 @@ class BlockReport:
     @cached_property
     def update_norm(self) -> float:
         """Euclidean norm of the tangent step."""
-        norms = [
-            abs(self.lr) * self.solution.vectors[name].norm()
-            if step is None
-            else step.norm()
-            for name, step in self.steps.items()
-        ]
+        norms = [abs(rate) * vector.norm() for rate, vector in self.moves.values()]
         return float(torch.stack(norms).norm())
 
     @property
@@ -96,11 +95,13 @@ class BlockReport:
         """First-order decrease ``-g(x, u)`` of the loss by the block's step u."""
         if self.slope is not None:
             return -float(self.slope)
-        if all(step is None for step in self.steps.values()):
-            return self.lr * self.gradient_norm**2
         x = self.solution.vectors
-        u = {name: -self.lr * vector for name, vector in x.items()}
-        u |= {name: step for name, step in self.steps.items() if step is not None}
+        if all(
+            rate == -self.lr and vector is x[name]
+            for name, (rate, vector) in self.moves.items()
+        ):
+            return self.lr * self.gradient_norm**2
+        u = {name: -self.lr * vector for name, vector in x.items()} | self.steps
         return -float(self.metric.inner(x, u))
 
     @cached_property
@@ -254,8 +255,7 @@ def block_reports(
     metric: ModelMetric,
     plans: Mapping[str, Plan],
     solutions: Mapping[str, Solution],
-    updates: Mapping[str, Tensor | None],
-    vectors: Mapping[str, Tensor],
+    steps: Mapping[str, tuple[float, Tensor]],
     motion: Motion | None,
 ) -> dict[str, BlockReport]:
     """Return what a step does, block by block, before it is done.
@@ -264,8 +264,7 @@ def block_reports(
         metric: the metric.
         plans: what moves.
         solutions: of each block.
-        updates: the tangent steps, None where they are ``-lr`` times the vectors.
-        vectors: the directions.
+        steps: the tangent steps, a number and a vector each.
         motion: the step before ``lr``, where more than ``lr`` decides it.
 
     Returns:
@@ -277,17 +276,14 @@ def block_reports(
         if not own:
             continue
         lr = plans[own[0]].lr
-        steps = {name: updates[name] for name in own}
+        moves = {name: steps[name] for name in own}
         slope = None
-        for name in own:
-            if steps[name] is None and (motion is not None or plans[name].lr != lr):
-                steps[name] = -plans[name].lr * vectors[name]
         if motion is not None:
             found = [
-                (plans[n].gradient * u).sum() for n, u in steps.items() if u is not None
+                rate * (plans[n].gradient * u).sum() for n, (rate, u) in moves.items()
             ]
             slope = torch.stack(found).sum()
         reports[block] = BlockReport(
-            block, metric.blocks[block], solution, lr, steps, slope
+            block, metric.blocks[block], solution, lr, moves, slope
         )
     return reports

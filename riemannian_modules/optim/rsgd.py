@@ -301,15 +301,14 @@ class RiemannianSGD(torch.optim.Optimizer):
         rule = Rule(**{name: first[name] for name in Rule.__dataclass_fields__})
         solutions, motion = propose(self.metric, plans, rule, first["trust"])
         vectors = {n: x for s in solutions.values() for n, x in s.vectors.items()}
-        length = None
+        sign, length = -1.0 if motion is None else 1.0, None
         if motion is not None:
-            vectors |= {name: -u for name, u in motion.vectors.items()}
+            vectors |= motion.vectors
             length = motion.along * motion.share if rule.automatic else None
-        updates = {n: plan.update(vectors[n], length) for n, plan in plans.items()}
-        points = {
-            name: plan.retract(self.retraction, updates[name])
-            for name, plan in plans.items()
+        updates = {
+            n: p.update(vectors[n], sign * p.lr, length) for n, p in plans.items()
         }
+        points = {n: p.retract(self.retraction, updates[n]) for n, p in plans.items()}
         healthy = self.metric.succeeded()
         if healthy is not None:
             totals = [s.total().float() for s in solutions.values()]
@@ -319,17 +318,21 @@ class RiemannianSGD(torch.optim.Optimizer):
         kept = {}
         if motion is not None and rule.keeps:
             kept = {
-                name: plan.after(motion.vectors[name], points[name], healthy)
-                for name, plan in plans.items()
+                n: p.after(motion.vectors[n], points[n], healthy)
+                for n, p in plans.items()
             }
-        reports = block_reports(self.metric, plans, solutions, updates, vectors, motion)
+        steps = {
+            n: (sign * plans[n].lr, vectors[n]) if u is None else (1.0, u)
+            for n, u in updates.items()
+        }
+        reports = block_reports(self.metric, plans, solutions, steps, motion)
         for name, plan in plans.items():
-            plan.commit(points[name], updates[name], vectors[name], healthy)
+            plan.commit(points[name], steps[name], healthy)
+            tensor = plan.declared.tensor
             if plan.buffer is not None:
-                state = self.state[plan.declared.tensor]
-                state["momentum_buffer"] = plan.kept(healthy)
+                self.state[tensor]["momentum_buffer"] = plan.kept(healthy)
             if name in kept:
-                self.state[plan.declared.tensor]["step_buffer"] = kept[name]
+                self.state[tensor]["step_buffer"] = kept[name]
         if motion is not None:
             first["trust"] = motion.trust_after(first["trust"], healthy)
         moved = None if motion is None else MotionReport(motion, reports)

@@ -126,7 +126,7 @@ class OutputMetric(ABC):
         """Return w with ``G_o w = cotangent``, where that is cheap and safe.
 
         Then :class:`Sampled` needs no whitening: the residual of the cotangent has the
-        squared norm ``<cotangent, w>``. The default returns None, which is always right.
+        squared norm ``<cotangent, w>``. The default, None, is always right.
 
         Args:
             outputs: ``(n, *output)``.

@@ -176,7 +176,11 @@ class Sampled(OutputMetric):
         return torch.cat(rows, 1).to(outputs.dtype), coordinates, rest
 
     def _pairings(self, outputs: Tensor, drawn: Tensor, y: Tensor) -> Tensor:
-        """Return ``<z, y>`` for the whitened z of random rows, ``(n, probes)``."""
+        """Return ``<z, y>`` for the whitened z of random rows, ``(n, probes)``.
+
+        Raises:
+            OutputMetricError: the metric does not whiten them.
+        """
         found = []
         for row in drawn.unbind(1):
             z, _ = self.metric.whiten(outputs, row.to(outputs.dtype))
