@@ -305,13 +305,13 @@ def linearize(
     return taken_apart(Assembled(examples, uses), rows)
 
 
-def taken_apart(whole: Assembled, rows: Rows, *, led: bool = False) -> Linearization:
+def taken_apart(whole: Assembled, rows: Rows) -> Linearization:
     """Take rows, costate and rest apart.
 
     Args:
-        whole: factors of all cotangents that were carried down.
+        whole: factors of all cotangents that were carried down; of the rows at least
+            where these are led.
         rows: what they were.
-        led: whether the rows alone were carried, the first of which make the gradient.
 
     Returns:
         The linearisation.
@@ -323,7 +323,7 @@ def taken_apart(whole: Assembled, rows: Rows, *, led: bool = False) -> Lineariza
     gradient: dict[str, Tensor] = {}
     own: dict[str, MetricFactor] = {}
     source, covectors = None, None
-    if led:
+    if rows.led:
         assert rows.residual is not None
         first = whole.part(0, 1) if r > 1 else factors
         y = rows.residual[: whole.examples]

@@ -167,7 +167,7 @@ class Recorder:
                 moving = False
             self._exploring = moving
             graph.alone = _travels_alone(rows, graph, probes=present is not None)
-            return taken_apart(whole, rows, led=rows.led)
+            return taken_apart(whole, rows)
 
     def _carried(
         self,

@@ -101,8 +101,7 @@ class TangentSpace:
         mass = self.divisor
         if mass is None:
             return (self.flat(u) * v).sum()
-        # Not torch.dot, whose rounding depends on where in memory the vectors are.
-        return mass * (u * v).sum()
+        return mass * torch.dot(u.reshape(-1), v.reshape(-1))
 
     def project(self, u: Tensor) -> Tensor:
         """Return the tangent part of an ambient vector or covector ``u``."""

@@ -281,6 +281,23 @@ def test_the_costate_is_not_carried_where_a_row_says_the_same(probes, monkeypatc
     assert carried == [1 + probes]
 
 
+@pytest.mark.parametrize("probes", [0, 1])
+def test_the_first_pass_and_those_after_it_have_the_same_bits(probes):
+    torch.manual_seed(0)
+    model, x = network(rm.manifolds.Stiefel()), torch.randn(5, 3)
+    generator = torch.Generator().manual_seed(0)
+    metric = linearised(model, Sampled(Categorical(), probes, generator), x, mass=0.1)
+    first = metric.natural_gradient(), metric.linearization.gradient
+    generator.manual_seed(0)
+    with metric.record():
+        z = model(x)
+    metric.backward(cross_entropy(z), z)
+    second = metric.natural_gradient(), metric.linearization.gradient
+    for before, after in zip(first, second, strict=True):
+        for name, value in before.items():
+            assert torch.equal(value, after[name]), name
+
+
 class Boastful(OutputMetric):
     """Says that its first row leads, and spreads the cotangent over all rows."""
 

@@ -174,5 +174,6 @@ class QuadraticModel:
         total = self._zero()
         for name, vector in u.items():
             if name in self._gradient:
-                total = total + (self._gradient[name] * vector).sum()
+                own = self._gradient[name].reshape(-1)
+                total = total + torch.dot(own, vector.reshape(-1))
         return total

@@ -280,7 +280,8 @@ def block_reports(
         slope = None
         if motion is not None:
             found = [
-                rate * (plans[n].gradient * u).sum() for n, (rate, u) in moves.items()
+                rate * torch.dot(plans[n].gradient.reshape(-1), u.reshape(-1))
+                for n, (rate, u) in moves.items()
             ]
             slope = torch.stack(found).sum()
         reports[block] = BlockReport(
