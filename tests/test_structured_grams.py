@@ -338,14 +338,25 @@ def test_slabs_keep_within_the_bound(
 # ---- embeddings ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("gathered", [0.0, 1.0, 1e9], ids=["pairs", "both", "table"])
+def price_of_pairs(monkeypatch: pytest.MonkeyPatch, price: float) -> None:
+    for name in ("_ENTRY", "_GATHERED", "_TOKEN"):
+        monkeypatch.setattr(embedding, name, 0.0)
+    monkeypatch.setattr(embedding, "_PAIR", price)
+
+
+@pytest.mark.parametrize("price", [0.0, 1.0, 1e9], ids=["pairs", "both", "table"])
 @pytest.mark.parametrize("name", sorted(BY_ROW))
 @pytest.mark.parametrize("kind", ["embedding", "bags", "embedding-and-bags"])
 def test_tokens_go_either_way(
-    kind: str, name: str, gathered: float, monkeypatch: pytest.MonkeyPatch
+    kind: str, name: str, price: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(embedding, "_GATHERED", gathered)
-    assert_gram(FACTORS[kind](), space_of(BASES[name], (7, 3)))
+    factor = FACTORS[kind]()
+    # With a price of 1 only tokens that occur once go by pairs.
+    price_of_pairs(monkeypatch, price * 0.5 * factor.rank**2 * factor.shape[1])
+    counts = factor.tokens.bincount()
+    assert 1 in counts
+    assert counts.amax() > 1
+    assert_gram(factor, space_of(BASES[name], (7, 3)))
 
 
 @given(st.integers(1, 4), st.integers(1, 9), st.integers(1, 6), st.integers(1, 3))
@@ -373,7 +384,7 @@ def test_the_way_of_other_devices_is_right(
         return tokens_of.slots_at_most(factor.tokens, factor.shape[0])
 
     monkeypatch.setattr(fs.EmbeddingFactor, "_slots", property(slots))
-    monkeypatch.setattr(embedding, "_GATHERED", 1e9)
+    price_of_pairs(monkeypatch, 1e9)
     for vocabulary in (7, 40):
         factor = FACTORS[kind]()
         if kind != "tied":

@@ -35,8 +35,11 @@ from riemannian_modules.tangent import TangentSpace
 
 __all__ = ["EmbeddingFactor"]
 
-# A multiplication on two gathered vectors takes as long as so many in a matrix product.
-_GATHERED = 32
+# What takes as long as so many multiplications in a matrix product, as measured on
+# processors: a pair of tokens, each entry that it adds, each number that is gathered
+# for it; and a token of the table.
+_PAIR, _ENTRY, _GATHERED = 5_000, 800, 150
+_TOKEN = 100_000
 
 
 class EmbeddingFactor(CotangentFactor, SparseFactor):
@@ -227,10 +230,10 @@ class EmbeddingFactor(CotangentFactor, SparseFactor):
     def gram(self, space: TangentSpace, dtype: torch.dtype) -> Tensor:
         r"""Return ``K sharp K^T`` with the Riesz map of the rows that occur.
 
-        A token that occurs c times costs ``rank^2 width`` multiplications in a matrix
-        product over the table of tokens, and ``(r c)^2 width`` slower ones over the
-        pairs of its occurrences. Each token goes the cheaper way; off the CPU, where
-        how often it occurs is not known, all go the first.
+        A token costs ``rank^2 width`` multiplications in a matrix product over the
+        table of tokens, or, if it occurs c times, the handling of ``c^2`` pairs of
+        occurrences. Each token goes the cheaper way; off the CPU, where how often it
+        occurs is not known, all go the first.
 
         Args:
             space: tangent space of the weight.
@@ -246,8 +249,10 @@ class EmbeddingFactor(CotangentFactor, SparseFactor):
         if self.device.type != "cpu":
             return own._add_table(total, space)
         counts = torch.bincount(own._slots[1])
-        n = self.cotangents.shape[1]
-        often = (_GATHERED * counts**2 > n**2)[own._slots[1]]
+        r, _, _, width = self.cotangents.shape
+        pair = _PAIR + _ENTRY * r**2 + _GATHERED * r * width
+        often = pair * counts**2 > self.rank**2 * width + _TOKEN
+        often = often[own._slots[1]]
         own._part(often)._add_table(total, space)
         own._part(~often)._add_pairs(total, space)
         return total

@@ -47,7 +47,7 @@ __all__ = [
 _BLOCK_ROWS = 128
 _BANDS = 4
 _WIDE = 1024
-_FEWEST_ROWS = 16
+_FEWEST_ROWS = 64
 
 Slab = slice | Tensor
 
