@@ -812,7 +812,7 @@ def hard_matrices(n: int) -> dict[str, Tensor]:
         "signed": torch.randn(n, n),
         "permutation": permutation,
         "near_permutation": permutation + 1e-9 * torch.rand(n, n),
-        "wide": (20.0 * torch.randn(n, n)).exp(),
+        "wide": (20.0 * torch.randn(n, n)).clamp(-80.0, 80.0).exp(),
         "sparse": torch.rand(n, n) * (torch.rand(n, n) < 2.0 / n),
         "zero": torch.zeros(n, n),
         "batch": torch.randn(3, 2, n, n).exp(),

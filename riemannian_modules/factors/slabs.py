@@ -43,11 +43,13 @@ __all__ = [
 ]
 
 # The lower triangle is made in bands of so many rows, and in at least so many bands
-# where a product of that many columns takes longer than a call.
+# where a product of that many columns takes longer than a call, but none with fewer.
 _BLOCK_ROWS = 128
 _BANDS = 4
 _WIDE = 1024
-_FEWEST_ROWS = 64
+_FEWEST_IN_BAND = 64
+# So many whole rows are formed at once, whatever the bound on memory.
+_FEWEST_ROWS = 16
 
 Slab = slice | Tensor
 
@@ -161,7 +163,7 @@ def add_lower(out: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
     """
     rank, step = len(out), _BLOCK_ROWS
     if out.device.type == "cpu" and left.shape[1] >= _WIDE:
-        step = min(step, max(_FEWEST_ROWS, -(-rank // _BANDS)))
+        step = min(step, max(_FEWEST_IN_BAND, -(-rank // _BANDS)))
     for start in range(0, rank, step):
         stop = min(start + step, rank)
         block = out[start:stop, :stop]
