@@ -34,7 +34,7 @@ def accuracy(
     torch.manual_seed(seed)
     model = mlp((data.train_x.shape[1], *sizes, 10))
     metric = rm.LayerwiseMetric(model, output=rm.output.Categorical(), mass=0.1)
-    optimizer = rm.optim.RiemannianSGD(metric, lr=0.3)
+    optimizer = rm.optim.RiemannianSGD(metric)
     order = batches(data, EXAMPLES, 1_000, seed)
     for _, index in zip(range(steps), order, strict=False):
         x, y = data.train_x[index], data.train_y[index]
