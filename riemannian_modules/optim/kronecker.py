@@ -135,12 +135,18 @@ class KroneckerInverse:
             if part.factor is not None:
                 self._sides[part.name] = _sides_in_coordinates(part.factor, part.space)
         self._scale = 1.0
-        self._inverses = self._factorise()
+        self._known: dict[str, tuple[Tensor, Tensor]] | None = None
 
     def scale_mass(self, factor: float) -> None:
-        """Multiply the mass by a positive number. Cost: a cube of each side."""
+        """Multiply the mass by a positive number; the next use factorises anew."""
         self._scale *= factor
-        self._inverses = self._factorise()
+        self._known = None
+
+    @property
+    def _inverses(self) -> dict[str, tuple[Tensor, Tensor]]:
+        if self._known is None:
+            self._known = self._factorise()
+        return self._known
 
     def _factorise(self) -> dict[str, tuple[Tensor, Tensor]]:
         found = {}
