@@ -19,8 +19,8 @@ METHODS = (
     "exact layer",
 )
 
-# Ratios to Adam that a step must stay below. They are not reached: docs/benchmarks.md
-# says by how much and why.
+# Ratios to Adam that a step must stay below. That of the sampled convnet is
+# not reached: docs/benchmarks.md says by how much and why.
 BOUNDS = {
     "convnet": {"sampled": 1.7, "exact layer": 12.0},
     "transformer": {"sampled": 2.5},

@@ -851,3 +851,22 @@ def test_a_step_that_is_not_finite_changes_nothing(monkeypatch):
         assert torch.equal(value, start[name])
     for key, entry in optimizer.state_dict()["state"].items():
         assert torch.equal(entry["step_buffer"], state["state"][key]["step_buffer"])
+
+
+@pytest.mark.parametrize("lr", [0.3, 2.0])
+def test_a_blocks_decrease_is_the_slope_of_its_whole_step(lr):
+    problem = Problem(manifold=rm.manifolds.Stiefel())
+    optimizer = RiemannianSGD(problem.metric, lr=lr, spring=0.5)
+    steps(problem, optimizer, 2)
+    before = problem.values()
+    problem.backward()
+    gradient = problem.gradient()
+    optimizer.step()
+    for block in optimizer.report:
+        slope = sum(float((gradient[n] * u).sum()) for n, u in block.steps.items())
+        assert block.predicted_decrease == pytest.approx(-slope, rel=1e-9)
+        norms = torch.stack([u.norm() for u in block.steps.values()])
+        assert block.update_norm == pytest.approx(float(norms.norm()), rel=1e-9)
+        for name in set(block.steps) & {"0.bias", "2.weight", "2.bias"}:
+            moved = problem.values()[name] - before[name]
+            torch.testing.assert_close(block.steps[name], moved)
