@@ -6,20 +6,13 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from riemannian_modules.carry import Carried, carry, narrowed
 from riemannian_modules.checks import disagreements, parameters_reached
 from riemannian_modules.declared import DeclaredParameters
 from riemannian_modules.errors import LinearizationError, NotRecordedError
 from riemannian_modules.heads import Rows
 from riemannian_modules.layout import Layout, bit_probes, find_layout, is_linear
-from riemannian_modules.linearize import (
-    Carried,
-    Graph,
-    Linearization,
-    assemble,
-    carry,
-    narrowed,
-    taken_apart,
-)
+from riemannian_modules.linearize import Graph, Linearization, assemble, taken_apart
 from riemannian_modules.reverse import joint
 from riemannian_modules.rules.job import UnexplainedError
 from riemannian_modules.tape import Tape, Use

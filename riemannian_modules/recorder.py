@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from riemannian_modules.carry import Carried, by_use, carry, in_float16
 from riemannian_modules.checks import (
     autograd_gradient,
     batch_norms,
@@ -23,16 +24,7 @@ from riemannian_modules.errors import LinearizationError
 from riemannian_modules.explore import explore
 from riemannian_modules.heads import Head, Reduction, Rows, output_rows
 from riemannian_modules.layout import keeps_apart, mask_probe
-from riemannian_modules.linearize import (
-    Carried,
-    Graph,
-    Linearization,
-    assemble,
-    by_use,
-    carry,
-    in_float16,
-    taken_apart,
-)
+from riemannian_modules.linearize import Graph, Linearization, assemble, taken_apart
 from riemannian_modules.reverse import FEW, batching_pays, loss_scale
 from riemannian_modules.rules.job import UnexplainedError
 from riemannian_modules.survey import survey

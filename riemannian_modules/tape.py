@@ -1,10 +1,10 @@
 """What a recorded forward pass remembers: every use of every watched module."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from operator import is_
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from riemannian_modules.errors import LinearizationError, NonFiniteError
 from riemannian_modules.finite import looks_finite
 
-__all__ = ["Tape", "Use", "Watched", "map_tensors", "tensors_in"]
+__all__ = ["Finder", "Place", "Tape", "Use", "Watched", "map_tensors", "tensors_in"]
 
 
 def tensors_in(value: object) -> Iterator[Tensor]:
@@ -56,6 +56,26 @@ def _settings(attributes: dict[str, object]) -> list[tuple[str, object]]:
     ]
 
 
+class Place(NamedTuple):
+    """A linear map inside a module.
+
+    Attributes:
+        edge: where its output enters the autograd graph.
+        input: what it was applied to, ``(*batch, in)``, detached.
+        shape: that of its output; cotangents there may have less dimensions.
+    """
+
+    edge: GradientEdge
+    input: Tensor
+    shape: torch.Size
+
+
+# Finds such places in a call from the module, its arguments and its outputs.
+Finder = Callable[
+    [nn.Module, tuple[Any, ...], dict[str, Any], Sequence[Tensor]], tuple[Place, ...]
+]
+
+
 @dataclass(frozen=True, eq=False, slots=True)
 class Watched:
     """A module to record.
@@ -65,12 +85,16 @@ class Watched:
         module: the module.
         keep: whether to keep the values of its outputs.
         held: the parameters that belong in it: who holds them, as what.
+        finder: finds linear maps inside it, or None.
+        replays: whether to keep values where it finds nothing.
     """
 
     name: str
     module: nn.Module
     keep: bool
     held: tuple[tuple[nn.Module, str, Tensor], ...]
+    finder: Finder | None = None
+    replays: bool = False
 
     def holds_its_own(self) -> bool:
         """Whether nothing is in the place of a parameter now."""
@@ -99,9 +123,10 @@ class Use:
         args: positional arguments, tensors detached.
         kwargs: keyword arguments, tensors detached.
         inputs: the tensors among these.
-        edges: where its differentiable outputs enter the autograd graph.
+        edges: where its differentiable outputs enter the autograd graph, and then
+            those of the linear maps inside it.
         places: which of its outputs' tensors these are.
-        shapes: their shapes.
+        shapes: shape at each edge.
         versions: version counters of the arguments' tensors when it was called.
         dtype: data type of its first output, lower than the parameters' under
             autocast.
@@ -110,6 +135,7 @@ class Use:
         own: whether it held its own parameters, and nothing in their place.
         attributes: what it was made of when it was called.
         values: its differentiable outputs, where they are to be compared later.
+        inside: what the linear maps inside it were applied to.
     """
 
     name: str
@@ -127,6 +153,7 @@ class Use:
     own: bool
     attributes: dict[str, object]
     values: tuple[Tensor, ...]
+    inside: tuple[Tensor, ...]
 
     def keeps_settings(self) -> bool:
         """Whether its plain attributes, such as a stride, are as they were."""
@@ -203,6 +230,7 @@ class Tape:
             # Under no_grad a view of a parameter asks for a gradient without a graph.
             if not outputs or not torch.is_grad_enabled():
                 return
+            called = kwargs
             if not kwargs and len(args) == 1 and isinstance(args[0], Tensor):
                 given, inputs = [args[0]], [args[0].detach()]
                 own: tuple[Any, ...] = (inputs[0],)
@@ -213,6 +241,10 @@ class Tape:
                 own = map_tensors(args, lambda _: next(pieces))
                 kwargs = map_tensors(kwargs, lambda _: next(pieces))
             origins = [t.grad_fn for t in given]
+            inside: tuple[Place, ...] = ()
+            if watched.finder is not None:
+                inside = watched.finder(module, args, called, outputs)
+            keep = watched.keep or (watched.replays and not inside)
             self.uses.append(
                 Use(
                     watched.name,
@@ -220,18 +252,20 @@ class Tape:
                     own,
                     kwargs,
                     inputs,
-                    tuple([get_gradient_edge(t) for t in outputs]),
+                    tuple(
+                        [get_gradient_edge(t) for t in outputs]
+                        + [each.edge for each in inside]
+                    ),
                     tuple([i for i, t in enumerate(every) if t.requires_grad]),
-                    tuple([t.shape for t in outputs]),
+                    tuple([t.shape for t in outputs] + [e.shape for e in inside]),
                     [t._version for t in inputs],
                     outputs[0].dtype,
                     tuple([node for node in origins if node is not None]),
                     "forward" not in vars(module),
                     watched.holds_its_own(),
                     vars(module).copy(),
-                    tuple([t.detach().clone() for t in outputs])
-                    if watched.keep
-                    else (),
+                    tuple([t.detach().clone() for t in outputs]) if keep else (),
+                    tuple([each.input for each in inside]),
                 )
             )
 

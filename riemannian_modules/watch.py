@@ -8,7 +8,7 @@ from riemannian_modules.declared import DeclaredParameters
 from riemannian_modules.errors import LinearizationError
 from riemannian_modules.rules import GENERIC, Entry, entry_of
 from riemannian_modules.rules.job import Job
-from riemannian_modules.tape import Tape, Use, Watched
+from riemannian_modules.tape import Finder, Tape, Use, Watched
 
 __all__ = ["Watch"]
 
@@ -86,19 +86,31 @@ class Watch:
             Arguments of :meth:`Tape.watch`.
         """
         if exploring not in self._recorded:
-            found = {
-                path: any(job.entry.compares for job in jobs)
-                for path, jobs in self.jobs.items()
-            }
+            kept = dict.fromkeys(self.jobs, False)
+            for path, jobs in self.jobs.items():
+                kept[path] = any(j.entry.compares and not j.entry.finder for j in jobs)
             if exploring:
                 for declared in self._parameters:
-                    found.update((path, True) for path in _above(declared.name))
+                    kept.update((path, True) for path in _above(declared.name))
             self._recorded[exploring] = [
-                Watched(path, module, found[path], tuple(self._held(path, module)))
+                Watched(
+                    path,
+                    module,
+                    kept[path],
+                    tuple(self._held(path, module)),
+                    *self._finder(path),
+                )
                 for path, module in self._model.named_modules()
-                if path in found
+                if path in kept
             ]
         return self._recorded[exploring]
+
+    def _finder(self, path: str) -> tuple[Finder | None, bool]:
+        """Return what finds linear maps in a module, and whether it may do without."""
+        for job in self.jobs.get(path, []):
+            if job.entry.finder is not None:
+                return job.entry.finder, job.entry.compares
+        return None, False
 
     def _held(
         self, path: str, module: nn.Module

@@ -36,7 +36,7 @@ LAYERS = (
     {"model_checks", "module_tree"},
     {"declared", "reverse"},
     {"heads", "watch"},
-    {"checks", "linearization", "linearize"},
+    {"carry", "checks", "linearization", "linearize"},
     {"assembly", "explore", "rows"},
     {"exchange", "survey"},
     {"recorder"},

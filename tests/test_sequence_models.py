@@ -209,19 +209,29 @@ def test_weights_on_manifolds(
 # ---- what the rules refuse -------------------------------------------------------
 
 
+class Learned(nn.Module):
+    """Attention with learned tokens, which come between its projections."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.core = nn.MultiheadAttention(4, 2, 0.3, add_bias_kv=True, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.core(x, x, x, need_weights=False)[0].sum(1)
+
+
 def test_dropout_inside_attention_names_parameter_and_remedy() -> None:
-    model = Encoder(dropout=0.3, batch_first=True)
+    model = Learned()
     x = torch.randn(N, STEPS, 4)
-    pattern = r"'core\.self_attn\.in_proj_weight'.*drops out.*dropout = 0\.0.*eval\(\)"
+    pattern = r"'core\.in_proj_weight'.*drops out.*dropout = 0\.0.*eval\(\)"
     with pytest.raises(LinearizationError, match=pattern):
         factors(model, x)
-    # What the message says helps, and nn.Dropout elsewhere stays active: the first
-    # pass compares the gradient with autograd's.
-    model.core.self_attn.dropout = 0.0
-    assert isinstance(factors(model, x)["core.self_attn.in_proj_weight"], LinearFactor)
-    model.core.self_attn.dropout = 0.3
-    model.core.self_attn.eval()
-    assert isinstance(factors(model, x)["core.self_attn.in_proj_weight"], LinearFactor)
+    # What the message says helps.
+    model.core.dropout = 0.0
+    assert isinstance(factors(model, x)["core.in_proj_weight"], LinearFactor)
+    model.core.dropout = 0.3
+    model.core.eval()
+    assert isinstance(factors(model, x)["core.in_proj_weight"], LinearFactor)
 
 
 def test_dropout_between_layers_names_parameter_and_remedy() -> None:

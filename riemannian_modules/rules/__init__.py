@@ -2,10 +2,18 @@
 
 from riemannian_modules.rules.activation import prelu
 from riemannian_modules.rules.attention import attention
-from riemannian_modules.rules.base import Call, Entry, Rule, entry_of, register_rule
+from riemannian_modules.rules.base import (
+    Call,
+    Entry,
+    Inside,
+    Rule,
+    entry_of,
+    register_rule,
+)
 from riemannian_modules.rules.convolution import convolution
 from riemannian_modules.rules.embedding import embedding, embedding_bag
 from riemannian_modules.rules.generic import GENERIC, generic
+from riemannian_modules.rules.inside import linear_maps
 from riemannian_modules.rules.linear import linear
 from riemannian_modules.rules.normalisation import (
     batch_norm,
@@ -20,6 +28,7 @@ __all__ = [
     "GENERIC",
     "Call",
     "Entry",
+    "Inside",
     "Rule",
     "attention",
     "batch_norm",
@@ -32,6 +41,7 @@ __all__ = [
     "instance_norm",
     "layer_norm",
     "linear",
+    "linear_maps",
     "prelu",
     "recurrent",
     "recurrent_cell",

@@ -6,7 +6,8 @@ With the weights ``P = softmax(Q K^T / sqrt(d) + mask)`` of each head and its ou
     L_V = P^T L_C,    L_Q = L_S K / sqrt(d),    L_K = L_S^T Q / sqrt(d),
     L_P = L_C V^T,    L_S = P o (L_P - (P o L_P) 1),
 
-and these are the cotangents of linear layers, with tokens as positions.
+and these are the cotangents of linear layers, with tokens as positions. Where autograd
+has to come through the layer anyway they are taken from it instead.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,13 +19,18 @@ from torch.nn.functional import linear, pad
 
 from riemannian_modules.errors import LinearizationError
 from riemannian_modules.factors import (
-    BiasFactor,
     DenseFactor,
     LinearFactor,
     MetricFactor,
 )
-from riemannian_modules.factors.stacked import StackedFactor
 from riemannian_modules.rules.base import Call, register_rule
+from riemannian_modules.rules.projections import (
+    NAMES,
+    SEPARATE,
+    find_projections,
+    found_factors,
+    projection_factors,
+)
 from riemannian_modules.rules.replay import (
     batch_layout,
     collected,
@@ -37,19 +43,6 @@ __all__ = ["attention"]
 
 # Entries of the cotangents of attention weights that are held at a time.
 _ROOM = 2**20
-
-_SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
-
-_NAMES = (
-    "query",
-    "key",
-    "value",
-    "key_padding_mask",
-    "need_weights",
-    "attn_mask",
-    "average_attn_weights",
-    "is_causal",
-)
 
 
 class _Attention:
@@ -69,13 +62,13 @@ class _Attention:
                 "it (nn.Dropout elsewhere in the model may stay)"
             )
         given: dict[str, Any] = {"need_weights": True, "average_attn_weights": True}
-        given.update(zip(_NAMES, call.args, strict=False))
+        given.update(zip(NAMES, call.args, strict=False))
         given.update(call.kwargs)
         self.call, self.module, self.given = call, module, given
         self.single = given["query"].ndim == 2
         self.layout = batch_layout(call, {0: 0 if module.batch_first else 1, 1: 0})
         self.packed = weight(call, "in_proj_weight") is not None
-        groups = _grouped([given[name] for name in _NAMES[:3]], self.packed)
+        groups = _grouped([given[name] for name in NAMES[:3]], self.packed)
         self.groups = [(self._front(x.to(call.dtype), 0), same) for x, same in groups]
 
     def _front(self, tensor: Tensor, leading: int) -> Tensor:
@@ -99,7 +92,7 @@ class _Attention:
         for x, same in self.groups:
             first, width = len(found), self.module.embed_dim
             rows = slice(first * width, (first + same) * width)
-            w = weight(self.call, _SEPARATE[first]) if packed is None else packed[rows]
+            w = weight(self.call, SEPARATE[first]) if packed is None else packed[rows]
             assert w is not None
             projected = linear(x, w, None if bias is None else bias[rows])
             found += projected.chunk(same, -1)
@@ -229,24 +222,12 @@ class _Attention:
 
     def uses(self) -> Iterator[tuple[str, MetricFactor]]:
         """Yield each parameter's name and factor; tokens are positions."""
-        l = self._split(self.l, 1)
-        yield "out_proj.weight", LinearFactor(self._split(self.context, 0), l)
-        yield "out_proj.bias", BiasFactor(l)
-        factors = [
+        out = LinearFactor(self._split(self.context, 0), self._split(self.l, 1))
+        projections = [
             LinearFactor(self._split(x, 0), self._split(each, 1))
             for (x, _), each in zip(self.groups, self.joint, strict=True)
         ]
-        if not self.packed:
-            yield from zip(_SEPARATE, factors, strict=True)
-        elif len(factors) == 1:
-            yield "in_proj_weight", factors[0]
-        else:
-            yield "in_proj_weight", StackedFactor(factors)
-        if len(factors) == 1:
-            yield "in_proj_bias", BiasFactor(factors[0].cotangents)
-        else:
-            sums = [factor.cotangents.sum(2, keepdim=True) for factor in factors]
-            yield "in_proj_bias", BiasFactor(torch.cat(sums, -1))
+        yield from projection_factors(out, projections, self.packed)
         if weight(self.call, "bias_k") is not None:
             for name, part in zip(("bias_k", "bias_v"), self.parts[1:], strict=True):
                 token = self._split(part[:, :, self.tokens, None], 1).sum(2)
@@ -288,8 +269,9 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
 def attention(call: Call) -> dict[str, MetricFactor]:
     """Factors of multi-head attention, its projections packed or separate.
 
-    Cost: attention once more, with its weights held in memory, and for each row of
-    cotangents five products of the size of a head's.
+    Cost: none where the projections were found in the graph; else attention once more,
+    with its weights held in memory, and for each row of cotangents five products of
+    the size of a head's.
 
     Args:
         call: a call of the layer; self-attention or cross-attention with any masks.
@@ -298,13 +280,17 @@ def attention(call: Call) -> dict[str, MetricFactor]:
         The structured factors of all parameters, of the output projection as well.
 
     Raises:
-        LinearizationError: dropout is active, or the outputs are not those of the
-            layer.
+        LinearizationError: the projections were not found, and dropout is active or the
+            outputs are not those of the layer.
     """
+    if call.inside:
+        return collected(call, found_factors(call))
     layer = _Attention(call)
     layer.run()
     layer.reverse()
     return collected(call, layer.uses())
 
 
-register_rule(nn.MultiheadAttention, attention, deep=True, compares=True)
+register_rule(
+    nn.MultiheadAttention, attention, deep=True, compares=True, finder=find_projections
+)

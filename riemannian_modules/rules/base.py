@@ -9,12 +9,28 @@ from torch import Tensor, nn
 
 from riemannian_modules.factors import MetricFactor
 from riemannian_modules.layout import Layout
+from riemannian_modules.tape import Finder
 
-__all__ = ["Call", "Entry", "Rule", "entry_of", "register_rule"]
+__all__ = ["Call", "Entry", "Inside", "Rule", "entry_of", "register_rule"]
 
 
 def _nameless(_: Tensor) -> None:
     return None
+
+
+@dataclass(frozen=True)
+class Inside:
+    """A linear map inside a module, as it ran in a call.
+
+    Attributes:
+        input: what it was applied to, ``(*batch, in)``.
+        cotangent: that at its output, ``(r, *batch, out)``, or None.
+        layout: where the examples are in both.
+    """
+
+    input: Tensor
+    cotangent: Tensor | None
+    layout: Layout
 
 
 @dataclass(frozen=True)
@@ -37,6 +53,7 @@ class Call:
             through a graph.
         name_of: the name in the model of a trainable parameter; None for any other
             tensor.
+        inside: the linear maps that the rule's finder found in the call.
     """
 
     module: nn.Module
@@ -51,6 +68,7 @@ class Call:
     values: tuple[Tensor, ...] = ()
     memo: dict[str, Any] = field(default_factory=dict)
     name_of: Callable[[Tensor], str | None] = _nameless
+    inside: tuple[Inside, ...] = ()
 
     @property
     def input(self) -> Tensor:
@@ -90,12 +108,15 @@ class Entry:
         deep: whether it explains the parameters of the module's children as well.
         compares: whether it asks for the values of the outputs.
         apart: whether it is as cheap for cotangents one by one.
+        finder: finds the linear maps inside a call; where it finds some, the rule
+            needs no values.
     """
 
     rule: Rule
     deep: bool = False
     compares: bool = False
     apart: bool = False
+    finder: Finder | None = None
 
 
 _ENTRIES: dict[type[nn.Module], Entry] = {}
@@ -108,6 +129,7 @@ def register_rule(
     deep: bool = False,
     compares: bool = False,
     apart: bool = False,
+    finder: Finder | None = None,
 ) -> None:
     """Use ``rule`` for layers of type ``layer`` and of subclasses that compute alike.
 
@@ -122,8 +144,11 @@ def register_rule(
         apart: whether it may be asked for the cotangents of one call one by one, which
             saves copying them into one tensor; its factors must then be
             LinearFactors, BiasFactors or ConvolutionFactors.
+        finder: finds linear maps inside a call, for :attr:`Call.inside`, from the
+            module, its arguments and its outputs; see
+            :func:`riemannian_modules.rules.linear_maps`.
     """
-    _ENTRIES[layer] = Entry(rule, deep, compares, apart)
+    _ENTRIES[layer] = Entry(rule, deep, compares, apart, finder)
 
 
 def entry_of(module: nn.Module) -> Entry | None:

@@ -1,0 +1,96 @@
+"""Cotangents at the outputs of a model, carried down to the uses of its layers."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from riemannian_modules.errors import NotRecordedError
+from riemannian_modules.reverse import joint, rescaled, reverse_passes, unit_scaled
+from riemannian_modules.tape import Use
+
+__all__ = ["Carried", "by_use", "carry", "in_float16", "narrowed"]
+
+# What comes to the outputs of a use, and to the linear maps inside it.
+Carried = tuple[Tensor | None, ...]
+
+
+def carry(
+    uses: Sequence[Use],
+    outputs: Sequence[Tensor],
+    stacks: Sequence[Tensor],
+    *,
+    batched: bool | None,
+    keep: bool = False,
+) -> tuple[list[list[Carried]], bool]:
+    """Carry cotangents down to the outputs of every use.
+
+    Args:
+        uses: recorded calls.
+        outputs: the model's outputs.
+        stacks: cotangents at each output, ``(k, n, *output)``.
+        batched: see :func:`riemannian_modules.reverse.reverse_passes`.
+        keep: whether to keep the graph.
+
+    Returns:
+        For each pass, each use and each of its differentiable outputs ``(cotangents of
+        the pass, *shape)`` or None, and whether all were carried at once.
+
+    Raises:
+        NotRecordedError: the outputs do not come from the recorded pass, or there is
+            neither an output metric nor a loss.
+    """
+    if not stacks:
+        raise NotRecordedError(
+            "there is nothing to pull back: the metric was built with output=None and "
+            "no loss was given; use metric.backward(loss, outputs)"
+        )
+    edges = [edge for use in uses for edge in use.edges]
+    active = [i for i, output in enumerate(outputs) if output.requires_grad]
+    back = None
+    if in_float16(uses, outputs):
+        stacks, back = unit_scaled(stacks)
+    passes, batched = reverse_passes(
+        [outputs[i] for i in active],
+        edges,
+        [stacks[i].to(outputs[i].dtype) for i in active],
+        batched=batched,
+        keep=keep,
+    )
+    if back is not None:
+        flat = joint(passes)
+        passes = [[None if each is None else rescaled(each, back) for each in flat]]
+    if all(each is None for flat in passes for each in flat):
+        raise NotRecordedError(
+            "these outputs do not come from the recorded pass; call the model inside "
+            "metric.record() and hand on what it returned"
+        )
+    return [by_use(uses, flat) for flat in passes], batched
+
+
+def in_float16(uses: Sequence[Use], outputs: Sequence[Tensor]) -> bool:
+    """Whether cotangents have to be scaled, float16 being somewhere on their way.
+
+    Its range is short; bfloat16 has that of float32.
+    """
+    dtypes = {use.dtype for use in uses} | {output.dtype for output in outputs}
+    return torch.float16 in dtypes
+
+
+def by_use(uses: Sequence[Use], flat: Sequence[Tensor | None]) -> list[Carried]:
+    """Return what was carried to the edges of all uses, use by use."""
+    pieces = iter(flat)
+    found = [tuple([next(pieces) for _ in use.edges]) for use in uses]
+    return [
+        tuple(map(_in_shape, own, use.shapes)) if use.inside else own
+        for own, use in zip(found, uses, strict=True)
+    ]
+
+
+def _in_shape(carried: Tensor | None, shape: torch.Size) -> Tensor | None:
+    return None if carried is None else carried.reshape(len(carried), *shape)
+
+
+def narrowed(carried: Carried, stop: int) -> Carried:
+    """Return the first cotangents only."""
+    return tuple(None if each is None else each[:stop] for each in carried)
