@@ -21,10 +21,13 @@ class Exchange(ABC):
     """
 
     @abstractmethod
-    def guard(self) -> AbstractContextManager[None]:
+    def guard(self, doing: str = "backward") -> AbstractContextManager[None]:
         """Let an error inside this scope be an error of every process.
 
-        Without one, :meth:`join` has to follow.
+        Without one, :meth:`join` has to follow, or :meth:`share` for ``"outputs"``.
+
+        Args:
+            doing: what is done inside, ``"backward"`` or ``"outputs"``.
         """
 
     @abstractmethod
@@ -87,4 +90,34 @@ class Exchange(ABC):
 
         Returns:
             ``(total rank,)``.
+        """
+
+    @abstractmethod
+    def same_dice(self) -> AbstractContextManager[None]:
+        """Draw the same random numbers on all processes inside this scope."""
+
+    @abstractmethod
+    def share(self, terms: Sequence[int], reduction: Reduction) -> float:
+        """Return the share of this process in a batch that is not recorded.
+
+        Args:
+            terms: number of terms of each output's loss, of this process.
+            reduction: how the loss sums over examples.
+        """
+
+    @abstractmethod
+    def add(self, values: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
+        """Return weighted sums over the processes, the same bits on all of them.
+
+        Args:
+            values: what this process adds, by name.
+            share: its weight.
+        """
+
+    @abstractmethod
+    def tell(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return what the first process has.
+
+        Args:
+            values: the same on all processes but for rounding, by name.
         """

@@ -328,7 +328,7 @@ class ModelMetric:
             if not self._frozen:
                 self.fewer.held()
         else:
-            found = self.fewer.apply(found, self.parameters)
+            found = self.fewer.apply(found, self.parameters, self.exchange)
             self._renew(found)
             self.fewer.keep()
         self._found, self._passed = found, passed

@@ -114,8 +114,9 @@ class Case:
         batch: makes the inputs of n examples.
         loss: loss of the outputs and the examples' numbers.
         output: metric on the outputs.
-        options: of the metric.
-        optimizer: of RiemannianSGD; None: LevenbergMarquardt.
+        options: of the metric; what is a function makes the option.
+        optimizer: of RiemannianSGD; None: the optimizer below.
+        searching: makes an optimizer that looks at the loss anew.
         functional: a function of the model and one example, for a FunctionalMetric.
         tokens: positions of each example, which have a number of their own.
         dtype: data type of the model.
@@ -128,6 +129,7 @@ class Case:
     output: Any = field(default_factory=rm.output.Categorical)
     options: dict[str, Any] = field(default_factory=dict)
     optimizer: dict[str, Any] | None = field(default_factory=lambda: {"lr": 0.3})
+    searching: Callable[[Any], Any] = rm.optim.LevenbergMarquardt
     functional: Callable[..., Tensor] | None = None
     tokens: int = 1
     dtype: torch.dtype = torch.float64
@@ -139,11 +141,12 @@ class Case:
                 model, self.functional, self.output, **self.options
             )
         options = {"mass": 0.1, **self.options}
-        return rm.LayerwiseMetric(model, self.output, **options)
+        made = {k: v() if callable(v) else v for k, v in options.items()}
+        return rm.LayerwiseMetric(model, self.output, **made)
 
     def steps(self, metric: ModelMetric) -> Any:
         if self.optimizer is None:
-            return rm.optim.LevenbergMarquardt(metric)
+            return self.searching(metric)
         return rm.optim.RiemannianSGD(metric, **self.optimizer)
 
     def numbers(self, n: int) -> Tensor:
@@ -158,6 +161,10 @@ class Case:
                 outputs = metric.model(x)
         else:
             outputs = metric(x)  # type: ignore[operator]
+        if isinstance(optimizer, rm.optim.GaussNewton):
+            metric.backward(self.loss(outputs, numbers), outputs)  # type: ignore[operator]
+            optimizer.step(lambda: metric.model(x), lambda z: self.loss(z, numbers))
+            return
         metric.backward(self.loss(outputs, numbers), outputs)  # type: ignore[operator]
 
         def again() -> Tensor:
@@ -228,6 +235,45 @@ CASES: dict[str, Case] = {
         }
     ),
     "Levenberg-Marquardt": Case(optimizer=None, options={"mass": 1.0}),
+    "Gauss-Newton": Case(
+        optimizer=None, searching=rm.optim.GaussNewton, options={"mass": 1e-2}
+    ),
+    "Gauss-Newton, sum": Case(
+        loss=lambda z, n: F.cross_entropy(z, n % 4, reduction="sum"),
+        optimizer=None,
+        searching=rm.optim.GaussNewton,
+        options={"mass": 1e-2, "reduction": "sum"},
+    ),
+    "Armijo": Case(
+        model=curved,
+        optimizer=None,
+        searching=rm.optim.LineSearch,
+        options={"mass": 1.0},
+    ),
+    "strong Wolfe": Case(
+        model=curved,
+        optimizer=None,
+        searching=lambda m: rm.optim.LineSearch(m, rm.optim.StrongWolfe()),
+        options={"mass": 1.0},
+    ),
+    "trust region": Case(
+        optimizer=None, searching=rm.optim.TrustRegion, options={"mass": 1e-2}
+    ),
+    "history": Case(options={"history": 2}),
+    "refresh": Case(options={"refresh": 2, "mass": 1.0}, optimizer={"lr": 0.1}),
+    "largest": Case(options={"rows": rm.rows.Largest(6), "blocks": "model"}),
+    "pivoted": Case(options={"rows": rm.rows.Pivoted(6), "history": 1}),
+    "sketch": Case(
+        options={
+            "rows": lambda: rm.rows.Sketch(
+                5, generator=torch.Generator().manual_seed(7)
+            )
+        }
+    ),
+    # Dice of each process: nothing to compare with but the other processes.
+    "sketch of the global dice": Case(
+        options={"rows": rm.rows.Sketch(5), "history": 1}, tolerance=float("inf")
+    ),
     "functional": Case(
         model=smooth,
         batch=lambda n: features(n, 1),

@@ -33,9 +33,14 @@ def part_of(tensor: Tensor) -> Tensor:
 
 
 def bits_of(metric: ModelMetric) -> str:
+    """Of the parameters, and of the rows of the metric."""
     digest = hashlib.sha256()
     for declared in metric.parameters:
         digest.update(declared.tensor.detach().numpy().tobytes())
+    for block in metric.blocks.values():
+        for part in block.parts:
+            if part.factor is not None:
+                digest.update(part.factor.to_dense().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -70,6 +75,8 @@ def compare(case: Case) -> dict[str, Any]:
     rm.distributed.data_parallel(other)
     found: dict[str, Any] = {"steps": []}
     optimizers = case.steps(one), case.steps(other)
+    # Nor must what they draw.
+    torch.manual_seed(2 + dist.get_rank())
     for _ in range(STEPS):
         case.step(one, optimizers[0], batch, numbers)
         case.step(other, optimizers[1], part_of(batch), part_of(numbers))
@@ -166,6 +173,28 @@ def refusals() -> dict[str, list[str]]:
     found["no solution"] = message(optimizer.step)
     type(metric.blocks["0"]).solve = solve  # type: ignore[method-assign]
     found["unmoved"] = str(before == bits_of(metric))
+
+    rows = rm.rows.Sketch(2, generator=torch.Generator().manual_seed(rank))
+    uneven_dice = rm.LayerwiseMetric(mlp().double(), rm.output.Categorical(), rows=rows)
+    rm.distributed.data_parallel(uneven_dice)
+    found["other dice"] = message(lambda: advance(uneven_dice, x, numbers))
+    settings = {"refresh": 1 + rank}
+    plain = rm.LayerwiseMetric(mlp(), rm.output.Categorical(), **settings)  # type: ignore[arg-type]
+    found["other rows"] = message(lambda: rm.distributed.data_parallel(plain))
+
+    metric, _ = start()
+    newton = rm.optim.GaussNewton(metric)
+    advance(metric, x, numbers)
+
+    def failing_outputs() -> Tensor:
+        if rank == 1:
+            raise ValueError("made up")
+        outputs: Tensor = metric.model(x)
+        return outputs
+
+    found["no outputs"] = message(
+        lambda: newton.step(failing_outputs, lambda z: entropy(z, numbers))
+    )
 
     width = 3 + rank
     plain = rm.LayerwiseMetric(nn.Linear(width, 2), rm.output.Categorical())

@@ -202,6 +202,28 @@ def test_largest_keeps_the_structure_of_layers():
     assert 0.0 < float(metric.neglected.share) < 1.0
 
 
+def test_largest_makes_no_row_of_rounding_errors():
+    # All of the residual of the first example is in rows that are kept.
+    factor = LinearFactor(torch.randn(3, 1, 4), torch.randn(2, 3, 1, 5))
+    factor.cotangents[0, 0] *= 10.0
+    y = torch.tensor([1.0, 1e-17, 0.4, 3e-17, 0.3, 0.2])
+    spaces = {"w": TangentSpace(geoopt.Euclidean(), torch.zeros(5, 4))}
+    reduced = {}
+    for name, sign in (("one", 1.0), ("other", -1.0)):
+        y[3] *= sign
+        gradient = {"w": factor.rmatvec(y)}
+        found = Linearization(
+            ["w"], {"w": factor}, gradient, y.clone(), None, None, {}, examples=3
+        )
+        reduced[name], _ = Largest(1).reduce(found, spaces)
+        rows, residual = reduced[name].factors["w"].to_dense(), reduced[name].residual
+        assert not rows[1].any()
+        assert residual[1] == 0.0
+        torch.testing.assert_close(rows.mT @ residual, gradient["w"].reshape(-1))
+    one, other = (each.factors["w"].to_dense() for each in reduced.values())
+    assert torch.equal(one, other)
+
+
 def test_few_rows_are_left_alone():
     metric = linearised(network("sphere", 0), torch.randn(5, 3))
     found, spaces = metric.linearization, spaces_of(metric)

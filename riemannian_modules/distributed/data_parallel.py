@@ -9,12 +9,18 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from riemannian_modules.distributed.alike import (
+    marks_of,
+    require_alike,
+    require_equal,
+)
 from riemannian_modules.distributed.joining import (
     Header,
     header_of,
     join_linearizations,
     join_rows,
     shares,
+    summed,
 )
 from riemannian_modules.distributed.ranks import Ranks
 from riemannian_modules.distributed.sharing import solve_shared
@@ -99,17 +105,11 @@ class DataParallel(Exchange):
                 "gradients in loss.backward(); the metric does that itself. Build it "
                 "from the model inside (ddp.module)"
             )
-        if metric.fewer.changes:
-            raise DistributedError(
-                "rows=, history= and refresh= of a metric are for one process: random "
-                "rows would differ among the ranks, and a past belongs to one batch. "
-                "Build the metric without them"
-            )
         self._ranks = Ranks(group)
         self._metric = metric
         self._headers: list[Header] = []
         self._shares: list[float] = []
-        self._require_alike()
+        require_alike(self._ranks, metric)
         self.broadcast()
 
     def __repr__(self) -> str:
@@ -126,8 +126,11 @@ class DataParallel(Exchange):
                     tensor.copy_(received)
 
     @contextmanager
-    def guard(self) -> Iterator[None]:
+    def guard(self, doing: str = "backward") -> Iterator[None]:
         """Let an error inside this scope be an error of every process.
+
+        Args:
+            doing: what is done inside, ``"backward"`` or ``"outputs"``.
 
         Raises:
             Exception: what was raised inside.
@@ -135,7 +138,7 @@ class DataParallel(Exchange):
         try:
             yield
         except Exception as error:
-            self._ranks.agree("backward", None, error)
+            self._ranks.agree(doing, None, error)
 
     def join(
         self,
@@ -160,8 +163,8 @@ class DataParallel(Exchange):
         """
         with torch.no_grad():
             header, factors, pieces = header_of(found, heads)
-            notes = self._ranks.agree("backward", (header, self._marks()))
-            self._require_equal([marks for _, marks in notes])
+            notes = self._ranks.agree("backward", (header, marks_of(self._metric)))
+            require_equal([marks for _, marks in notes])
             self._headers = [header for header, _ in notes]
             terms = [header.terms for header in self._headers]
             self._shares = shares(terms, reduction)
@@ -229,67 +232,52 @@ class DataParallel(Exchange):
         share = self._shares[self._ranks.rank]
         return join_rows(self._ranks, offers, share**0.5 * rows)
 
-    # --- are they alike
+    @contextmanager
+    def same_dice(self) -> Iterator[None]:
+        """Draw the same random numbers on all processes inside this scope."""
+        device = next(iter(self._metric.parameters)).tensor.device
+        seed = torch.randint(2**62, (1,), device="cpu").to(device)
+        seed = self._ranks.broadcast_(seed, 0)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(int(seed))
+            yield
 
-    def _require_alike(self) -> None:
-        """Compare what the metrics of the processes were built from.
+    def share(self, terms: Sequence[int], reduction: Reduction) -> float:
+        """Return the share of this process in a batch that is not recorded.
+
+        Args:
+            terms: number of terms of each output's loss, of this process.
+            reduction: how the loss sums over examples.
+
+        Returns:
+            A weight.
 
         Raises:
-            DistributedError: they differ; says in what.
+            DistributedError: another process failed, or the outputs are divided in
+                different proportions.
         """
-        metric = self._metric
-        own = (
-            type(metric).__name__,
-            repr(metric.output),
-            metric.grouping,
-            metric.reduction,
-            str(metric.precision),
-            [
-                (d.name, tuple(d.tensor.shape), str(d.tensor.dtype), d.manifold.name)
-                for d in metric.parameters
-            ],
-        )
-        for rank, other in enumerate(self._ranks.agree("data_parallel", own)):
-            pairs = zip(_WHAT, own, other, strict=True)
-            for what, mine, theirs in pairs:
-                if mine != theirs:
-                    raise DistributedError(
-                        f"the metrics of rank {self._ranks.rank} and rank {rank} have "
-                        f"different {what}: {mine} and {theirs}; build the same model "
-                        "and metric on every rank"
-                    )
+        everyone = self._ranks.agree("outputs", list(terms))
+        return shares(everyone, reduction)[self._ranks.rank]
 
-    def _marks(self) -> list[tuple[str, int]]:
-        """Return what has to be equal on all processes, as a number for its bits."""
-        found: list[tuple[str, Tensor]] = []
-        words: list[tuple[str, int]] = []
-        for declared in self._metric.parameters:
-            found.append((f"parameter '{declared.name}'", declared.tensor))
-            mass, what = declared.mass, f"the mass of '{declared.name}'"
-            words.append((what, hash(mass.scalar)))
-            tensors = (mass.row, mass.column, mass.diagonal)
-            found += [(what, each) for each in tensors if each is not None]
-        device = found[0][1].device
-        sums = torch.stack([_bits(each).to(device) for _, each in found]).tolist()
-        return [*zip((what for what, _ in found), sums, strict=True), *words]
+    def add(self, values: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
+        """Return weighted sums over the processes, the same bits on all of them.
 
-    def _require_equal(self, marks: Sequence[Sequence[tuple[str, int]]]) -> None:
-        for rank, own in enumerate(marks):
-            for (what, here), (_, there) in zip(own, marks[0], strict=True):
-                if here != there:
-                    raise DistributedError(
-                        f"{what} has other values on rank {rank} than on rank 0; "
-                        "nothing was changed. Change parameters and masses on all "
-                        "ranks alike (load the same checkpoint), or call "
-                        "metric.exchange.broadcast() on all of them"
-                    )
+        Args:
+            values: what this process adds, by name.
+            share: its weight.
 
+        Returns:
+            The sums.
+        """
+        return summed(self._ranks, [values], list(values), values, share)[0]
 
-_WHAT = ("kinds", "output metrics", "blocks", "reductions", "precisions", "parameters")
+    def tell(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return what the first process has.
 
-
-def _bits(tensor: Tensor) -> Tensor:
-    """Return the sum of a tensor's bytes, eight at a time where it can be had."""
-    flat = tensor.detach().as_subclass(Tensor).contiguous().reshape(-1)
-    kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return flat.view(kinds[flat.itemsize]).sum(dtype=torch.int64)
+        Args:
+            values: the same on all processes but for rounding, by name.
+        """
+        return {
+            name: self._ranks.broadcast_(value.contiguous(), 0)
+            for name, value in values.items()
+        }

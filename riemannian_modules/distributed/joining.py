@@ -23,7 +23,7 @@ from riemannian_modules.factors import DenseFactor, MetricFactor
 from riemannian_modules.heads import Head, Reduction
 from riemannian_modules.linearize import Linearization
 
-__all__ = ["Header", "header_of", "join_linearizations", "shares"]
+__all__ = ["Header", "header_of", "join_linearizations", "shares", "summed"]
 
 _SOURCE = "source of "
 
@@ -39,6 +39,7 @@ class Header:
         exact: whether there is a residual.
         rest: whether there is a rest.
         source: whether there are factors that the rest is summed from.
+        apart: whether its rows are of one example each, all of them in turn.
     """
 
     offer: Offer
@@ -47,6 +48,7 @@ class Header:
     exact: bool
     rest: bool
     source: bool
+    apart: bool
 
 
 def header_of(
@@ -64,7 +66,8 @@ def header_of(
     examples = len(heads[0][0])
     rank = max((factor.rank for factor in found.factors.values()), default=0)
     rows = rank // examples
-    if all(type(factor) is DenseFactor for factor in found.factors.values()):
+    apart = any(type(factor) is not DenseFactor for factor in found.factors.values())
+    if not apart:
         # Perhaps of several sets of examples: one long list of rows.
         rows, examples = min(rank, 1), max(rank, 1)
     pieces = Pieces()
@@ -86,6 +89,7 @@ def header_of(
         found.residual is not None,
         found.rest is not None,
         found.source is not None,
+        apart,
     )
     return header, factors, pieces
 
@@ -168,7 +172,7 @@ def join_linearizations(
     covectors = [name for name in like if any(name in h.gradient for h in headers)]
     own_rest = found.rest if found.residual is not None else found.gradient
     wanted = [found.gradient] + ([own_rest or {}] if rest else [])
-    sums = _summed(ranks, wanted, covectors, like, share)
+    sums = summed(ranks, wanted, covectors, like, share)
     residual = None
     if exact:
         rows = max((f.rank for f in found.factors.values()), default=0)
@@ -181,6 +185,8 @@ def join_linearizations(
         covector = sums[1] if rest else (None if exact else sums[0])
     complete = covector is not None and set(source) == set(covectors)
     whole = all(header.source for header in headers)
+    apart = all(header.apart for header in headers if header.offer.rows)
+    examples = sum(header.offer.examples for header in headers) if apart else 1
     return Linearization(
         ordered,
         {name: f for name, f in gathered.items() if not name.startswith(_SOURCE)},
@@ -189,6 +195,7 @@ def join_linearizations(
         covector,
         source if complete and whole else None,
         source if complete and whole and not exact else {},
+        examples,
     )
 
 
@@ -214,14 +221,25 @@ def join_rows(ranks: Ranks, offers: Sequence[Offer], own: Tensor) -> Tensor:
     return cat_padded(parts, 1).reshape(-1)
 
 
-def _summed(
+def summed(
     ranks: Ranks,
     wanted: Sequence[Mapping[str, Tensor]],
     names: Sequence[str],
     like: Mapping[str, Tensor],
     share: float,
 ) -> list[dict[str, Tensor]]:
-    """Return weighted sums over the processes, zero where a process has nothing."""
+    """Return weighted sums over the processes, zero where a process has nothing.
+
+    Args:
+        ranks: the processes.
+        wanted: what this one has, by name; several at a time.
+        names: what any of them has.
+        like: tensors of the same shapes, by name.
+        share: weight of this process.
+
+    Returns:
+        The sums, the same bits on all processes.
+    """
     found: list[dict[str, Tensor]] = [{} for _ in wanted]
     kinds: dict[torch.dtype, list[tuple[int, str]]] = {}
     for index in range(len(wanted)):

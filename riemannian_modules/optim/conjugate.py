@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from riemannian_modules.optim.joint_map import JointMap
 from riemannian_modules.optim.output_map import OutputMap
 from riemannian_modules.tangent import TangentSpace
 
@@ -56,7 +57,7 @@ class Proximal:
 
     def __init__(
         self,
-        map: OutputMap,
+        map: OutputMap | JointMap,
         spaces: Mapping[str, TangentSpace],
         gradient: Mapping[str, Tensor],
     ) -> None:
@@ -72,10 +73,7 @@ class Proximal:
         """Return ``|J u|_H^2``, ``mu g0(u, u)`` and ``H J u``."""
         velocity = self._map.push(u)
         lowered = self._map.lower(velocity)
-        curvature = sum(
-            float((a * b).sum(dtype=torch.float64))
-            for a, b in zip(velocity, lowered, strict=True)
-        )
+        curvature = self._map.pairing(velocity, lowered)
         return curvature, _dot(self.flat(u), u), lowered
 
     def minimise(

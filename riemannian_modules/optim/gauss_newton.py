@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from riemannian_modules.errors import NonFiniteError, NotRecordedError
 from riemannian_modules.heads import OutputLike
 from riemannian_modules.model_metric import ModelMetric
 from riemannian_modules.optim.conjugate import Proximal, Truncated
-from riemannian_modules.optim.kinds import require_alone, require_kinds
+from riemannian_modules.optim.joint_map import JointMap
+from riemannian_modules.optim.kinds import require_kinds
 from riemannian_modules.optim.kronecker import KroneckerInverse
 from riemannian_modules.optim.output_map import OutputMap
 from riemannian_modules.optim.trial import Trial
@@ -29,7 +31,7 @@ _ARMIJO = 1e-4
 
 @dataclass(frozen=True)
 class _Point:
-    map: OutputMap
+    map: OutputMap | JointMap
     gradient: Mapping[str, Tensor]
     loss: float
 
@@ -157,7 +159,7 @@ class GaussNewton(WholeModelOptimizer):
             The loss at the new point.
 
         Raises:
-            DistributedError: the metric is shared by several processes.
+            DistributedError: another process that shares the metric failed.
             NotRecordedError: the metric was never pulled back, or no graph leads from
                 the outputs to the parameters.
             NonFiniteError: the loss or its gradient is not finite where the step
@@ -171,7 +173,6 @@ class GaussNewton(WholeModelOptimizer):
                 "model inside metric.record() and call metric.pull_back(outputs), or "
                 "metric.backward(loss, outputs), first"
             )
-        require_alone("GaussNewton", metric)
         metric.require_intact()
         metric.parameters.verify()
         self.report = self._search(outputs, loss)
@@ -180,29 +181,37 @@ class GaussNewton(WholeModelOptimizer):
     def _linearise(
         self, outputs: Callable[[], OutputLike], loss: Callable[[Any], Tensor]
     ) -> _Point:
-        with torch.enable_grad():
+        exchange = self.metric.exchange
+        shared = nullcontext() if exchange is None else exchange.guard("outputs")
+        with shared, torch.enable_grad():
             evaluated = outputs()
-            map = OutputMap(
+            own = OutputMap(
                 {d.name: d.tensor for d in self.metric.parameters},
                 self.metric.output,
                 evaluated,
                 self.metric.reduction,
             )
-            value = loss(evaluated)
+            found = loss(evaluated)
             costates = torch.autograd.grad(
-                value, map.outputs, allow_unused=True, retain_graph=True
+                found, own.outputs, allow_unused=True, retain_graph=True
             )
+        map: OutputMap | JointMap = own
+        if exchange is not None:
+            share = exchange.share(own.terms, self.metric.reduction)
+            map = JointMap(own, exchange, share)
+        value = map.total(float(found.detach()))
         cotangents = [
             torch.zeros_like(z) if costate is None else costate.detach()
-            for z, costate in zip(map.outputs, costates, strict=True)
+            for z, costate in zip(own.outputs, costates, strict=True)
         ]
         gradient = map.pull(cotangents)
-        if not all(bool(e.isfinite().all()) for e in (value, *gradient.values())):
+        finite = all(bool(e.isfinite().all()) for e in gradient.values())
+        if not (math.isfinite(value) and finite):
             raise NonFiniteError(
-                f"the loss is {float(value.detach())} where the step begins, or its "
-                "gradient is not finite; nothing was changed. Load a good state"
+                f"the loss is {value} where the step begins, or its gradient is not "
+                "finite; nothing was changed. Load a good state"
             )
-        return _Point(map, gradient, float(value.detach()))
+        return _Point(map, gradient, value)
 
     def _search(
         self, outputs: Callable[[], OutputLike], loss: Callable[[Any], Tensor]
@@ -227,6 +236,9 @@ class GaussNewton(WholeModelOptimizer):
                 found = model.minimise(
                     inverse, before, group["iterations"], group["greed"]
                 )
+                if self.metric.exchange is not None:
+                    same = self.metric.exchange.tell(found.vectors)
+                    found = replace(found, vectors=same)
                 length, reached, count = self._shorten(trial, found, start, closure)
             iterations += found.iterations
             tried += count
@@ -270,7 +282,7 @@ class GaussNewton(WholeModelOptimizer):
         length = 1.0
         for count in range(1, self.param_groups[0]["shorten"] + 2):
             trial.move({name: length * x for name, x in found.vectors.items()})
-            reached = trial.look(closure)
+            reached = start.map.total(trial.look(closure))
             # Where rounding hides what is asked for, any decrease will do.
             if reached < loss and reached <= loss + _ARMIJO * length * slope:
                 return length, reached, count

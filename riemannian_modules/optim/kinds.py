@@ -4,11 +4,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from riemannian_modules.errors import DistributedError
 from riemannian_modules.model_metric import ModelMetric
 from riemannian_modules.retractions import Retraction
 
-__all__ = ["require_alone", "require_kinds", "require_numbers"]
+__all__ = ["require_kinds", "require_numbers"]
 
 
 def require_kinds(call: str, metric: object, retraction: object) -> None:
@@ -35,24 +34,6 @@ def require_kinds(call: str, metric: object, retraction: object) -> None:
         raise TypeError(
             f"retraction={retraction!r}; pass an instance of a Retraction, such as "
             "riemannian_modules.retractions.Exponential()"
-        )
-
-
-def require_alone(optimizer: str, metric: ModelMetric) -> None:
-    """Refuse a metric that several processes share.
-
-    Args:
-        optimizer: what cannot work with it.
-        metric: the metric.
-
-    Raises:
-        DistributedError: it is shared.
-    """
-    if metric.exchange is not None:
-        raise DistributedError(
-            f"{optimizer} differentiates the loss of this process' examples only, and "
-            "the metric is shared by several processes; use RiemannianSGD, "
-            "TrustRegion or LevenbergMarquardt, whose steps are those of all examples"
         )
 
 

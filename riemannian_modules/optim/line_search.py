@@ -9,7 +9,7 @@ from torch import Tensor
 
 from riemannian_modules.errors import NonFiniteError, NotRecordedError
 from riemannian_modules.model_metric import ModelMetric
-from riemannian_modules.optim.kinds import require_alone, require_kinds
+from riemannian_modules.optim.kinds import require_kinds
 from riemannian_modules.optim.line_rules import Armijo, LineRule
 from riemannian_modules.optim.trial import Trial
 from riemannian_modules.optim.trial_reports import LineSearchReport
@@ -96,14 +96,12 @@ class LineSearch(WholeModelOptimizer):
             The loss at the new point.
 
         Raises:
-            DistributedError: the metric is shared by several processes.
             NotRecordedError: no ``metric.backward`` since the last step.
             NonFiniteError: the loss was NaN or infinite at every point.
             NotPositiveDefiniteError: a block's small matrix could not be factorised.
             TypeError: no closure.
         """
         evaluate, loss = self._begin(closure)
-        require_alone("LineSearch", self.metric)
         with self.metric.frozen():
             self.report = self._search(evaluate, loss)
         self._stepped = self.metric.passes
@@ -124,7 +122,7 @@ class LineSearch(WholeModelOptimizer):
         if not slope < 0.0:
             return LineSearchReport(loss, loss, slope, 0.0, 0, False, False)
         first = min(group["lr"], 2.0 * group["length"])
-        curve = RetractedCurve(trial, down, closure)
+        curve = RetractedCurve(trial, down, closure, self.metric.joint_loss)
         end = self.rule.search(curve, loss, slope, first)
         if end.length == 0.0:
             trial.restore()
@@ -158,6 +156,7 @@ class RetractedCurve:
         trial: the parameters.
         direction: the tangent vector d, by parameter name.
         closure: returns the loss, with its graph where a slope is asked for.
+        joined: makes the value of all processes of that of one.
 
     Attributes:
         at: the last t at which the loss was asked for; 0 before.
@@ -168,7 +167,9 @@ class RetractedCurve:
         trial: Trial,
         direction: Mapping[str, Tensor],
         closure: Callable[[], Any],
+        joined: Callable[[Tensor], Tensor] = lambda value: value,
     ) -> None:
+        self._joined = joined
         self._trial = trial
         self._direction = direction
         self._closure = closure
@@ -181,12 +182,16 @@ class RetractedCurve:
         self._trial.move({name: t * d for name, d in self._direction.items()})
         self.at = t
         self._loss = self._trial.look(self._closure)
-        found = self._loss
-        return float(found.detach() if isinstance(found, Tensor) else found)
+        return self._of_all(self._loss)
 
     def slope(self, t: float) -> float:
         """Return the derivative of the loss at ``t``, the point asked for last."""
-        return float(self._trial.look(lambda: self._slope(t)))
+        return self._of_all(self._trial.look(lambda: self._slope(t)))
+
+    def _of_all(self, value: object) -> float:
+        if not isinstance(value, Tensor):
+            value = torch.tensor(float(value), dtype=torch.float64)  # type: ignore[arg-type]
+        return float(self._joined(value.detach()))
 
     def _slope(self, t: float) -> float:
         names = list(self._direction)

@@ -140,6 +140,21 @@ class OutputMap:
                 )
             ]
 
+    def pairing(self, velocities: Sequence[Tensor], lowered: Sequence[Tensor]) -> float:
+        """Return ``v^T w``, in float64, for velocities v and cotangents w."""
+        pairs = zip(velocities, lowered, strict=True)
+        return sum(float((a * b).sum(dtype=torch.float64)) for a, b in pairs)
+
+    def total(self, value: float) -> float:
+        """Return what a number of these examples is for all: the same."""
+        return value
+
+    @property
+    def terms(self) -> list[int]:
+        """Number of terms of each output's loss."""
+        pairs = zip(self._values, self._metrics, strict=True)
+        return [metric.terms(value) for value, metric in pairs]
+
 
 def _exact(metric: OutputMetric | None) -> OutputMetric:
     if metric is None:

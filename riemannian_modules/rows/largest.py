@@ -85,7 +85,10 @@ class Largest(RowReduction):
         if y is not None:
             rest = y.index_fill(0, index, 0.0).view(-1, n)
             lengths = rest.norm(dim=0)
-            along = (rest / torch.where(lengths > 0.0, lengths, 1.0)).reshape(-1)
+            # Of a residual of rounding errors the direction is one, too.
+            some = lengths > 8.0 * torch.finfo(y.dtype).eps * y.norm()
+            lengths = lengths.where(some, 0.0)
+            along = (rest * some / lengths.where(some, 1.0)).reshape(-1)
             extra = {k: combined(f, along, n, shared) for k, f in found.factors.items()}
             left = left - sum(energies(f, spaces[k]).sum() for k, f in extra.items())
             factors = {

@@ -1,11 +1,23 @@
 """The settings of a metric that has fewer rows, and what it remembers for them."""
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
+
+import torch
+
 from riemannian_modules.declared import DeclaredParameters
 from riemannian_modules.linearize import Linearization
 from riemannian_modules.rows.base import Neglected, RowReduction
 from riemannian_modules.rows.history import History, Past
 
 __all__ = ["FewerRows"]
+
+
+class Processes(Protocol):
+    """What processes that share a pass have to agree on."""
+
+    def same_dice(self) -> AbstractContextManager[None]:
+        """Draw the same random numbers on all of them inside this scope."""
 
 
 class FewerRows:
@@ -55,10 +67,23 @@ class FewerRows:
         self._pending: tuple[Neglected | None, list[Past]] = (None, [])
         self._age = 0
 
+    def describe(self) -> str:
+        """Return what it was made from, the same words in every process."""
+        rows = type(self.rows).__qualname__
+        if isinstance(self.rows, RowReduction) and "__repr__" in vars(type(self.rows)):
+            rows = repr(self.rows)
+        return f"rows={rows}, history={self.history}, refresh={self.refresh}"
+
     @property
-    def changes(self) -> bool:
-        """Whether the rows of a metric are others than those of its last pass."""
-        return (self.rows, self.history, self.refresh) != (None, None, 1)
+    def generator(self) -> torch.Generator | None:
+        """The source of randomness that ``rows`` was given, or None."""
+        found = getattr(self.rows, "generator", None)
+        return found if isinstance(found, torch.Generator) else None
+
+    @property
+    def age(self) -> int:
+        """Number of backward passes since the rows were renewed."""
+        return self._age
 
     @property
     def holds(self) -> bool:
@@ -74,7 +99,10 @@ class FewerRows:
         self._past, self._age = [], self.refresh
 
     def apply(
-        self, found: Linearization, parameters: DeclaredParameters
+        self,
+        found: Linearization,
+        parameters: DeclaredParameters,
+        processes: Processes | None = None,
     ) -> Linearization:
         """Return a pass with the rows that its metric is made of.
 
@@ -83,6 +111,7 @@ class FewerRows:
         Args:
             found: a linearised pass.
             parameters: the model's parameters, at the point of the pass.
+            processes: those that share the pass, or None.
 
         Returns:
             The pass.
@@ -90,7 +119,8 @@ class FewerRows:
         neglected, past = None, self._past
         if found.factors and self.rows is not None:
             spaces = {name: parameters[name].space() for name in found.names}
-            found, neglected = self.rows.reduce(found, spaces)
+            with nullcontext() if processes is None else processes.same_dice():
+                found, neglected = self.rows.reduce(found, spaces)
         if found.factors and self.history is not None:
             found, past = self.history.extend(found, self._past)
         self._pending = neglected, past
