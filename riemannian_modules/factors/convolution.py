@@ -210,7 +210,7 @@ class ConvolutionFactor(CotangentFactor, SlabFactor):
             for own, rows in zip(left, out[:, some], strict=True):
                 l = own[some].transpose(1, 2).flatten(2)
                 if groups == 1:
-                    torch.bmm(l[:, low:high], x.mT, out=rows)
+                    _multiply(l[:, low:high], x, rows)
                 else:
                     l = l.unflatten(1, (groups, -1))[:, low:high].flatten(0, 1)
                     apart = rows.unflatten(1, (-1, unit)).flatten(0, 1)
@@ -282,3 +282,11 @@ class ConvolutionFactor(CotangentFactor, SlabFactor):
             for same in alike.values()
         ]
         return merged[0] if len(merged) == 1 else SumFactor(merged)
+
+
+def _multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """Write ``left right^T`` for each example, the longer side first."""
+    if left.shape[1] < right.shape[1]:
+        torch.bmm(left, right.mT, out=out)
+    else:
+        out.copy_(torch.bmm(right, left.mT).mT)
