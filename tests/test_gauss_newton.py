@@ -455,11 +455,11 @@ def test_a_saved_run_goes_on_the_same():
             pull_back()
             optimizer.step(outputs, loss)
             if interrupted and index == 3:
-                saved = copy.deepcopy([metric.state_dict(), optimizer.state_dict()])
+                # The masses that were found are in it, too.
+                saved = copy.deepcopy(optimizer.state_dict())
                 metric.set_mass(7.0)
                 optimizer = GaussNewton(metric)
-                metric.load_state_dict(saved[0])
-                optimizer.load_state_dict(saved[1])
+                optimizer.load_state_dict(saved)
         runs.append([p.detach().clone() for p in model.parameters()])
     assert all(map(torch.equal, *runs))
 

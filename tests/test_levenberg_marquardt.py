@@ -238,6 +238,70 @@ def test_an_error_in_the_loss_puts_the_parameters_back():
     assert all(map(torch.equal, before, model.parameters()))
 
 
+def linear(dtype, mass):
+    """Least squares that a step or two solve."""
+    torch.manual_seed(0)
+    model = nn.Linear(8, 1).to(dtype)
+    x = torch.randn(64, 8).to(dtype)
+    y = x.sum(1, keepdim=True) + 1
+    metric = rm.LayerwiseMetric(model, Euclidean(2.0), mass=mass)
+    optimizer = LevenbergMarquardt(metric)
+
+    def loss():
+        return F.mse_loss(model(x), y)
+
+    def step():
+        with metric.record():
+            z = model(x)
+        metric.backward(F.mse_loss(z, y), z)
+        return optimizer.step(loss)
+
+    return model, optimizer, step
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_it_goes_on_where_nothing_is_left_to_gain(dtype):
+    _, optimizer, step = linear(dtype, 1e-2)
+    for _ in range(60):
+        final = step()
+    assert final < 1e3 * torch.finfo(dtype).eps ** 2
+    assert not optimizer.report.accepted
+    # With the mass that served it last, and not with what was tried since.
+    assert optimizer.report.mass < 1e4
+
+
+def test_a_mass_that_is_far_too_small_is_found():
+    torch.manual_seed(0)
+    model, metric, _, backward = problem("layer", mass=1e-12)
+    optimizer = LevenbergMarquardt(metric, trials=3)
+    for _ in range(12):
+        backward()
+        # Falls only where the step is short: the model's promise means nothing.
+        start = [p.detach().clone() for p in model.parameters()]
+
+        def far(start=start):
+            moved = [
+                (a - b).norm() for a, b in zip(start, model.parameters(), strict=True)
+            ]
+            length = sum(m * m for m in moved).sqrt()
+            return metric.loss + length * (length - 1e-3)
+
+        optimizer.step(far)
+        if optimizer.report.accepted:
+            break
+    assert optimizer.report.accepted
+    assert optimizer.report.mass > 1e6
+
+
+def test_the_mass_has_an_end():
+    _, optimizer, step = linear(torch.float32, 1e-2)
+    step()
+    for _ in range(20):
+        assert optimizer._weigh(1e3) >= 1.0
+    assert optimizer.param_groups[0]["scale"] == pytest.approx(1e20)
+    assert optimizer._weigh(0.5) == 0.5
+
+
 def test_a_saved_run_goes_on_the_same():
     runs = []
     for interrupted in (False, True):
@@ -248,11 +312,11 @@ def test_a_saved_run_goes_on_the_same():
             backward()
             optimizer.step(loss)
             if interrupted and index == 3:
-                saved = copy.deepcopy([metric.state_dict(), optimizer.state_dict()])
+                # The masses that were found are in it, too.
+                saved = copy.deepcopy(optimizer.state_dict())
                 metric.set_mass(7.0)
                 optimizer = LevenbergMarquardt(metric)
-                metric.load_state_dict(saved[0])
-                optimizer.load_state_dict(saved[1])
+                optimizer.load_state_dict(saved)
         runs.append([p.detach().clone() for p in model.parameters()])
     assert all(map(torch.equal, *runs))
 

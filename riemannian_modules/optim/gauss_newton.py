@@ -21,7 +21,7 @@ from riemannian_modules.optim.kronecker import KroneckerInverse
 from riemannian_modules.optim.output_map import OutputMap
 from riemannian_modules.optim.trial import Trial
 from riemannian_modules.optim.trial_reports import GaussNewtonReport
-from riemannian_modules.optim.whole_model import WholeModelOptimizer
+from riemannian_modules.optim.weighing import WeighingOptimizer
 from riemannian_modules.retractions import Retraction
 
 __all__ = ["GaussNewton"]
@@ -39,7 +39,7 @@ class _Point:
         return sum(float((self.gradient[name] * x).sum()) for name, x in u.items())
 
 
-class GaussNewton(WholeModelOptimizer):
+class GaussNewton(WeighingOptimizer):
     """Steps of the exact Gauss-Newton metric where its rows are too many to factorise.
 
     Each step minimises the quadratic model of the loss, exact in the outputs of all
@@ -250,12 +250,16 @@ class GaussNewton(WholeModelOptimizer):
                     ratio = (start.loss - reached) / found.decrease
                 self._remember(moving, found.vectors, length)
                 if length < 1.0 or ratio < group["bad"]:
-                    self._weigh(inverse, group["grow"])
+                    self._weigh_both(inverse, group["grow"])
                 elif ratio > group["good"] and self._may_shrink(found):
-                    self._weigh(inverse, group["shrink"])
+                    self._weigh_both(inverse, group["shrink"])
                 break
-            self._weigh(inverse, group["grow"] ** 2)
+            self._weigh_both(inverse, group["grow"] ** 2)
             before = None
+        if length > 0.0:
+            self._accepted()
+        elif self._hopeless(found.vectors):
+            self._back()
         return GaussNewtonReport(
             start.loss,
             reached,
@@ -325,7 +329,5 @@ class GaussNewton(WholeModelOptimizer):
         eps = max(torch.finfo(d.tensor.dtype).eps for d in self.metric.parameters)
         return eps * found.stiffness <= 1.0
 
-    def _weigh(self, inverse: KroneckerInverse, factor: float) -> None:
-        self.metric.scale_mass(factor)
-        inverse.scale_mass(factor)
-        self.param_groups[0]["scale"] *= factor
+    def _weigh_both(self, inverse: KroneckerInverse, factor: float) -> None:
+        inverse.scale_mass(self._weigh(factor))

@@ -16,7 +16,7 @@ from riemannian_modules.optim.kinds import require_kinds
 from riemannian_modules.optim.quadratic import QuadraticModel, Step
 from riemannian_modules.optim.trial import Trial
 from riemannian_modules.optim.trial_reports import TrialReport
-from riemannian_modules.optim.whole_model import WholeModelOptimizer
+from riemannian_modules.optim.weighing import WeighingOptimizer
 from riemannian_modules.retractions import Retraction
 
 __all__ = ["LevenbergMarquardt"]
@@ -27,7 +27,7 @@ _ROUNDING = 1e-3
 _SPACING = 0.1
 
 
-class LevenbergMarquardt(WholeModelOptimizer):
+class LevenbergMarquardt(WeighingOptimizer):
     """Gauss-Newton or natural-gradient steps without a learning rate.
 
     Each step asks the quadratic model of the last pass how far to go along the natural
@@ -173,9 +173,10 @@ class LevenbergMarquardt(WholeModelOptimizer):
             if math.isfinite(reached) and gain > 0.0:
                 self._remember(moving, step.vectors)
                 if ratio > group["good"] and self._may_shrink(group["shrink"]):
-                    self._weigh(group, group["shrink"])
+                    self._weigh(group["shrink"])
                 elif ratio < group["bad"]:
-                    self._weigh(group, group["grow"])
+                    self._weigh(group["grow"])
+                self._accepted()
                 return TrialReport(
                     loss,
                     reached,
@@ -188,8 +189,10 @@ class LevenbergMarquardt(WholeModelOptimizer):
                     True,
                 )
             points.restore()
-            self._weigh(group, group["grow"] ** 2)
+            self._weigh(group["grow"] ** 2)
             before = None
+        if self._hopeless(step.vectors):
+            self._back()
         return TrialReport(
             loss, loss, step.decrease, math.nan, [], False, trial, group["scale"], False
         )
@@ -239,10 +242,6 @@ class LevenbergMarquardt(WholeModelOptimizer):
             _rounding(block) <= _ROUNDING * factor
             for block in self.metric.blocks.values()
         )
-
-    def _weigh(self, group: dict[str, Any], factor: float) -> None:
-        self.metric.scale_mass(factor)
-        group["scale"] *= factor
 
 
 def _rounding(block: LayerMetric) -> float:
