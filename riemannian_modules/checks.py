@@ -206,18 +206,20 @@ def refuse_direct_terms(
 
 
 def output_costates(
-    loss: Tensor, outputs: Sequence[Tensor], edges: Sequence[GradientEdge] = ()
+    loss: Tensor,
+    outputs: Sequence[Tensor],
+    places: Sequence[Tensor | GradientEdge] = (),
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """Return d loss/d outputs, each of the shape of its output; the graph is kept.
 
     Args:
         loss: scalar.
         outputs: model outputs.
-        edges: more places in the graph where the derivative is wanted.
+        places: more places in the graph where the derivative is wanted.
 
     Returns:
         The costates at the outputs, zero at those that the loss does not depend on; and
-        those at the edges, None there.
+        those at the places, None there.
 
     Raises:
         NotRecordedError: the loss does not depend on the outputs.
@@ -230,9 +232,9 @@ def output_costates(
             "loss.mean() (reduction='mean') or loss.sum() (reduction='sum')"
         )
     active = [output for output in outputs if output.requires_grad]
-    grads: Sequence[Tensor | None] = (None,) * (len(active) + len(edges))
+    grads: Sequence[Tensor | None] = (None,) * (len(active) + len(places))
     if loss.requires_grad:
-        grads = scaled_grad(loss, [*active, *edges], loss_scale(outputs))
+        grads = scaled_grad(loss, [*active, *places], loss_scale(outputs))
     pairs = iter(grads)
     found = [next(pairs) if output.requires_grad else None for output in outputs]
     if all(costate is None for costate in found):

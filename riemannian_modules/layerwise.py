@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from riemannian_modules.declared import Blocks
+from riemannian_modules.errors import DistributedError
 from riemannian_modules.heads import (
     Head,
     OutputLike,
@@ -176,8 +177,9 @@ class LayerwiseMetric(ModelMetric):
         """Linearise the recorded pass: fill ``.grad`` and renew every block's metric.
 
         One reverse pass carries d loss/d outputs and all rows of the output metric.
-        ``.grad`` is set to the ordinary gradient (it does not accumulate). The
-        first time a graph is seen, this gradient is compared with autograd's.
+        ``.grad`` is set to the ordinary gradient (it does not accumulate), also of
+        parameters outside the model that the loss depends on, which have no metric.
+        The first time a graph is seen, this gradient is compared with autograd's.
 
         Args:
             loss: scalar that depends on the parameters through ``outputs`` only.
@@ -192,6 +194,7 @@ class LayerwiseMetric(ModelMetric):
                 examples of the batch interact.
             NonFiniteError: NaN or infinity in the loss or the outputs.
             EmptyBatchError: no examples.
+            DistributedError: several processes, and parameters outside the model.
         """
         require_loss(loss, outputs)
         self._pass(outputs, loss)
@@ -217,4 +220,12 @@ class LayerwiseMetric(ModelMetric):
             carried = [(end, None) for end, _ in heads]
         with self._guard(), unfreed():
             found = self._recorder.linearize(carried, loss, self.reduction)
+            if found.foreign and self.exchange is not None:
+                raise DistributedError(
+                    "the loss depends on parameters outside the metric's model, whose "
+                    "gradient would be that of this process' examples alone; build the "
+                    "metric from a module that holds all of them"
+                )
         self._take(found, loss, self._recorder.close(), heads)
+        for tensor, gradient in found.foreign:
+            tensor.grad = gradient

@@ -13,7 +13,8 @@ __all__ = [
     "find_layout",
     "is_linear",
     "keeps_apart",
-    "mask_probe",
+    "random_scales",
+    "scaled_examples",
 ]
 
 
@@ -91,20 +92,6 @@ def bit_probes(outputs: Tensor) -> Tensor:
     return masks.to(pattern).view(*masks.shape, *[1] * (outputs.ndim - 1)) * pattern
 
 
-def mask_probe(outputs: Tensor, present: Tensor) -> Tensor:
-    """Return one cotangent for some of the examples, ``(1, n, *output)``.
-
-    Args:
-        outputs: ``(n, *output)``.
-        present: which examples take part, boolean ``(n,)``.
-
-    Returns:
-        The cotangent.
-    """
-    mask = present.to(outputs).view(-1, *[1] * (outputs.ndim - 1))
-    return (mask * _pattern(outputs)).unsqueeze(0)
-
-
 def _digits(n: int, device: torch.device) -> Tensor:
     bits = torch.arange((n - 1).bit_length(), device=device).unsqueeze(1)
     return torch.arange(n, device=device).bitwise_right_shift(bits) & 1
@@ -117,21 +104,61 @@ def _pattern(outputs: Tensor) -> Tensor:
     return (1.0 + share).to(outputs.dtype).view_as(outputs)
 
 
-def keeps_apart(carried: Tensor, present: Tensor, layout: Layout) -> bool:
-    """Whether a probe of some examples is exactly zero on all others.
+def random_scales(
+    examples: int, generator: torch.Generator, *, short: bool = False
+) -> Tensor:
+    """Draw a power of two for each example, and zero for one in eight.
 
     Args:
-        carried: the cotangent of :func:`mask_probe`, carried to a tensor of the model.
-        present: which examples took part, boolean ``(n,)``.
-        layout: where the examples are in the tensor.
+        examples: number n of examples.
+        generator: source of randomness, on the CPU.
+        short: whether they have to fit into the range of float16.
 
     Returns:
-        Whether it is; without a look on the ``meta`` device.
+        ``(n,)``, float32: multiplying with them is exact.
     """
-    if carried.is_meta:
-        return True
-    front = layout.front(carried, len(present))
-    return not bool((front[~present] != 0).any())
+    most = 3 if short else 20
+    exponents = torch.randint(-most, most + 1, (examples,), generator=generator)
+    absent = torch.rand(examples, generator=generator) < 0.125
+    return torch.ldexp(torch.ones(examples), exponents).masked_fill_(absent, 0.0)
+
+
+def scaled_examples(cotangent: Tensor, scales: Tensor) -> Tensor:
+    """Return a cotangent with every example multiplied by a number of its own.
+
+    Args:
+        cotangent: ``(n, *output)``.
+        scales: ``(n,)``.
+    """
+    return cotangent * scales.to(cotangent).view(-1, *[1] * (cotangent.ndim - 1))
+
+
+def keeps_apart(
+    carried: Tensor, like: Tensor, scales: Tensor, layout: Layout, rounding: float
+) -> bool:
+    """Whether every example has the scale that it was sent out with.
+
+    What comes from another example has that one's. Where an example was left out there
+    must be nothing at all.
+
+    Args:
+        carried: the cotangent of :func:`scaled_examples`, carried to a tensor of the
+            model, ``shape``.
+        like: the same without the scales.
+        scales: those, ``(n,)``.
+        layout: where the examples are in the tensor.
+        rounding: the unit of rounding on the way.
+    """
+    n = len(scales)
+    found, plain = (layout.front(x, n).reshape(n, -1) for x in (carried, like))
+    scales = scales.to(plain).unsqueeze(1)
+    size = torch.linalg.vector_norm(plain, dim=1, keepdim=True)
+    slack = max(rounding, torch.finfo(plain.dtype).eps) ** 0.5
+    error = torch.linalg.vector_norm(found - scales * plain, dim=1, keepdim=True)
+    # Where an example is nearly nothing, rounding of the others' sizes is left of it.
+    allowed = scales * slack * (size + slack * size.amax())
+    # Written so that NaN is no reason to look again: the gradient tells of it.
+    return not bool((error > allowed).any())
 
 
 def find_layout(probes: Tensor, examples: int) -> tuple[Layout | None, bool]:

@@ -23,6 +23,7 @@ class Linearization:
         costates: ``{name: factor}`` whose row sums are the gradient.
         examples: how many rows in succession are of different examples; 1 if rows
             are of the whole batch.
+        foreign: parameters that are not the model's, and their gradients.
     """
 
     names: list[str]
@@ -33,3 +34,4 @@ class Linearization:
     source: dict[str, MetricFactor] | None
     costates: dict[str, MetricFactor]
     examples: int = 1
+    foreign: tuple[tuple[Tensor, Tensor], ...] = ()

@@ -47,6 +47,7 @@ class Graph:
         batched: whether the reverse pass can and should carry all cotangents at once.
         alone: whether the costate travels alone, from the loss on.
         verified: how many later passes have found the same.
+        foreign: the parameters in it that are not the model's.
         layouts: for each use, where the examples are in its outputs.
         memos: for each use and job, what the rule found out.
     """
@@ -56,6 +57,7 @@ class Graph:
     memos: list[list[dict[str, Any]]]
     alone: bool = False
     verified: int = 0
+    foreign: Sequence[Tensor] = ()
 
 
 @dataclass(frozen=True)

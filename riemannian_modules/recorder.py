@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from riemannian_modules.declared import DeclaredParameters
 from riemannian_modules.errors import LinearizationError
 from riemannian_modules.explore import explore
 from riemannian_modules.heads import Head, Reduction, Rows, output_rows
-from riemannian_modules.layout import keeps_apart, mask_probe
+from riemannian_modules.layout import keeps_apart, random_scales, scaled_examples
 from riemannian_modules.linearize import Graph, Linearization, assemble, taken_apart
 from riemannian_modules.reverse import FEW, batching_pays, loss_scale
 from riemannian_modules.rules.job import UnexplainedError
@@ -125,60 +126,69 @@ class Recorder:
         glance = _at_a_glance(uses, ends, loss)
         graph, moving = self._settled.get(glance), False
         check_values(tape, ends, inputs=graph is None)
+        others: Sequence[Tensor] = () if graph is None else graph.foreign
         if graph is None:
-            key, moving = self._survey(uses, ends, loss)
+            key, moving, others = self._survey(uses, ends, loss)
             graph = self.graphs.get(key)
         costates, below = None, None
+        foreign: tuple[tuple[Tensor, Tensor], ...] = ()
         if loss is not None:
             require_finite(loss, "the loss", tape)
             alone = graph is not None and graph.alone and not in_float16(uses, ends)
             edges = [edge for use in uses for edge in use.edges] if alone else []
-            costates, flat = output_costates(loss, ends, edges)
+            costates, flat = output_costates(loss, ends, [*edges, *others])
+            foreign = _paired(others, flat[len(edges) :])
             if alone:
-                below = by_use(uses, [None if g is None else g[None] for g in flat])
+                carried = [None if g is None else g[None] for g in flat[: len(edges)]]
+                below = by_use(uses, carried)
         if graph is None:
             if loss is not None:
                 refuse_direct_terms(loss, ends, self._parameters)
-            return self._explore(tape, heads, costates, loss, reduction)
+            found = self._explore(tape, heads, costates, loss, reduction)
+            return replace(found, foreign=foreign)
         n = len(ends[0])
         with torch.no_grad():
             rows = output_rows(heads, costates, reduction)
-            present = self._some_examples(n, ends[0].device) if moving else None
-            passes = self._carried(uses, ends, rows, graph, below, present)
+            scales = self._scales(uses, ends) if moving else None
+            passes = self._carried(tape, uses, ends, rows, graph, below, scales)
             if passes is None:
                 # Where examples may move, the graph has to be looked at anew.
                 self.graphs = {k: g for k, g in self.graphs.items() if g is not graph}
-                return self._explore(tape, heads, costates, loss, reduction)
+                found = self._explore(tape, heads, costates, loss, reduction)
+                return replace(found, foreign=foreign)
             try:
                 whole = assemble(self.watch, uses, passes, graph, n)
             except UnexplainedError as error:
                 raise LinearizationError(error.reason) from error
             graph.verified += 1
             if self._static and graph.verified >= _SURE:
+                graph.foreign = others
                 self._settled[glance] = graph
                 moving = False
             self._exploring = moving
-            graph.alone = _travels_alone(rows, graph, probes=present is not None)
-            return taken_apart(whole, rows)
+            graph.alone = _travels_alone(rows, graph, probes=scales is not None)
+            return replace(taken_apart(whole, rows), foreign=foreign)
 
     def _carried(
         self,
+        tape: Tape,
         uses: Sequence[Use],
         ends: Sequence[Tensor],
         rows: Rows,
         graph: Graph,
         below: list[Carried] | None,
-        present: Tensor | None,
+        scales: Tensor | None,
     ) -> list[list[Carried]] | None:
         """Carry rows, costate and rest down to the uses.
 
         Args:
+            tape: the recorded pass.
             uses: recorded calls.
             ends: the model's outputs.
             rows: what is carried.
             graph: what is known about the graph.
             below: the costate at the uses, if it is known.
-            present: some examples, whose probe has to stay with them; or None.
+            scales: numbers that examples have to keep on the way; or None.
 
         Returns:
             What each pass carried; None if an example has moved.
@@ -188,15 +198,22 @@ class Recorder:
         else:
             below = below if rows.rank else None
             stacks = rows.stacks if below is None else rows.others
-        if present is not None:
-            probes = [mask_probe(end.detach(), present) for end in ends]
+        if scales is None:
+            passes, _ = carry(uses, ends, stacks, batched=graph.batched)
+        else:
+            # One of those that are carried anyway, once more with other scales.
+            which = int(torch.randint(max(1, rows.rank), (), generator=self._coins))
+            probes = [scaled_examples(each[which], scales)[None] for each in stacks]
             stacks = [torch.cat(pair) for pair in zip(stacks, probes, strict=True)]
-        keep = present is not None
-        passes, _ = carry(uses, ends, stacks, batched=graph.batched, keep=keep)
-        if present is not None:
-            if not _apart(passes[-1], graph, present):
+            passes, _ = carry(uses, ends, stacks, batched=graph.batched, keep=True)
+            probe = passes[-1]
+            if len(passes) > 1:
+                like, passes = passes[which], passes[:-1]
+            else:
+                like = _narrowed(passes[0], which, which + 1)
+                passes = [_narrowed(passes[0], 0, -1)]
+            if not _apart(probe, like, graph, scales, tape.rounding):
                 return None
-            passes = passes[:-1] if len(passes) > 1 else [_narrowed(passes[0], 0, -1)]
         if below is None:
             return passes
         r = rows.rank
@@ -210,13 +227,16 @@ class Recorder:
         self._generation = self.watch.generation
         self.graphs, self._settled = {}, {}
 
-    def _some_examples(self, n: int, device: torch.device) -> Tensor | None:
-        """Return some examples, others in every pass; None for a single one."""
+    def _scales(self, uses: Sequence[Use], ends: Sequence[Tensor]) -> Tensor | None:
+        """Return numbers for the examples, others in every pass; None for a single one.
+
+        They tell examples apart that a graph of the same operations may have mixed.
+        """
+        n, device = len(ends[0]), ends[0].device
         if n == 1 or device.type == "meta":
             return None
-        present = torch.rand(n, generator=self._coins) < 0.5
-        present[0], present[-1] = True, False
-        return present[torch.randperm(n, generator=self._coins)].to(device)
+        short = in_float16(uses, ends)
+        return random_scales(n, self._coins, short=short).to(device)
 
     def _explore(
         self,
@@ -243,7 +263,7 @@ class Recorder:
             if self.watch.generation != self._generation:
                 self._forget()
             uses = self.watch.explaining(tape)
-            key, moving = self._survey(uses, ends, loss)
+            key, moving, _ = self._survey(uses, ends, loss)
             graph.batched = graph.batched and batching_pays(key[-1], ends[0].device)
             graph.alone = _travels_alone(rows, graph, probes=moving)
             self.graphs[key] = graph
@@ -251,19 +271,32 @@ class Recorder:
 
     def _survey(
         self, uses: Sequence[Use], outputs: Sequence[Tensor], loss: Tensor | None
-    ) -> tuple[Key, bool]:
+    ) -> tuple[Key, bool, list[Tensor]]:
         """Return what tells one graph from another, and whether examples may move.
+
+        And the parameters in it that are not the model's.
 
         A single example tells nothing about where the examples are, so it counts as
         another graph.
         """
         n = len(outputs[0])
         nodes = [output.grad_fn for output in outputs]
-        operations, moving = survey(
+        operations, moving, foreign = survey(
             nodes, None if loss is None else loss.grad_fn, self._parameters, n
         )
         patterns = tuple(use.pattern(n) for use in uses)
-        return (n == 1, patterns, operations), moving
+        return (n == 1, patterns, operations), moving, foreign
+
+
+def _paired(
+    tensors: Sequence[Tensor], grads: Sequence[Tensor | None]
+) -> tuple[tuple[Tensor, Tensor], ...]:
+    """Return parameters with their gradients, of their own data type and memory."""
+    return tuple(
+        (tensor, grad.detach().clone().to(tensor.dtype))
+        for tensor, grad in zip(tensors, grads, strict=True)
+        if grad is not None
+    )
 
 
 def _at_a_glance(
@@ -289,11 +322,19 @@ def _narrowed(carried: Sequence[Carried], start: int, stop: int) -> list[Carried
     ]
 
 
-def _apart(carried: Sequence[Carried], graph: Graph, present: Tensor) -> bool:
-    """Whether the last cotangent shows every example where it was before."""
+def _apart(
+    carried: Sequence[Carried],
+    like: Sequence[Carried],
+    graph: Graph,
+    scales: Tensor,
+    rounding: float,
+) -> bool:
+    """Whether every example is where it was before."""
     return all(
-        keeps_apart(each[-1], present, layout)
-        for cotangents, layouts in zip(carried, graph.layouts, strict=True)
-        for each, layout in zip(cotangents, layouts, strict=True)
-        if each is not None
+        keeps_apart(each[-1], plain[0], scales, layout, rounding)
+        for cotangents, plains, layouts in zip(
+            carried, like, graph.layouts, strict=True
+        )
+        for each, plain, layout in zip(cotangents, plains, layouts, strict=True)
+        if each is not None and plain is not None
     )

@@ -5,6 +5,7 @@ from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import torch
+from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from riemannian_modules.declared import DeclaredParameters
@@ -86,7 +87,7 @@ def survey(
     loss: Node | None,
     parameters: DeclaredParameters,
     examples: int,
-) -> tuple[tuple[object, ...], bool]:
+) -> tuple[tuple[object, ...], bool, list[Tensor]]:
     """Describe a graph.
 
     Args:
@@ -98,23 +99,26 @@ def survey(
     Returns:
         What tells the graph from others: operations, what they remember, how they are
         linked, and which parameters are where. And whether something in it could move
-        values from one example to another although the graph stays the same.
+        values from one example to another although the graph stays the same. And the
+        parameters in it that are not the model's.
 
     Raises:
         LinearizationError: a reentrant checkpoint hides what it ran.
     """
     found: list[object] = []
     seen: dict[Node, int] = {}
-    moving = _walk(list(outputs), found, seen, parameters, examples)
+    foreign: list[Tensor] = []
+    moving = _walk(list(outputs), found, seen, foreign, parameters, examples)
     found.append("|")
-    _walk([loss], found, seen, parameters, 0)
-    return tuple(found), moving
+    _walk([loss], found, seen, foreign, parameters, 0)
+    return tuple(found), moving, foreign
 
 
 def _walk(
     waiting: list[Node | None],
     found: list[object],
     seen: dict[Node, int],
+    foreign: list[Tensor],
     parameters: DeclaredParameters,
     examples: int,
 ) -> bool:
@@ -129,7 +133,10 @@ def _walk(
         is_leaf = kind.name == "AccumulateGrad"
         leaf = getattr(node, "variable", None) if is_leaf else None
         if leaf is not None:
-            found.append(parameters.name_of(leaf) or "foreign")
+            name = parameters.name_of(leaf)
+            found.append(name or "foreign")
+            if name is None and isinstance(leaf, nn.Parameter):
+                foreign.append(leaf)
             continue
         found.append(kind.name)
         if kind.name == _REENTRANT:
