@@ -156,7 +156,15 @@ def assemble(
                     use.values,
                     memo,
                     watch.name_of,
-                    tuple(map(Inside, use.inside, cotangents[count:], layouts[count:])),
+                    tuple(
+                        map(
+                            Inside,
+                            use.inside,
+                            cotangents[count:],
+                            layouts[count:],
+                            use.shapes[count:],
+                        )
+                    ),
                 )
                 for name, factor in explained(job, call).items():
                     known = found.setdefault(name, [])

@@ -202,6 +202,32 @@ def test_largest_keeps_the_structure_of_layers():
     assert 0.0 < float(metric.neglected.share) < 1.0
 
 
+@pytest.mark.parametrize("examples", [1, 2, 8])
+@pytest.mark.parametrize(
+    "options",
+    [{"history": 2}, *({"rows": Largest(k)} for k in (1, 2, 4, 6, 7, 9))],
+    ids=str,
+)
+def test_a_rest_beside_rows_of_other_examples(options, examples):
+    torch.manual_seed(0)
+    model = network("euclidean", 0)
+    output = rm.output.Sampled(Categorical(), probes=2, gradient_rows=False)
+    metric = rm.LayerwiseMetric(model, output, mass=0.1, **options)
+    for _ in range(3):
+        x = torch.randn(examples, 3)
+        with metric.record():
+            z = model(x)
+        metric.backward(cross_entropy(z) + z.logsumexp(1).square().mean(), z)
+        found = metric.natural_gradient()
+        for block in metric.blocks.values():
+            K = torch.cat([part.factor.to_dense() for part in block.parts], 1)
+            names = [part.name for part in block.parts]
+            e = torch.cat([model.get_parameter(n).grad.reshape(-1) for n in names])
+            want = torch.linalg.solve(K.mT @ K + 0.1 * torch.eye(len(e)), e)
+            own = torch.cat([found[n].reshape(-1) for n in names])
+            torch.testing.assert_close(own, want)
+
+
 def test_largest_makes_no_row_of_rounding_errors():
     # All of the residual of the first example is in rows that are kept.
     factor = LinearFactor(torch.randn(3, 1, 4), torch.randn(2, 3, 1, 5))

@@ -205,6 +205,70 @@ def test_a_weight_that_two_layers_share() -> None:
     assert gap(Twice()) < 1e-12
 
 
+@needs_hooks
+@pytest.mark.usefixtures("no_replay")
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("change", ["add", "set", "scale"])
+def test_an_output_that_is_changed_in_place(change: str, batch_first: bool) -> None:
+    class Changed(Attending):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x)
+            h = h if batch_first else h.transpose(0, 1)
+            z = self.attention(h, h, h)[0]
+            if change == "add":
+                z += h
+            elif change == "set":
+                z[..., :2] = 0.0
+            else:
+                z[:, 0].mul_(2.0)
+            return self.last(z if batch_first else z.transpose(0, 1)).sum(1)
+
+    torch.manual_seed(0)
+    assert gap(Changed(batch_first=batch_first)) < 1e-12
+
+
+@needs_hooks
+@pytest.mark.usefixtures("no_replay")
+@pytest.mark.parametrize("width", [None, 5])
+def test_weights_alone_where_values_have_a_projection(width: int | None) -> None:
+    class Shown(Attending):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x)
+            keys = h if self.memory is None else self.memory(x)
+            _, weights = self.attention(h, keys, 2.0 * keys)
+            return weights.square().flatten(1)
+
+    torch.manual_seed(0)
+    options = {} if width is None else {"kdim": width, "vdim": width}
+    model = Shown(**options).double()
+    metric = rm.LayerwiseMetric(
+        model, output=rm.output.Euclidean(), reduction="sum", mass=0.1
+    )
+    with metric.record():
+        z = model(torch.randn(N, T, 2, dtype=torch.float64))
+    dense = grad_jacobian([z], trainable(model))
+    metric.backward(z.square().sum(), z)
+    for block in metric.blocks.values():
+        for part in block.parts:
+            rows = part.factor.rows(0, part.factor.rank).flatten(1)
+            want = dense[part.name].flatten(0, 1)
+            torch.testing.assert_close(rows.mT @ rows, want.mT @ want)
+
+
+@needs_hooks
+@pytest.mark.usefixtures("no_replay")
+def test_a_mask_from_an_earlier_call() -> None:
+    class Residual(Attending):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x)
+            y, weights = self.attention(h, h, h, average_attn_weights=False)
+            mask = weights.flatten(0, 1)
+            return self.last(self.attention(y, y, y, attn_mask=mask)[0]).sum(1)
+
+    torch.manual_seed(0)
+    assert gap(Residual()) < 1e-12
+
+
 # --- layers of others
 
 

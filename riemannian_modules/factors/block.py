@@ -259,7 +259,12 @@ def _combines(
 ) -> TypeGuard[Combining]:
     """Whether ``K^T a``, and a source's sum, are found at the layer's outputs first."""
     if isinstance(factor, BiasFactor):
-        return source is None or isinstance(source, BiasFactor)
+        # The rows of K may be those of other examples, of past batches for one.
+        examples = factor.cotangents.shape[1]
+        alike = (
+            isinstance(source, BiasFactor) and source.cotangents.shape[1] == examples
+        )
+        return source is None or alike
     if not isinstance(factor, LinearFactor) or factor.whole is not None:
         return False
     return source is None or factor.shares_inputs(source)

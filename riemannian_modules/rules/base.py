@@ -26,11 +26,13 @@ class Inside:
         input: what it was applied to, ``(*batch, in)``.
         cotangent: that at its output, ``(r, *batch, out)``, or None.
         layout: where the examples are in both.
+        shape: that of its output, ``(*batch, out)``.
     """
 
     input: Tensor
     cotangent: Tensor | None
     layout: Layout
+    shape: torch.Size
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,8 @@ def explained(job: Job, call: Call) -> dict[str, MetricFactor]:
         raise UnexplainedError(
             missing, f"the rule of {call.label} gives no factor for {missing}"
         )
-    rows = next(each.shape[0] for each in call.cotangents if each is not None)
+    carried = [*call.cotangents, *(each.cotangent for each in call.inside)]
+    rows = next(each.shape[0] for each in carried if each is not None)
     found: dict[str, MetricFactor] = {}
     for path, name, tensor in zip(job.wanted, job.names, job.tensors, strict=True):
         factor, shape = factors[path], tensor.shape

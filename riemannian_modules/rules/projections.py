@@ -11,7 +11,7 @@ from riemannian_modules.factors.stacked import StackedFactor
 from riemannian_modules.rules.base import Call
 from riemannian_modules.rules.inside import linear_maps
 from riemannian_modules.rules.replay import positions, weight
-from riemannian_modules.tape import Place
+from riemannian_modules.tape import Place, tensors_in
 
 __all__ = [
     "NAMES",
@@ -64,24 +64,24 @@ def find_projections(
         inputs = [q] if q is k and k is v else [q, k] if k is v else inputs
         weights = [packed] * len(inputs)
     shapes = [x.shape[:2][:: -1 if module.batch_first else 1] for x in (q, *inputs)]
-    return linear_maps(outputs, (q, k, v), [module.out_proj.weight, *weights], shapes)
+    # A mask may come from an earlier call of the same layer.
+    arguments = tensors_in((args, kwargs))
+    return linear_maps(outputs, arguments, [module.out_proj.weight, *weights], shapes)
 
 
 def found_factors(call: Call) -> Iterator[tuple[str, MetricFactor]]:
     """Yield the names and factors of the projections that were found."""
-    pairs = [(each.input, each.cotangent) for each in call.inside]
-    out, first = call.inside[:2]
-    if out.cotangent is None:
-        # Only the attention weights are used.
-        assert first.cotangent is not None
-        nothing = out.input.new_zeros(len(first.cotangent), *out.input.shape)
-        pairs[0] = out.input, nothing
+    like = next(each for each in call.inside if each.cotangent is not None)
+    assert like.cotangent is not None
+    n, layout = call.examples, like.layout
     factors = []
-    for x, l in pairs:
-        assert l is not None
-        own, n = first.layout, call.examples
-        inputs = positions(x.to(call.dtype), own, n, 0)
-        factors.append(LinearFactor(inputs, positions(l.to(call.dtype), own, n, 1)))
+    for each in call.inside:
+        l = each.cotangent
+        if l is None:
+            # Only the attention weights are used, or only values.
+            l = each.input.new_zeros(len(like.cotangent), *each.shape)
+        inputs = positions(each.input.to(call.dtype), layout, n, 0)
+        factors.append(LinearFactor(inputs, positions(l.to(call.dtype), layout, n, 1)))
     packed = weight(call, "in_proj_weight") is not None
     return projection_factors(factors[0], factors[1:], packed)
 
