@@ -1,16 +1,18 @@
 """A network at one point, as a residual sees it: its value and its derivatives."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, final
 
 import torch
 from torch import Tensor
-from torch.func import jvp
+from torch.func import jacrev, jvp
 
 from riemannian_modules.functional.orders import Orders, Terms, terms_of
 
 __all__ = ["Jet", "MissingStreamError", "StreamJet", "TorchJet"]
+
+Function = Callable[[Tensor], Any]
 
 
 class Jet(ABC):
@@ -127,14 +129,31 @@ class TorchJet(Jet):
         """Return a sum of partial derivatives, each by one or two passes forward."""
         total: Tensor | None = None
         for indices, weight in terms:
-            partial = self._net
-            for index in indices:
-                partial = self._along(partial, index)
-            found = partial(self._point)
+            try:
+                found = self._partial(indices, self._along)
+            except NotImplementedError:
+                # Not every activation can be differentiated forwards twice.
+                found = self._partial(indices, self._across)
             found = found if weight == 1.0 else weight * found
             total = found if total is None else total + found
         assert total is not None
         return total
+
+    def _partial(
+        self,
+        indices: Sequence[int],
+        differentiated: Callable[[Function, int], Function],
+    ) -> Tensor:
+        partial = self._net
+        for index in indices:
+            partial = differentiated(partial, index)
+        found: Tensor = partial(self._point)
+        return found
+
+    def _across(
+        self, function: Callable[[Tensor], Any], index: int
+    ) -> Callable[[Tensor], Any]:
+        return lambda z: jacrev(function)(z)[..., index]
 
     def _along(
         self, function: Callable[[Tensor], Any], index: int

@@ -175,7 +175,8 @@ class GaussNewton(WeighingOptimizer):
             )
         metric.require_intact()
         metric.parameters.verify()
-        self.report = self._search(outputs, loss)
+        with self._undone():
+            self.report = self._search(outputs, loss)
         return self.report.new_loss
 
     def _linearise(

@@ -148,7 +148,7 @@ class LevenbergMarquardt(WeighingOptimizer):
             TypeError: no closure.
         """
         evaluate, loss = self._begin(closure)
-        with torch.no_grad():
+        with torch.no_grad(), self._undone():
             self.report = self._search(evaluate, loss)
         self._stepped = self.metric.passes
         return self.report.new_loss
@@ -165,7 +165,7 @@ class LevenbergMarquardt(WeighingOptimizer):
         before = self._before(moving)
         for trial in range(1, group["trials"] + 1):
             model = QuadraticModel(self.metric, gradient)
-            step, bent = self._propose(model, before)
+            step, bent = self._propose(model, moving, before)
             points.move(step.vectors)
             reached = float(self.metric.joint_loss(points.look(closure)))
             gain = loss - reached
@@ -198,10 +198,12 @@ class LevenbergMarquardt(WeighingOptimizer):
         )
 
     def _propose(
-        self, model: QuadraticModel, before: dict[str, Tensor] | None
+        self,
+        model: QuadraticModel,
+        moving: dict[str, Declared],
+        before: dict[str, Tensor] | None,
     ) -> tuple[Step, bool]:
-        solutions = self.metric.solve().values()
-        down = {name: -x for each in solutions for name, x in each.vectors.items()}
+        down = self._descent(moving)
         step = model.best([down] if before is None else [down, before])
         if self._bending is None:
             return step, False
@@ -210,6 +212,7 @@ class LevenbergMarquardt(WeighingOptimizer):
             name: -0.5 * x
             for block in self.metric.blocks.values()
             for name, x in block.solve(residual=bend).vectors.items()
+            if name in moving
         }
         # Beyond this the series that the correction comes from is not to be trusted.
         long = model.mass(step.vectors, step.vectors)
@@ -249,8 +252,11 @@ def _rounding(block: LayerMetric) -> float:
     inverse = block.inverse
     if inverse.form == "base":
         return 0.0
-    lower = inverse.factor.lower
     trace = inverse.trace
+    if inverse.strategy.limit:
+        # Nothing is factorised, and must not be for this.
+        return torch.finfo(inverse.block.precision).eps * trace
+    lower = inverse.factor.lower
     if not math.isfinite(trace):
         # Not read on this device. The trace of L L^T is |L|^2, and the host waits for
         # the loss anyway.

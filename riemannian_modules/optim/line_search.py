@@ -112,8 +112,7 @@ class LineSearch(WholeModelOptimizer):
         moving = self._moving()
         trial = Trial(moving, self.retraction)
         with torch.no_grad():
-            found = self.metric.natural_gradient()
-            down = {name: -found[name] for name in moving}
+            down = self._descent(moving)
             slope = sum(
                 float((d.tensor.grad * down[name]).sum(dtype=torch.float64))
                 for name, d in moving.items()

@@ -111,7 +111,9 @@ def _combine(
     share, length = one, None
     if numbers is not None:
         c = pair[: len(numbers.slopes)]
-        length = (c @ numbers.damped @ c).clamp_min(0.0).sqrt()
+        # Of the metric as it is, whatever the curvature is taken to be.
+        assert measured is not None
+        length = (c @ measured.damped @ c).clamp_min(0.0).sqrt()
         if rule.automatic and rule.floor is not None and metric.loss is not None:
             slope, curvature = numbers.slopes @ c, c @ numbers.curvature @ c
             gap = metric.loss.double() - rule.floor

@@ -17,6 +17,8 @@ from riemannian_modules.retractions import Retraction
 __all__ = ["TrustRegion"]
 
 _EDGE = 0.99
+# A decrease that can be told from rounding of the loss, in units of that.
+_SEEN = 64.0
 
 
 class TrustRegion(WholeModelOptimizer):
@@ -142,19 +144,24 @@ class TrustRegion(WholeModelOptimizer):
         }
         trial = Trial(moving, self.retraction)
         model = QuadraticModel(self.metric, gradient)
-        found = self.metric.natural_gradient()
-        best = model.best([{name: -found[name] for name in moving}])
+        best = model.best([self._descent(moving)])
         slope = model.slope(best.vectors)
         # At the minimum along a line half the slope is gained, with the mass.
         whole = math.sqrt(max(0.0, -slope))
         curvature = max(0.0, -2.0 * (best.decrease + slope))
         radius = group["radius"]
+        if radius is not None and slope < 0.0:
+            # A decrease of rounding errors says nothing, so no radius is that short.
+            assert self.metric.loss is not None
+            eps = torch.finfo(self.metric.loss.dtype).eps
+            radius = max(radius, min(1.0, _SEEN * eps * abs(loss) / -slope) * whole)
         taken, count = False, 0
         while count < group["trials"] and not taken:
             count += 1
             part = 1.0 if radius is None or whole <= radius else radius / whole
             predicted = -part * slope - 0.5 * part * part * curvature
-            trial.move({name: part * x for name, x in best.vectors.items()})
+            step = {name: part * x for name, x in best.vectors.items()}
+            trial.move(step)
             reached = float(self.metric.joint_loss(trial.look(closure)))
             gain = loss - reached
             ratio = gain / predicted if predicted > 0.0 else math.nan
@@ -170,8 +177,13 @@ class TrustRegion(WholeModelOptimizer):
                 radius = group["radius"]
                 break
             radius = min(radius, group["largest"])
-        if not taken:
+        if taken:
+            group["proved"] = radius
+        else:
             trial.restore()
+            if whole > 0.0 and self._hopeless(step):
+                # As at the minimum: what comes next has the radius that served last.
+                radius = group.get("proved")
         group["radius"] = radius
         return TrustRegionReport(
             loss,

@@ -1,10 +1,8 @@
 """What optimizers share that find the mass of their metric."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from riemannian_modules.mass import Mass
 from riemannian_modules.optim.whole_model import WholeModelOptimizer
@@ -42,13 +40,15 @@ class WeighingOptimizer(WholeModelOptimizer):
         if masses is not None:
             self.metric.set_mass({name: Mass(**m) for name, m in masses.items()})
 
-    def _hopeless(self, step: Mapping[str, Tensor]) -> bool:
-        """Whether a step is less than rounding of the parameters, so no mass helps."""
-        parameters = self.metric.parameters
-        eps = max(torch.finfo(u.dtype).eps for u in step.values())
-        moved = sum(float(u.norm()) ** 2 for u in step.values())
-        size = sum(float(parameters[name].tensor.detach().norm()) ** 2 for name in step)
-        return moved <= eps**2 * size
+    @contextmanager
+    def _undone(self) -> Iterator[None]:
+        """Put the mass back if an error is raised inside this scope."""
+        before = self.param_groups[0]["scale"]
+        try:
+            yield
+        except BaseException:
+            self._weigh(before / self.param_groups[0]["scale"])
+            raise
 
     def _accepted(self) -> None:
         """Remember a mass that a step was taken with."""

@@ -1,9 +1,12 @@
 """What optimizers share that move all parameters together and try points."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
+from numbers import Real
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from riemannian_modules.declared import Declared
 from riemannian_modules.errors import NotRecordedError
@@ -76,8 +79,62 @@ class WholeModelOptimizer(torch.optim.Optimizer):
             )
         metric.parameters.verify()
         metric.parameters.require_unmoved()
-        return closure, float(metric.loss)
+        return partial(_number, closure), float(metric.loss)
 
     def _moving(self) -> dict[str, Declared]:
         """Return the parameters that have a gradient."""
         return {d.name: d for d in self.metric.parameters if d.tensor.grad is not None}
+
+    def _descent(self, moving: Mapping[str, Declared]) -> dict[str, Tensor]:
+        """Return the natural direction of descent for what is in ``.grad`` now.
+
+        Args:
+            moving: the parameters that have a gradient.
+
+        Returns:
+            Tangent vectors by name.
+        """
+        metric = self.metric
+        reached = [p.name for block in metric.blocks.values() for p in block.parts]
+        if set(reached) <= set(moving) and metric.gradient_is_untouched():
+            found = metric.natural_gradient()
+        else:
+            # Changed gradients are covectors like any other, and parameters without
+            # one must not steer the others.
+            covector = {
+                name: d.tensor.grad
+                for name, d in moving.items()
+                if d.tensor.grad is not None
+            }
+            solutions = metric.solve(covector, gradient=0.0).values()
+            found = {n: x for each in solutions for n, x in each.vectors.items()}
+        return {name: -found[name] for name in moving}
+
+    def _hopeless(self, step: Mapping[str, Tensor]) -> bool:
+        """Whether a step is less than rounding of the parameters: nothing helps."""
+        parameters = self.metric.parameters
+        eps = max(torch.finfo(u.dtype).eps for u in step.values())
+        moved = sum(float(u.norm()) ** 2 for u in step.values())
+        size = sum(float(parameters[n].tensor.detach().norm()) ** 2 for n in step)
+        return moved <= eps**2 * size
+
+
+def _number(closure: Callable[[], Any]) -> Any:
+    """Return what a closure says, if it is a number.
+
+    Raises:
+        TypeError: it is none.
+    """
+    value = closure()
+    if isinstance(value, Tensor):
+        if value.numel() == 1 and not value.is_complex():
+            return value.reshape(())
+        what = f"a tensor of shape {tuple(value.shape)} and data type {value.dtype}"
+    elif isinstance(value, Real):
+        return value
+    else:
+        what = f"a {type(value).__name__}"
+    raise TypeError(
+        f"the closure returned {what}; return the loss, a scalar tensor or a number: "
+        "optimizer.step(lambda: loss_function(model(x), y))"
+    )

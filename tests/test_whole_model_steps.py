@@ -1,0 +1,197 @@
+"""What all optimizers that look at the loss keep: their state, the gradient given."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import riemannian_modules as rm
+from riemannian_modules.optim import (
+    GaussNewton,
+    LevenbergMarquardt,
+    LineSearch,
+    StrongWolfe,
+    TrustRegion,
+)
+
+Make = Callable[[rm.LayerwiseMetric], Any]
+SEARCHING: dict[str, Make] = {
+    "Levenberg-Marquardt": LevenbergMarquardt,
+    "trust region": TrustRegion,
+    "Armijo": LineSearch,
+    "strong Wolfe": lambda metric: LineSearch(metric, StrongWolfe()),
+}
+ALL: dict[str, Make] = {**SEARCHING, "Gauss-Newton": GaussNewton}
+
+
+class Problem:
+    """A model, its metric, and a step of any optimizer."""
+
+    def __init__(self, model: nn.Module, x: Tensor, y: Tensor, **options: Any) -> None:
+        self.model, self.x, self.y = model, x, y
+        output = rm.output.Euclidean(2.0 / y[0].numel())
+        self.metric = rm.LayerwiseMetric(model, output, **options)
+
+    def loss(self) -> Tensor:
+        return F.mse_loss(self.model(self.x), self.y)
+
+    def backward(self) -> None:
+        with self.metric.record():
+            z = self.model(self.x)
+        self.metric.backward(F.mse_loss(z, self.y), z)
+
+    def step(self, optimizer: Any, closure: Callable[[], Any] | None = None) -> float:
+        if isinstance(optimizer, GaussNewton):
+            return optimizer.step(
+                lambda: self.model(self.x), lambda z: F.mse_loss(z, self.y)
+            )
+        return optimizer.step(self.loss if closure is None else closure)
+
+    def values(self) -> list[Tensor]:
+        return [p.detach().clone() for p in self.model.parameters()]
+
+
+def linear(dtype: torch.dtype) -> Problem:
+    torch.manual_seed(0)
+    x = torch.randn(60, 5, dtype=dtype)
+    return Problem(nn.Linear(5, 1).to(dtype), x, x.sum(1, keepdim=True), mass=1e-3)
+
+
+def curved(**options: Any) -> Problem:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2))
+    return Problem(model, torch.randn(9, 4), torch.randn(9, 2), mass=0.1, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ALL)
+def test_they_go_on_after_the_minimum(name: str, dtype: torch.dtype) -> None:
+    problem = linear(dtype)
+    optimizer = ALL[name](problem.metric)
+    for index in range(120):
+        if index == 60:
+            problem.y = problem.y + 1.0
+        problem.backward()
+        final = problem.step(optimizer)
+    assert final < 1e-9
+    for declared in problem.metric.parameters:
+        assert 1e-12 < declared.mass.scalar < 1e6
+
+
+@pytest.mark.parametrize("what", [None, "a", [1.0], 1j, "vector", "complex"])
+@pytest.mark.parametrize("name", SEARCHING)
+def test_a_closure_that_returns_no_number(name: str, what: Any) -> None:
+    problem = curved()
+    optimizer = SEARCHING[name](problem.metric)
+    values = {"vector": torch.ones(3), "complex": torch.tensor(1j)}
+    found = values.get(what, what) if isinstance(what, str) else what
+    problem.backward()
+    before = problem.values()
+    with pytest.raises(TypeError, match="the closure returned"):
+        problem.step(optimizer, lambda: found)
+    assert all(map(torch.equal, before, problem.values()))
+    # The same pass serves a step that is right.
+    start = float(problem.loss().detach())
+    assert problem.step(optimizer) < start
+
+
+@pytest.mark.parametrize("name", SEARCHING)
+def test_a_changed_gradient_is_what_counts(name: str) -> None:
+    problem = curved()
+    optimizer = SEARCHING[name](problem.metric)
+    problem.backward()
+    problem.model[0].weight.grad.zero_()
+    problem.model[0].bias.grad.zero_()
+    before = problem.values()
+    problem.step(optimizer)
+    moved = [
+        not torch.equal(*pair) for pair in zip(before, problem.values(), strict=True)
+    ]
+    assert moved == [False, False, True, True]
+
+
+@pytest.mark.parametrize("name", SEARCHING)
+def test_a_parameter_without_gradient_stands_still(name: str) -> None:
+    whole, part = curved(blocks="model"), curved(blocks="model")
+    optimizer = SEARCHING[name](whole.metric)
+    whole.backward()
+    whole.model[0].weight.grad = None
+    before = whole.values()
+    start = float(whole.loss().detach())
+    assert whole.step(optimizer) < start
+    assert torch.equal(before[0], whole.model[0].weight)
+    # Nor does its gradient steer the others: as with a gradient of zero.
+    other = SEARCHING[name](part.metric)
+    part.backward()
+    part.model[0].weight.grad.zero_()
+    direction = other._descent(other._moving())
+    part.model[0].weight.grad = None
+    alone = other._descent(other._moving())
+    for key, vector in alone.items():
+        torch.testing.assert_close(vector, direction[key])
+
+
+def test_gauss_newton_puts_its_mass_back() -> None:
+    problem = curved()
+    optimizer = GaussNewton(problem.metric)
+    problem.backward()
+    calls = []
+
+    def outputs() -> Tensor:
+        calls.append(1)
+        if len(calls) > 7:
+            raise RuntimeError("out of memory")
+        return problem.model(problem.x)
+
+    def rising(z: Tensor) -> Tensor:
+        # Higher wherever it is looked at again.
+        return F.mse_loss(z, problem.y) + 10.0 * (len(calls) % 6 != 1)
+
+    before = problem.values()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        optimizer.step(outputs, rising)
+    assert len(calls) > 6
+    assert all(map(torch.equal, before, problem.values()))
+    assert optimizer.param_groups[0]["scale"] == 1.0
+    assert all(d.mass.scalar == 0.1 for d in problem.metric.parameters)
+
+
+def test_no_small_matrix_is_made_for_a_bound_on_memory() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 60), nn.Tanh(), nn.Linear(60, 3))
+    x, y = torch.randn(300, 4), torch.arange(300) % 3
+    metric = rm.LayerwiseMetric(
+        model, rm.output.Categorical(), mass=1.0, blocks="model", max_memory="2MiB"
+    )
+    optimizer = LevenbergMarquardt(metric)
+    for _ in range(3):
+        with metric.record():
+            z = model(x)
+        metric.backward(F.cross_entropy(z, y), z)
+        optimizer.step(lambda: F.cross_entropy(model(x), y))
+        assert optimizer.report.accepted
+    assert optimizer.report.mass < 1.0
+    for block in metric.blocks.values():
+        assert "factor" not in vars(block.inverse)
+
+
+def test_clip_is_of_the_metric_whatever_the_curvature_is_taken_for() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 3))
+    output = rm.output.Sampled(rm.output.Categorical(), gradient_rows=False)
+    metric = rm.LayerwiseMetric(model, output, mass=1e-4)
+    optimizer = rm.optim.RiemannianSGD(metric, clip=0.01)
+    x, y = torch.randn(20, 4), torch.arange(20) % 3
+    inflated = []
+    for _ in range(12):
+        with metric.record():
+            z = model(x)
+        metric.backward(F.cross_entropy(z, y), z)
+        optimizer.step()
+        motion = optimizer.report.motion
+        inflated.append(float(motion.inflation))
+        assert float(motion.norm) == pytest.approx(0.01, rel=1e-6)
+    assert max(inflated) > 1.5
