@@ -1,6 +1,6 @@
 """The first pass through a graph: what it looks like, and whether all is explained."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -61,8 +61,12 @@ def explore(
         torch.cat([stack, probe])
         for stack, probe in zip(rows.stacks, probes, strict=False)
     ]
-    passes, batched = carry(tape.uses, outputs, stacks, batched=None)
-    known = [tuple(joint(own)) for own in zip(*passes, strict=True)]
+
+    def carried() -> tuple[list[Carried], bool]:
+        passes, batched = carry(tape.uses, outputs, stacks, batched=None)
+        return [tuple(joint(own)) for own in zip(*passes, strict=True)], batched
+
+    known, batched = carried()
     _refuse_nested_heads(outputs)
     truths = [] if expected is None else [(rows.rank, expected)]
     # At an optimum the costate vanishes and tells nothing; the probes always do.
@@ -71,7 +75,7 @@ def explore(
         truths.append((rows.count + index, truth))
     try:
         found, graph, certain = _agreed(
-            watch, tape, outputs, rows, truths, parameters, known
+            watch, tape, outputs, rows, truths, parameters, known, carried
         )
     except Exception:
         watch.forget()
@@ -134,12 +138,15 @@ def _agreed(
     truths: Sequence[tuple[int, Mapping[str, Tensor | None]]],
     parameters: DeclaredParameters,
     known: Sequence[Carried],
+    again: Callable[[], tuple[Sequence[Carried], bool]],
 ) -> tuple[Linearization, Graph, bool]:
     position = {id(use): i for i, use in enumerate(tape.uses)}
     first, n = rows.count, len(outputs[0])
     stop = max((index for index, _ in truths), default=first) + 1
     _explain_paths(watch, tape, outputs, parameters)
     while True:
+        if watch.seek(tape):
+            known, _ = again()
         uses = watch.explaining(tape)
         carried = [known[position[id(use)]] for use in uses]
         try:
@@ -185,7 +192,7 @@ def _layouts(
     found, certain = [], True
     for use, cotangents in zip(uses, carried, strict=True):
         layouts = []
-        for each in cotangents:
+        for place, each in enumerate(cotangents):
             if each is None:
                 layouts.append(Layout())
                 continue
@@ -197,6 +204,9 @@ def _layouts(
                     "gradients that arrive there; remove it, and use the .grad that "
                     "metric.backward leaves if you want to clip"
                 )
+            if layout is None and place >= len(use.places):
+                # The rule says whether it can do without.
+                layout = Layout(-1)
             if layout is None:
                 raise UnexplainedError(
                     watch.names_of(use), _apart_no_more(use, uses, each, examples)

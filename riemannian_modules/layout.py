@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from riemannian_modules.errors import LinearizationError
+
 __all__ = [
     "Layout",
     "bit_probes",
@@ -23,7 +25,7 @@ class Layout:
     """The dimension that holds the examples, alone or folded with another one.
 
     Attributes:
-        dim: the dimension; its size is ``n q`` for n examples.
+        dim: the dimension; its size is ``n q`` for n examples. Negative: there is none.
         major: whether the examples are the slow index of it, ``(n, q)``; else
             ``(q, n)``.
     """
@@ -41,7 +43,14 @@ class Layout:
 
         Returns:
             ``(*leading, n, *rest)``; where they were folded, q stays in place.
+
+        Raises:
+            LinearizationError: the examples are nowhere.
         """
+        if self.dim < 0:
+            raise LinearizationError(
+                "the examples of the batch interact here, or share a value"
+            )
         dim = leading + self.dim
         if tensor.shape[dim] == examples:
             return tensor if self.dim == 0 else tensor.movedim(dim, leading)

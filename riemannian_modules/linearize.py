@@ -22,9 +22,9 @@ from riemannian_modules.heads import Rows
 from riemannian_modules.layout import Layout
 from riemannian_modules.linearization import Linearization
 from riemannian_modules.reverse import FEW, joint
-from riemannian_modules.rules import GENERIC, Call, Inside
+from riemannian_modules.rules import GENERIC, SHARED, Call, Inside
 from riemannian_modules.rules.job import Job, UnexplainedError, explained
-from riemannian_modules.tape import Use
+from riemannian_modules.tape import Place, Use
 from riemannian_modules.watch import Watch
 
 __all__ = [
@@ -157,13 +157,7 @@ def assemble(
                     memo,
                     watch.name_of,
                     tuple(
-                        map(
-                            Inside,
-                            use.inside,
-                            cotangents[count:],
-                            layouts[count:],
-                            use.shapes[count:],
-                        )
+                        map(_inside, use.inside, cotangents[count:], layouts[count:])
                     ),
                 )
                 for name, factor in explained(job, call).items():
@@ -173,6 +167,10 @@ def assemble(
                     else:
                         known[-1].append(factor)
     return Assembled(examples, found)
+
+
+def _inside(place: Place, cotangent: Tensor | None, layout: Layout) -> Inside:
+    return Inside(place.input, cotangent, layout, place.shape, place.note)
 
 
 def _large(cotangents: Carried) -> bool:
@@ -201,7 +199,7 @@ def _require_explicable(use: Use, job: Job) -> None:
     Raises:
         UnexplainedError: it did not.
     """
-    if not (use.plain or job.entry is GENERIC):
+    if not (use.plain or job.entry in (GENERIC, SHARED)):
         reason = f"{use.label} ran another forward than that of its class"
         raise UnexplainedError(job.names, reason)
     if not use.own:

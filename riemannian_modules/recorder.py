@@ -336,5 +336,5 @@ def _apart(
             carried, like, graph.layouts, strict=True
         )
         for each, plain, layout in zip(cotangents, plains, layouts, strict=True)
-        if each is not None and plain is not None
+        if each is not None and plain is not None and layout.dim >= 0
     )

@@ -63,11 +63,13 @@ class Place(NamedTuple):
         edge: where its output enters the autograd graph.
         input: what it was applied to, ``(*batch, in)``, detached.
         shape: that of its output; cotangents there may have less dimensions.
+        note: what else the rule wants to know of it.
     """
 
     edge: GradientEdge
     input: Tensor
     shape: torch.Size
+    note: Any = None
 
 
 # Finds such places in a call from the module, its arguments and its outputs.
@@ -135,7 +137,8 @@ class Use:
         own: whether it held its own parameters, and nothing in their place.
         attributes: what it was made of when it was called.
         values: its differentiable outputs, where they are to be compared later.
-        inside: what the linear maps inside it were applied to.
+        inside: the linear maps, and other places, that were found inside it.
+        sought: what these were looked for with, by identity.
     """
 
     name: str
@@ -153,7 +156,20 @@ class Use:
     own: bool
     attributes: dict[str, object]
     values: tuple[Tensor, ...]
-    inside: tuple[Tensor, ...]
+    inside: tuple[Place, ...]
+    sought: frozenset[int] = frozenset()
+
+    def look(self, inside: tuple[Place, ...], sought: frozenset[int]) -> None:
+        """Put other places inside it into the place of those that it has.
+
+        Args:
+            inside: the places.
+            sought: what they were looked for with.
+        """
+        count = len(self.places)
+        self.inside, self.sought = inside, sought
+        self.edges = (*self.edges[:count], *(each.edge for each in inside))
+        self.shapes = (*self.shapes[:count], *(each.shape for each in inside))
 
     def keeps_settings(self) -> bool:
         """Whether its plain attributes, such as a stride, are as they were."""
@@ -265,7 +281,7 @@ class Tape:
                     watched.holds_its_own(),
                     vars(module).copy(),
                     tuple([t.detach().clone() for t in outputs]) if keep else (),
-                    tuple([each.input for each in inside]),
+                    inside,
                 )
             )
 

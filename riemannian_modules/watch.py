@@ -1,13 +1,15 @@
 """Which modules are recorded, and which of them explains which parameter."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 
 from torch import Tensor, nn
 
 from riemannian_modules.declared import DeclaredParameters
 from riemannian_modules.errors import LinearizationError
-from riemannian_modules.rules import GENERIC, Entry, entry_of
+from riemannian_modules.rules import GENERIC, SHARED, Entry, entry_of
 from riemannian_modules.rules.job import Job
+from riemannian_modules.rules.shared import find_shared, shared_places
 from riemannian_modules.tape import Finder, Tape, Use, Watched
 
 __all__ = ["Watch"]
@@ -35,9 +37,11 @@ class Watch:
     def __init__(self, model: nn.Module, parameters: DeclaredParameters) -> None:
         self._model = model
         self._parameters = parameters
-        self._raised: dict[str, str] = {}
-        self._kept: dict[str, str] = {}
+        self._raised: dict[str, tuple[str, Entry]] = {}
+        self._kept: dict[str, tuple[str, Entry]] = {}
         self._reasons: dict[str, str] = {}
+        # Parameters that need no replay, as a first pass has shown.
+        self._proved: set[str] = set()
         self._recorded: dict[bool, list[Watched]] = {}
         self.generation = 0
         self.jobs: dict[str, list[Job]] = {}
@@ -57,14 +61,15 @@ class Watch:
                 own = module.named_parameters(recurse=deep)
                 wanted = tuple(rel for rel, p in own if self._is_own(p))
                 if wanted:
-                    self.jobs[path] = [self._job(entry or GENERIC, module, wanted)]
+                    self.jobs[path] = [self._job(entry or SHARED, module, wanted)]
             if deep:
                 claimed.update(module.modules())
-        higher: dict[str, list[str]] = {}
-        for name, path in self._raised.items():
-            higher.setdefault(path, []).append(name[len(path) + 1 if path else 0 :])
-        for path, names in higher.items():
-            job = self._job(GENERIC, self._model.get_submodule(path), names)
+        higher: dict[tuple[str, Entry], list[str]] = {}
+        for name, (path, entry) in self._raised.items():
+            below = name[len(path) + 1 if path else 0 :]
+            higher.setdefault((path, entry), []).append(below)
+        for (path, entry), names in higher.items():
+            job = self._job(entry, self._model.get_submodule(path), names)
             self.jobs.setdefault(path, []).append(job)
 
     def _job(self, entry: Entry, module: nn.Module, wanted: Sequence[str]) -> Job:
@@ -88,7 +93,11 @@ class Watch:
         if exploring not in self._recorded:
             kept = dict.fromkeys(self.jobs, False)
             for path, jobs in self.jobs.items():
-                kept[path] = any(j.entry.compares and not j.entry.finder for j in jobs)
+                kept[path] = any(
+                    job.entry.compares and not job.entry.finder
+                    for job in jobs
+                    if not (job.entry is SHARED and self._proved >= {*job.names})
+                )
             if exploring:
                 for declared in self._parameters:
                     kept.update((path, True) for path in _above(declared.name))
@@ -107,10 +116,36 @@ class Watch:
 
     def _finder(self, path: str) -> tuple[Finder | None, bool]:
         """Return what finds linear maps in a module, and whether it may do without."""
-        for job in self.jobs.get(path, []):
+        jobs = self.jobs.get(path, [])
+        for job in jobs:
             if job.entry.finder is not None:
                 return job.entry.finder, job.entry.compares
-        return None, False
+        leaves = self._shared(path)
+        return (partial(find_shared, leaves), False) if leaves else (None, False)
+
+    def _shared(self, path: str) -> list[Tensor]:
+        jobs = self.jobs.get(path, [])
+        return [t for job in jobs if job.entry is SHARED for t in job.tensors]
+
+    def seek(self, tape: Tape) -> bool:
+        """Look into calls for parameters that were handed up since they were recorded.
+
+        Args:
+            tape: the recorded pass; changed.
+
+        Returns:
+            Whether there are other places than before.
+        """
+        found = False
+        for use in tape.uses:
+            leaves = self._shared(use.name)
+            names = frozenset(map(id, leaves))
+            if names and names != use.sought:
+                outputs = use.edges[: len(use.places)]
+                starts = [edge.node for edge in outputs]
+                use.look(shared_places(leaves, starts, use.origins), names)
+                found = True
+        return found
 
     def _held(
         self, path: str, module: nn.Module
@@ -149,7 +184,7 @@ class Watch:
         for path, jobs in self.jobs.items():
             module = self._model.get_submodule(path)
             for job in jobs:
-                if name in job.names and job.entry is not GENERIC:
+                if name in job.names and job.entry not in (GENERIC, SHARED):
                     raise LinearizationError(
                         f"parameter '{name}': {reason}. The rule of "
                         f"{type(module).__name__} is wrong, or a hook changes what the "
@@ -160,7 +195,7 @@ class Watch:
     def covers(self, use: Use, name: str) -> bool:
         """Whether the replay of a module around this call explains a parameter."""
         return any(
-            job.entry is GENERIC and name in job.names
+            job.entry in (GENERIC, SHARED) and name in job.names
             for path in (use.name, *_above(use.name))
             for job in self.jobs.get(path, [])
         )
@@ -169,6 +204,10 @@ class Watch:
         """Make what was handed up since the last call permanent."""
         if self._kept != self._raised:
             self.generation += 1
+        jobs = [job for own in self.jobs.values() for job in own]
+        proved = {n for job in jobs if job.entry is SHARED for n in job.names}
+        if proved != self._proved:
+            self._proved, self._recorded = proved, {}
         self._kept, self._reasons = dict(self._raised), {}
 
     def refresh(self) -> None:
@@ -176,6 +215,7 @@ class Watch:
         plain = [_is_plain(module) for module in self._modules]
         if plain != self._plain:
             self.generation += 1
+            self._proved = set()
             self._assign()
 
     def forget(self) -> None:
@@ -196,30 +236,37 @@ class Watch:
         """
         first = self._reasons.setdefault(name, reason)
         recorded = {use.name for use in tape.uses if use.values}
-        if name in self._raised:
-            above = list(_above(self._raised[name]))
-        else:
-            tensor = self._parameters[name].tensor
-            above = _common(
-                path
-                for path, module in self._model.named_modules()
-                if any(p is tensor for p in module._parameters.values())
-            )
-        for path in above:
-            tried = any(
-                job.entry is GENERIC and name in job.names
-                for job in self.jobs.get(path, [])
-            )
-            if path in recorded and not tried:
-                self._raised[name] = path
+        tensor = self._parameters[name].tensor
+        above = _common(
+            path
+            for path, module in self._model.named_modules()
+            if any(p is tensor for p in module._parameters.values())
+        )
+        options = [
+            (path, entry)
+            for path in above
+            for entry in (SHARED, GENERIC)
+            # A layer with a rule of its own adds nothing to its examples.
+            if entry is GENERIC or entry_of(self._model.get_submodule(path)) is None
+        ]
+        tried = [
+            (path, job.entry)
+            for path, jobs in self.jobs.items()
+            for job in jobs
+            if name in job.names
+        ]
+        last = max((i for i, each in enumerate(options) if each in tried), default=-1)
+        for path, entry in options[last + 1 :]:
+            if path in recorded:
+                self._raised[name] = path, entry
                 self._assign()
                 return
-        last = "" if reason == first else f" At last: {reason}."
+        then = "" if reason == first else f" At last: {reason}."
         raise LinearizationError(
             f"parameter '{name}': {first}. No module above that was called inside "
             "metric.record() explains it: use the parameter only inside the model's "
             "forward, keep the examples of the batch apart, and put weight decay in "
-            f"the optimizer.{last}"
+            f"the optimizer.{then}"
         )
 
 

@@ -1083,7 +1083,7 @@ def test_a_layer_whose_replay_differs() -> None:
             self.scale = nn.Parameter(torch.ones(5))
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.scale * F.dropout(x, 0.5)
+            return torch.maximum(self.scale, F.dropout(x, 0.5))
 
     model = nn.Sequential(Noisy(), nn.Linear(5, 3))
     metric = rm.LayerwiseMetric(model, output=rm.output.Categorical())

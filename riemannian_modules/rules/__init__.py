@@ -23,9 +23,11 @@ from riemannian_modules.rules.normalisation import (
     rms_norm,
 )
 from riemannian_modules.rules.recurrent import recurrent, recurrent_cell
+from riemannian_modules.rules.shared import SHARED, shared
 
 __all__ = [
     "GENERIC",
+    "SHARED",
     "Call",
     "Entry",
     "Inside",
@@ -47,4 +49,5 @@ __all__ = [
     "recurrent_cell",
     "register_rule",
     "rms_norm",
+    "shared",
 ]

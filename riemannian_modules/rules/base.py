@@ -27,12 +27,14 @@ class Inside:
         cotangent: that at its output, ``(r, *batch, out)``, or None.
         layout: where the examples are in both.
         shape: that of its output, ``(*batch, out)``.
+        note: what the finder noted.
     """
 
     input: Tensor
     cotangent: Tensor | None
     layout: Layout
     shape: torch.Size
+    note: Any = None
 
 
 @dataclass(frozen=True)

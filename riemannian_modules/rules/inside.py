@@ -14,7 +14,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from riemannian_modules.tape import Place
 
-__all__ = ["linear_maps"]
+__all__ = ["linear_maps", "saved", "saved_as_they_are"]
 
 # A product, by the name of its node, and what it remembers of its left side.
 _PRODUCTS = {"AddmmBackward0": "_saved_mat1", "MmBackward0": "_saved_self"}
@@ -41,7 +41,7 @@ def linear_maps(
     Returns:
         A place for each weight; empty if one was not found, or cannot be looked at.
     """
-    if not _saved_as_they_are():
+    if not saved_as_they_are():
         return ()
     names = [id(weight) for weight in weights]
     wanted = [(name, names[:i].count(name)) for i, name in enumerate(names)]
@@ -49,9 +49,9 @@ def linear_maps(
     places = []
     for key, shape in zip(wanted, shapes, strict=True):
         node: Any = nodes.get(key)
-        if node is None:
+        x = None if node is None else saved(node, _PRODUCTS[type(node).__name__])
+        if x is None:
             return ()
-        x: Tensor = getattr(node, _PRODUCTS[type(node).__name__]).detach()
         rows, size = node._input_metadata[0].shape
         if rows != torch.Size(shape).numel():
             return ()
@@ -60,10 +60,28 @@ def linear_maps(
     return tuple(places)
 
 
-def _saved_as_they_are() -> bool:
-    # Hooks on saved tensors, as of a checkpoint, compute them anew, and only once.
+def saved_as_they_are() -> bool:
+    """Whether what autograd saves can be looked at.
+
+    Hooks on saved tensors, as of a checkpoint, compute them anew, and only once.
+    """
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     return top is not None and top(True) is None
+
+
+def saved(node: Node, name: str) -> Tensor | None:
+    """Return a tensor that a node keeps, detached; None if there is none.
+
+    Args:
+        node: the node.
+        name: its attribute.
+    """
+    try:
+        found = getattr(node, name)
+    except RuntimeError:
+        # Changed in place: autograd will say so.
+        return None
+    return found.detach() if isinstance(found, Tensor) else None
 
 
 def _products(

@@ -53,6 +53,8 @@ def explained(job: Job, call: Call) -> dict[str, MetricFactor]:
     """
     try:
         factors: object = job.entry.rule(call)
+    except UnexplainedError as error:
+        raise UnexplainedError(error.names or job.names, error.reason) from error
     except (LinearizationError, RuntimeError, IndexError, ShapeError) as error:
         raise UnexplainedError(job.names, str(error)) from error
     except Exception as error:

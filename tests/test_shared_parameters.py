@@ -1,0 +1,229 @@
+"""Parameters that examples meet in sums and products need no replay."""
+
+from collections.abc import Callable
+from importlib import import_module
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from zoo_models import grad_jacobian, trainable
+
+import riemannian_modules as rm
+from riemannian_modules.errors import LinearizationError
+
+WIDTH, LONG = 6, 9
+
+
+class Tokens(nn.Module):
+    """Adds something of its own to embedded tokens, then what drops out at random."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.last = nn.Linear(3, WIDTH), nn.Linear(WIDTH, 2)
+        self.build()
+
+    def build(self) -> None:
+        self.own = nn.Parameter(torch.randn(LONG, WIDTH))
+
+    def add(self, h: Tensor) -> Tensor:
+        return h + self.own[: h.shape[1]]
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.dropout(self.add(self.enter(x)), 0.3)
+        return self.last(torch.tanh(h)).sum(1)
+
+
+class Vision(Tokens):
+    """A class token in front, and learned positions for all."""
+
+    def build(self) -> None:
+        self.token = nn.Parameter(torch.randn(1, 1, WIDTH))
+        self.own = nn.Parameter(torch.randn(1, LONG, WIDTH))
+
+    def add(self, h: Tensor) -> Tensor:
+        h = torch.cat([self.token.expand(len(h), -1, -1), h], 1)
+        return h + self.own[:, : h.shape[1]]
+
+
+class Repeated(Vision):
+    def add(self, h: Tensor) -> Tensor:
+        h = torch.cat([h, self.token.repeat(len(h), 1, 1)], 1)
+        return self.own[:, : h.shape[1]] - 2.0 * h
+
+
+class Looked(Tokens):
+    """Positions from a table, the same for all examples."""
+
+    def build(self) -> None:
+        self.own = nn.Embedding(LONG, WIDTH)
+
+    def add(self, h: Tensor) -> Tensor:
+        return h + self.own(torch.arange(h.shape[1]))
+
+
+class LookedAsOne(Looked):
+    def add(self, h: Tensor) -> Tensor:
+        return h + self.own(torch.arange(h.shape[1]).unsqueeze(0))
+
+
+class Scaled(Tokens):
+    """A scale and a shift for every feature, and one number for all."""
+
+    def build(self) -> None:
+        self.scale = nn.Parameter(torch.randn(WIDTH))
+        self.shift = nn.Parameter(torch.randn(WIDTH))
+        self.all = nn.Parameter(torch.tensor(0.7))
+
+    def add(self, h: Tensor) -> Tensor:
+        return torch.sub(h * self.scale, self.shift, alpha=0.5) * self.all.exp()
+
+
+class SequenceFirst(Tokens):
+    def build(self) -> None:
+        self.own = nn.Parameter(torch.randn(LONG, 1, WIDTH))
+
+    def add(self, h: Tensor) -> Tensor:
+        h = h.transpose(0, 1)
+        return (h + self.own[: len(h)]).transpose(0, 1)
+
+
+class Twice(Tokens):
+    """Used in two ways at once."""
+
+    def add(self, h: Tensor) -> Tensor:
+        own = self.own[: h.shape[1]]
+        return h * own.tanh() + own
+
+
+class OfAParent(Tokens):
+    """Handed to a child, which adds it."""
+
+    class Adds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, h: Tensor, own: Tensor) -> Tensor:
+            return self.layer(h) + own
+
+    def build(self) -> None:
+        super().build()
+        self.child = self.Adds()
+
+    def add(self, h: Tensor) -> Tensor:
+        return self.child(h, self.own[: h.shape[1]])
+
+
+MODELS: list[Callable[[], nn.Module]] = [
+    *(Tokens, Vision, Repeated, Looked, LookedAsOne, Scaled, SequenceFirst, Twice),
+    OfAParent,
+]
+
+
+def gap(model: nn.Module, sizes: list[tuple[int, int]], **options: bool) -> float:
+    """The largest error of a factor, against autograd on the very same graph."""
+    metric = rm.LayerwiseMetric(
+        model, rm.output.Euclidean(), reduction="sum", mass=0.1, **options
+    )
+    worst = 0.0
+    for n, length in sizes:
+        with metric.record():
+            z = model(torch.randn(n, length, 3))
+        dense = grad_jacobian([z], trainable(model))
+        metric.backward(z.square().sum(), z)
+        parts = [part for block in metric.blocks.values() for part in block.parts]
+        assert {part.name for part in parts} == set(dense)
+        for part in parts:
+            rows = part.factor.to_dense().flatten(1)
+            own = rows.unflatten(0, (-1, n)).transpose(0, 1)
+            error = (own - dense[part.name]).norm() / dense[part.name].norm()
+            worst = max(worst, float(error))
+    return worst
+
+
+@pytest.fixture
+def no_replay(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("a module ran again")
+
+    generic = import_module("riemannian_modules.rules.generic")
+    monkeypatch.setattr(generic, "_Replay", refuse)
+
+
+SIZES = [(4, 5), (3, 3), (1, 4), (5, 1), (2, 2)]
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("model", MODELS, ids=lambda each: each.__name__)
+def test_rows_are_those_of_the_graph(
+    model: Callable[[], nn.Module], static: bool
+) -> None:
+    torch.manual_seed(0)
+    sizes = [(4, 5)] * 6 if static else SIZES
+    assert gap(model(), sizes, static_graph=static) < 1e-12
+
+
+@pytest.mark.usefixtures("no_replay")
+@pytest.mark.parametrize("model", [Tokens, Vision, Scaled, SequenceFirst, Twice])
+def test_nothing_runs_again(model: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    assert gap(model(), [(4, 5), (3, 3)]) < 1e-12
+
+
+def test_a_single_example_first() -> None:
+    torch.manual_seed(0)
+    for make in MODELS:
+        assert gap(make(), [(1, 4), (4, 4), (4, 1), (1, 1)]) < 1e-12
+
+
+class Sorted(Tokens):
+    """Used in a way that is not understood, so that the module has to run again."""
+
+    def build(self) -> None:
+        self.own = nn.Parameter(torch.randn(WIDTH))
+
+    def add(self, h: Tensor) -> Tensor:
+        return torch.maximum(h, self.own) + self.own
+
+
+def test_other_uses_are_replayed_or_refused() -> None:
+    torch.manual_seed(0)
+    with pytest.raises(LinearizationError, match=r"'own'.*dropout"):
+        gap(Sorted(), [(4, 5)])
+
+    class Still(Sorted):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(torch.tanh(self.add(self.enter(x)))).sum(1)
+
+    assert gap(Still(), SIZES) < 1e-12
+
+
+def test_what_all_examples_share_is_refused() -> None:
+    class Mean(Tokens):
+        def add(self, h: Tensor) -> Tensor:
+            return h + self.own[: h.shape[1]] + h.mean(0)
+
+    with pytest.raises(LinearizationError, match="interact"):
+        gap(Mean(), [(4, 5)])
+
+
+def test_on_a_manifold_and_sampled() -> None:
+    torch.manual_seed(0)
+    model = Vision()
+    rm.geometrize(model, {"own": rm.manifolds.Sphere()})
+    output = rm.output.Sampled(rm.output.Categorical())
+    metric = rm.LayerwiseMetric(model, output, mass=0.1)
+    optimizer = rm.optim.RiemannianSGD(metric)
+    x, y = torch.randn(8, 5, 3), torch.arange(8) % 2
+    for _ in range(4):
+        with metric.record():
+            z = model(x)
+        metric.backward(F.cross_entropy(z, y), z)
+        found, start = metric.natural_gradient(), model.own.detach().clone()
+        assert (found["own"] * start).sum(-1).abs().max() < 1e-12
+        for block in metric.blocks.values():
+            assert block.rank == 16
+        optimizer.step()
+    own = model.own.detach()
+    torch.testing.assert_close(own.norm(dim=-1), torch.ones(1, LONG))
