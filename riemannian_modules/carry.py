@@ -6,10 +6,19 @@ import torch
 from torch import Tensor
 
 from riemannian_modules.errors import NotRecordedError
+from riemannian_modules.layout import Layout, keeps_apart
 from riemannian_modules.reverse import joint, rescaled, reverse_passes, unit_scaled
 from riemannian_modules.tape import Use
 
-__all__ = ["Carried", "by_use", "carry", "in_float16", "narrowed"]
+__all__ = [
+    "Carried",
+    "between",
+    "by_use",
+    "carry",
+    "in_float16",
+    "in_place",
+    "narrowed",
+]
 
 # What comes to the outputs of a use, and to the linear maps inside it.
 Carried = tuple[Tensor | None, ...]
@@ -94,3 +103,35 @@ def _in_shape(carried: Tensor | None, shape: torch.Size) -> Tensor | None:
 def narrowed(carried: Carried, stop: int) -> Carried:
     """Return the first cotangents only."""
     return tuple(None if each is None else each[:stop] for each in carried)
+
+
+def between(carried: Sequence[Carried], start: int, stop: int) -> list[Carried]:
+    """Return some of the cotangents of every use."""
+    return [
+        tuple([None if each is None else each[start:stop] for each in own])
+        for own in carried
+    ]
+
+
+def in_place(
+    carried: Sequence[Carried],
+    like: Sequence[Carried],
+    layouts: Sequence[Sequence[Layout]],
+    scales: Tensor,
+    rounding: float,
+) -> bool:
+    """Whether every example is where its layout says.
+
+    Args:
+        carried: for each use a cotangent whose examples were sent out with scales.
+        like: the same without them.
+        layouts: where the examples are said to be.
+        scales: those of the examples, ``(n,)``.
+        rounding: the unit of rounding on the way.
+    """
+    return all(
+        keeps_apart(each[-1], plain[0], scales, layout, rounding)
+        for cotangents, plains, own in zip(carried, like, layouts, strict=True)
+        for each, plain, layout in zip(cotangents, plains, own, strict=True)
+        if each is not None and plain is not None and layout.dim >= 0
+    )

@@ -176,9 +176,11 @@ def as_masses(
     }
     missing = [name for name, key in keys.items() if key is None]
     if unused or missing:
+        wrong = [f"no parameter matches {unused}"] if unused else []
+        wrong += [f"there is no mass for {missing}"] if missing else []
         raise MassError(
-            f"masses by name: no parameter matches {unused}, no mass for {missing}; "
-            f"use names of {sorted(shapes)} or patterns such as '*.bias' as keys"
+            f"masses by name: {', and '.join(wrong)}; use names of {sorted(shapes)} or "
+            "patterns such as '*.bias' as keys, and '*' for all others"
         )
     return {
         name: as_mass(mass[key], shapes[name], name)

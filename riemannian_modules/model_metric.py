@@ -161,9 +161,8 @@ class ModelMetric:
         return self.parameters.product(self.blocks, self.version)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the masses and the version; factors belong to one pass.
+        """Return the masses and the version; factors and histories begin anew.
 
-        So do the rows of a history: a metric that goes on from a state starts it anew.
         Only numbers, strings and tensors, so that ``torch.load`` can read it safely.
         """
         mass = {declared.name: asdict(declared.mass) for declared in self.parameters}
@@ -178,8 +177,9 @@ class ModelMetric:
         Raises:
             MassError: it is that of another model; nothing was changed.
         """
+        version = int(state["version"])
         self.set_mass({name: Mass(**mass) for name, mass in state["mass"].items()})
-        self.version = int(state["version"])
+        self.version = version
         self.fewer.forget()
 
     @contextmanager

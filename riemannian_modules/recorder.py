@@ -7,7 +7,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from riemannian_modules.carry import Carried, by_use, carry, in_float16
+from riemannian_modules.carry import (
+    Carried,
+    between,
+    by_use,
+    carry,
+    in_float16,
+    in_place,
+)
 from riemannian_modules.checks import (
     autograd_gradient,
     batch_norms,
@@ -21,10 +28,10 @@ from riemannian_modules.checks import (
     require_finite,
 )
 from riemannian_modules.declared import DeclaredParameters
-from riemannian_modules.errors import LinearizationError
+from riemannian_modules.errors import LinearizationError, NotRecordedError
 from riemannian_modules.explore import explore
 from riemannian_modules.heads import Head, Reduction, Rows, output_rows
-from riemannian_modules.layout import keeps_apart, random_scales, scaled_examples
+from riemannian_modules.layout import random_scales, scaled_examples
 from riemannian_modules.linearize import Graph, Linearization, assemble, taken_apart
 from riemannian_modules.reverse import FEW, batching_pays, loss_scale
 from riemannian_modules.rules.job import UnexplainedError
@@ -39,6 +46,10 @@ Key = tuple[bool, tuple[object, ...], tuple[object, ...]]
 
 # So many passes have to agree on a graph before it is taken to stay as it is.
 _SURE = 2
+_OTHERWISE = (
+    "the model computes in another way than in the passes before, of which less had to "
+    "be recorded: record this pass again and call backward; if it fails again"
+)
 
 
 class Recorder:
@@ -64,6 +75,7 @@ class Recorder:
         self._coins = torch.Generator().manual_seed(0)
         self._exploring = True
         self._tape: Tape | None = None
+        self._used_up = False
         for declared in parameters:
             if declared.tensor.is_complex():
                 raise LinearizationError(
@@ -82,18 +94,18 @@ class Recorder:
         refuse_coupling(self._batch_norms)
         refuse_scaled_gradients(self._embeddings)
         self.watch.refresh()
-        tape = Tape()
+        tape = Tape(partial=not self._exploring)
         handles = tape.watch(self.watch.modules(exploring=self._exploring))
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
-        self._tape = tape
+        self._tape, self._used_up = tape, False
 
     def close(self) -> Tape:
         """Give the recorded pass away; it can be linearised only once."""
-        tape, self._tape = self._tape, None
+        tape, self._tape, self._used_up = self._tape, None, True
         assert tape is not None
         return tape
 
@@ -119,6 +131,15 @@ class Recorder:
             NonFiniteError: NaN or infinity in the loss or the outputs.
         """
         ends = [tensor for tensor, _ in heads]
+        if self._used_up:
+            raise NotRecordedError(
+                "the recorded pass was linearised already, and can be only once: run "
+                "the model inside 'with metric.record():' again. Losses of the same "
+                "outputs are added up: metric.backward(one + other, outputs)"
+            )
+        if self._tape is not None and self._tape.partial and not self._tape.uses:
+            self._exploring = True
+            raise LinearizationError(f"{_OTHERWISE}: no layer was called")
         tape = recorded_tape(self._tape, ends)
         uses = self.watch.explaining(tape)
         if self.watch.generation != self._generation:
@@ -210,15 +231,15 @@ class Recorder:
             if len(passes) > 1:
                 like, passes = passes[which], passes[:-1]
             else:
-                like = _narrowed(passes[0], which, which + 1)
-                passes = [_narrowed(passes[0], 0, -1)]
-            if not _apart(probe, like, graph, scales, tape.rounding):
+                like = between(passes[0], which, which + 1)
+                passes = [between(passes[0], 0, -1)]
+            if not in_place(probe, like, graph.layouts, scales, tape.rounding):
                 return None
         if below is None:
             return passes
         r = rows.rank
         if len(passes) == 1 and rows.count > 2:
-            passes = [_narrowed(passes[0], 0, r), _narrowed(passes[0], r, rows.count)]
+            passes = [between(passes[0], 0, r), between(passes[0], r, rows.count)]
             r = 1
         return [*passes[:r], below, *(passes[r:] if rows.has_rest else [])]
 
@@ -252,13 +273,22 @@ class Recorder:
             half = any(use.dtype == torch.float16 for use in tape.uses)
             scale = loss_scale(ends, half=half)
             expected = autograd_gradient(loss, self._parameters, scale)
+        if costates is not None:
+            for (end, metric), costate in zip(heads, costates, strict=True):
+                if metric is not None:
+                    metric.require_order(end.detach(), costate)
         # Where something above has to explain a parameter, it must have been recorded.
         self._exploring = True
         with torch.no_grad():
             rows = output_rows(heads, costates, reduction)
-            found, graph, certain = explore(
-                self.watch, tape, ends, rows, expected, self._parameters
-            )
+            try:
+                found, graph, certain = explore(
+                    self.watch, tape, ends, rows, expected, self._parameters
+                )
+            except LinearizationError as error:
+                if not tape.partial:
+                    raise
+                raise LinearizationError(f"{_OTHERWISE}: {error}") from error
         if certain:
             if self.watch.generation != self._generation:
                 self._forget()
@@ -312,29 +342,3 @@ def _travels_alone(rows: Rows, graph: Graph, *, probes: bool) -> bool:
     others = rows.count - 1 + probes
     few = not graph.batched or others < FEW
     return rows.has_costate and rows.rank > 0 and few and not rows.led
-
-
-def _narrowed(carried: Sequence[Carried], start: int, stop: int) -> list[Carried]:
-    """Return some of the cotangents."""
-    return [
-        tuple([None if each is None else each[start:stop] for each in own])
-        for own in carried
-    ]
-
-
-def _apart(
-    carried: Sequence[Carried],
-    like: Sequence[Carried],
-    graph: Graph,
-    scales: Tensor,
-    rounding: float,
-) -> bool:
-    """Whether every example is where it was before."""
-    return all(
-        keeps_apart(each[-1], plain[0], scales, layout, rounding)
-        for cotangents, plains, layouts in zip(
-            carried, like, graph.layouts, strict=True
-        )
-        for each, plain, layout in zip(cotangents, plains, layouts, strict=True)
-        if each is not None and plain is not None and layout.dim >= 0
-    )

@@ -208,10 +208,12 @@ class Tape:
         uses: calls of watched modules, in the order in which they ended.
         hidden: parameters of modules that ran in a function transform of torch.func,
             which leaves no graph behind at their outputs.
+        partial: whether only modules were watched that had to explain something.
     """
 
     uses: list[Use] = field(default_factory=list)
     hidden: set[str] = field(default_factory=set)
+    partial: bool = False
 
     def watch(self, modules: Iterable[Watched]) -> list[RemovableHandle]:
         """Append a use to the tape at every call of one of ``modules``.

@@ -158,6 +158,11 @@ def ensure_contract(
     >>> ensure_contract(geoopt.Sphere())
     Sphere manifold
     """
+    if isinstance(manifold, type) and issubclass(manifold, geoopt.Manifold):
+        kind = manifold.__name__
+        raise ManifoldContractError(
+            f"{name}: the manifold is the class {kind}; call it: {kind}()"
+        )
     if not isinstance(manifold, geoopt.Manifold):
         raise ManifoldContractError(
             f"{name}: expected a geoopt.Manifold, got {type(manifold).__name__}; "

@@ -4,10 +4,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from riemannian_modules.errors import NotRecordedError
 from riemannian_modules.model_metric import ModelMetric
 from riemannian_modules.retractions import Retraction
 
-__all__ = ["require_kinds", "require_numbers"]
+__all__ = ["require_kinds", "require_numbers", "require_ready"]
 
 
 def require_kinds(call: str, metric: object, retraction: object) -> None:
@@ -34,6 +35,30 @@ def require_kinds(call: str, metric: object, retraction: object) -> None:
         raise TypeError(
             f"retraction={retraction!r}; pass an instance of a Retraction, such as "
             "riemannian_modules.retractions.Exponential()"
+        )
+
+
+def require_ready(metric: ModelMetric) -> None:
+    """Check that a step can be made of what the last backward pass left.
+
+    Args:
+        metric: the metric.
+
+    Raises:
+        NotRecordedError: all gradients are gone.
+        LostManifoldError, NotOnManifoldError, NonFiniteError, LinearizationError: a
+            parameter is not what it was.
+    """
+    metric.parameters.verify()
+    metric.parameters.require_unmoved()
+    found = metric.linearization
+    if found is None or not found.gradient:
+        return
+    if all(metric.parameters[name].tensor.grad is None for name in found.gradient):
+        raise NotRecordedError(
+            "every .grad is None: zero_grad() after metric.backward(loss, outputs) "
+            "takes away what the step is made of. Call it before, or not at all: "
+            "metric.backward sets .grad and does not accumulate"
         )
 
 

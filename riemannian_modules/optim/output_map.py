@@ -1,11 +1,16 @@
 """The derivative of a model's outputs by its parameters, as products both ways."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from riemannian_modules.errors import NotRecordedError, OutputMetricError
+from riemannian_modules.errors import (
+    LinearizationError,
+    NotRecordedError,
+    OutputMetricError,
+)
 from riemannian_modules.heads import (
     OutputLike,
     OutputMetricLike,
@@ -70,7 +75,8 @@ class OutputMap:
         with torch.enable_grad():
             # J^T s is linear in s, so its derivative by s is J, whatever s.
             self._seeds = [torch.zeros_like(z).requires_grad_() for z in self._values]
-            pulled = self._transposed(self._seeds, create_graph=True)
+            with _differentiable_twice():
+                pulled = self._transposed(self._seeds, create_graph=True)
         self._pulled = {n: g for n, g in pulled.items() if g is not None}
         if not self._pulled:
             raise _unreachable()
@@ -113,7 +119,7 @@ class OutputMap:
         linear = [n for n, g in self._pulled.items() if g.requires_grad]
         if not linear:
             return [torch.zeros_like(z) for z in self._values]
-        with torch.enable_grad():
+        with torch.enable_grad(), _differentiable_twice():
             found = torch.autograd.grad(
                 [self._pulled[name] for name in linear],
                 self._seeds,
@@ -154,6 +160,26 @@ class OutputMap:
         """Number of terms of each output's loss."""
         pairs = zip(self._values, self._metrics, strict=True)
         return [metric.terms(value) for value, metric in pairs]
+
+
+@contextmanager
+def _differentiable_twice() -> Iterator[None]:
+    """Say in words of this library that an operation has no second derivative.
+
+    Raises:
+        LinearizationError: it has none.
+        RuntimeError: any other error of torch, as it is.
+    """
+    try:
+        yield
+    except (NotImplementedError, RuntimeError) as error:
+        if "derivative for" not in str(error):
+            raise
+        raise LinearizationError(
+            f"an operation of the model has no second derivative ({error}); for "
+            "attention evaluate the model inside "
+            "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+        ) from error
 
 
 def _exact(metric: OutputMetric | None) -> OutputMetric:

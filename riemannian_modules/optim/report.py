@@ -228,6 +228,9 @@ class StepReport:
         return f"StepReport(blocks {', '.join(self.blocks)})"
 
     def __getitem__(self, name: str) -> BlockReport:
+        if name not in self.blocks:
+            known = ", ".join(map(repr, self.blocks))
+            raise KeyError(f"no block is called {name!r}; there are {known}")
         return self.blocks[name]
 
     def __iter__(self) -> Iterator[BlockReport]:

@@ -20,7 +20,7 @@ from riemannian_modules.errors import (
 )
 from riemannian_modules.layerwise import LayerwiseMetric
 from riemannian_modules.model_metric import ModelMetric
-from riemannian_modules.optim.kinds import require_kinds, require_numbers
+from riemannian_modules.optim.kinds import require_kinds, require_numbers, require_ready
 from riemannian_modules.optim.motion import Rule
 from riemannian_modules.optim.plan import Plan
 from riemannian_modules.optim.proposal import propose
@@ -289,8 +289,7 @@ class RiemannianSGD(torch.optim.Optimizer):
                 "call metric.backward(loss, outputs) before every optimizer.step(); "
                 "loss.backward() alone does not renew the metric"
             )
-        self.metric.parameters.verify()
-        self.metric.parameters.require_unmoved()
+        require_ready(self.metric)
         with torch.no_grad(), full_precision(self.metric.parameters):
             self._step()
         self._stepped = self.metric.passes

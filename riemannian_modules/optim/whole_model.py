@@ -11,6 +11,7 @@ from torch import Tensor
 from riemannian_modules.declared import Declared
 from riemannian_modules.errors import NotRecordedError
 from riemannian_modules.model_metric import ModelMetric
+from riemannian_modules.optim.kinds import require_ready
 from riemannian_modules.retractions import Default, Retraction
 
 __all__ = ["WholeModelOptimizer"]
@@ -77,8 +78,7 @@ class WholeModelOptimizer(torch.optim.Optimizer):
             raise NotRecordedError(
                 "call metric.backward(loss, outputs) before every optimizer.step()"
             )
-        metric.parameters.verify()
-        metric.parameters.require_unmoved()
+        require_ready(metric)
         return partial(_number, closure), float(metric.loss)
 
     def _moving(self) -> dict[str, Declared]:

@@ -226,6 +226,17 @@ class OutputMetric(ABC):
                 "every dimension after the first must be at least 1"
             )
 
+    def require_order(self, outputs: Tensor, cotangent: Tensor) -> None:
+        """Check that a loss reads the outputs in the order in which this metric does.
+
+        Called once for each graph; by default nothing is known.
+
+        Args:
+            outputs: ``(n, *output)``.
+            cotangent: derivative of the loss with respect to the outputs.
+        """
+        del outputs, cotangent
+
     def validate_cotangent(self, outputs: Tensor, cotangent: Tensor) -> None:
         """Check the outputs, and that the cotangent has their shape.
 

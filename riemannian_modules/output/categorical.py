@@ -184,6 +184,30 @@ class Categorical(OutputMetric):
                 "(use Bernoulli() for one logit per coin)"
             )
 
+    def require_order(self, outputs: Tensor, cotangent: Tensor) -> None:
+        """Refuse outputs whose classes are in dimension 1, as torch's losses want them.
+
+        A loss of a softmax has derivatives that add up to zero over the classes.
+
+        Args:
+            outputs: ``(n, *positions, C)``.
+            cotangent: derivative of the loss with respect to the outputs.
+
+        Raises:
+            ShapeError: they add up to zero over dimension 1 and not over the last.
+        """
+        if outputs.ndim < 3 or outputs.device.type != "cpu":
+            return
+        size = cotangent.abs().max()
+        last, second = (cotangent.sum(dim).abs().max() for dim in (-1, 1))
+        if bool(second < 1e-3 * size) and bool(last > 1e-2 * size):
+            raise ShapeError(
+                f"Categorical() reads outputs of shape {tuple(outputs.shape)} as (n, "
+                "*positions, C), but the loss has the classes in dimension 1: let the "
+                "model return z.movedim(1, -1), and call "
+                "F.cross_entropy(z.movedim(-1, 1), y)"
+            )
+
 
 def _from_each_on(summands: Tensor) -> Tensor:
     """Return the sum of each class and all that follow it."""

@@ -206,6 +206,10 @@ class Sampled(OutputMetric):
         """Check the outputs as the metric underneath does."""
         self.metric.validate(outputs)
 
+    def require_order(self, outputs: Tensor, cotangent: Tensor) -> None:
+        """Check the order of the outputs as the metric underneath does."""
+        self.metric.require_order(outputs, cotangent)
+
     def extra_repr(self) -> str:
         """Return the arguments that the representation shows."""
         per = "" if self.per == "example" else f", per={self.per!r}"

@@ -1,0 +1,157 @@
+"""Mistakes that a beginner makes: each is an error that says what to write instead."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import riemannian_modules as rm
+from riemannian_modules.errors import (
+    LinearizationError,
+    ManifoldContractError,
+    MassError,
+    NotRecordedError,
+    ShapeError,
+)
+
+X, Y = torch.randn(8, 4, dtype=torch.float64), torch.arange(8) % 3
+
+
+def setting(**options: object) -> tuple[nn.Module, rm.LayerwiseMetric]:
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    return model, rm.LayerwiseMetric(model, rm.output.Categorical(), **options)
+
+
+def passed(model: nn.Module, metric: rm.LayerwiseMetric) -> Tensor:
+    with metric.record():
+        z = model(X)
+    metric.backward(F.cross_entropy(z, Y), z)
+    return z
+
+
+def test_two_backward_passes_through_one_recorded_pass() -> None:
+    model, metric = setting()
+    z = passed(model, metric)
+    with pytest.raises(NotRecordedError, match=r"linearised already.*one \+ other"):
+        metric.backward(F.cross_entropy(z, Y), z)
+    passed(model, metric)
+
+
+@pytest.mark.parametrize(
+    "make", [rm.optim.RiemannianSGD, rm.optim.LevenbergMarquardt, rm.optim.TrustRegion]
+)
+def test_zero_grad_between_backward_and_step(make: type) -> None:
+    model, metric = setting()
+    optimizer = make(metric)
+    searching = make is not rm.optim.RiemannianSGD
+    given = [lambda: F.cross_entropy(model(X), Y)] if searching else []
+    passed(model, metric)
+    optimizer.zero_grad()
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(NotRecordedError, match=r"zero_grad\(\) after metric\.backward"):
+        optimizer.step(*given)
+    assert all(map(torch.equal, before, model.parameters()))
+    optimizer.zero_grad()
+    passed(model, metric)
+    optimizer.step(*given)
+    assert not all(map(torch.equal, before, model.parameters()))
+
+
+class Tagger(nn.Module):
+    """A class for every position; ``torch_order``: as torch's losses want them."""
+
+    def __init__(self, torch_order: bool) -> None:
+        super().__init__()
+        self.layer, self.torch_order = nn.Linear(4, 3), torch_order
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.layer(x)
+        return z.movedim(-1, 1) if self.torch_order else z
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_classes_in_dimension_one(sampled: bool) -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(6, 5, 4), torch.randint(3, (6, 5))
+    output: rm.output.OutputMetric = rm.output.Categorical()
+    output = rm.output.Sampled(output) if sampled else output
+    wrong, right = Tagger(True), Tagger(False)
+    metric = rm.LayerwiseMetric(wrong, output)
+    with metric.record():
+        z = wrong(x)
+    with pytest.raises(ShapeError, match=r"\(6, 3, 5\).*z\.movedim\(1, -1\)"):
+        metric.backward(F.cross_entropy(z, y), z)
+    metric = rm.LayerwiseMetric(right, output)
+    for weight in (None, torch.tensor([1.0, 2.0, 0.5])):
+        with metric.record():
+            z = right(x)
+        metric.backward(F.cross_entropy(z.movedim(-1, 1), y, weight), z)
+
+
+def test_the_class_of_a_manifold_in_its_place() -> None:
+    with pytest.raises(ManifoldContractError, match=r"call it: Stiefel\(\)"):
+        rm.nn.Linear(4, 3, manifold=rm.manifolds.Stiefel)
+
+
+def test_masses_that_do_not_reach_all() -> None:
+    with pytest.raises(MassError, match=r"name: there is no mass for.*'\*' for all"):
+        setting(mass={"*.bias": 0.1})
+    with pytest.raises(MassError, match=r"name: no parameter matches \['head'\]; use"):
+        setting(mass={"head": 0.1, "*": 0.1})
+
+
+def test_a_block_that_is_not_there() -> None:
+    model, metric = setting()
+    optimizer = rm.optim.RiemannianSGD(metric)
+    passed(model, metric)
+    optimizer.step()
+    with pytest.raises(KeyError, match=r"no block is called '1'; there are '0', '2'"):
+        optimizer.report["1"]
+
+
+def test_a_model_that_changes_its_ways() -> None:
+    class Changing(nn.Module):
+        plain = True
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.plain:
+                return self.layer(x)
+            return F.linear(x, self.layer.weight, self.layer.bias)
+
+    model = Changing()
+    metric = rm.LayerwiseMetric(model, rm.output.Categorical())
+    for _ in range(3):
+        passed(model, metric)
+    model.plain = False
+    with pytest.raises(LinearizationError, match="record this pass again"):
+        passed(model, metric)
+    passed(model, metric)
+
+
+def test_second_derivatives_that_torch_lacks() -> None:
+    class Attending(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+            self.last = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.attention(x, x, x, need_weights=False)[0]).sum(1)
+
+    x = torch.randn(8, 5, 4)
+    model = Attending()
+    metric = rm.LayerwiseMetric(model, rm.output.Categorical())
+    optimizer = rm.optim.GaussNewton(metric)
+    with metric.record():
+        z = model(x)
+    metric.pull_back(z)
+    with pytest.raises(LinearizationError, match=r"sdpa_kernel\(SDPBackend\.MATH\)"):
+        optimizer.step(lambda: model(x), lambda z: F.cross_entropy(z, Y))
+    kernel, math = torch.nn.attention.sdpa_kernel, torch.nn.attention.SDPBackend.MATH
+    with kernel(math):
+        optimizer.step(lambda: model(x), lambda z: F.cross_entropy(z, Y))
+    assert optimizer.report.accepted
