@@ -137,7 +137,8 @@ class Recorder:
                 "the model inside 'with metric.record():' again. Losses of the same "
                 "outputs are added up: metric.backward(one + other, outputs)"
             )
-        if self._tape is not None and self._tape.partial and not self._tape.uses:
+        unknown = self._tape is not None and self._tape.saw_nothing
+        if unknown and any(end.requires_grad for end in ends):
             self._exploring = True
             raise LinearizationError(f"{_OTHERWISE}: no layer was called")
         tape = recorded_tape(self._tape, ends)

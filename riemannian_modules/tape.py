@@ -215,6 +215,11 @@ class Tape:
     hidden: set[str] = field(default_factory=set)
     partial: bool = False
 
+    @property
+    def saw_nothing(self) -> bool:
+        """Whether nothing was called that it watched, though not all was watched."""
+        return self.partial and not self.uses and not self.hidden
+
     def watch(self, modules: Iterable[Watched]) -> list[RemovableHandle]:
         """Append a use to the tape at every call of one of ``modules``.
 
