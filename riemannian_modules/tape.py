@@ -138,6 +138,7 @@ class Use:
         attributes: what it was made of when it was called.
         values: its differentiable outputs, where they are to be compared later.
         inside: the linear maps, and other places, that were found inside it.
+        inner_versions: version counters of what these hold.
         sought: what these were looked for with, by identity.
     """
 
@@ -157,6 +158,7 @@ class Use:
     attributes: dict[str, object]
     values: tuple[Tensor, ...]
     inside: tuple[Place, ...]
+    inner_versions: list[int]
     sought: frozenset[int] = frozenset()
 
     def look(self, inside: tuple[Place, ...], sought: frozenset[int]) -> None:
@@ -168,6 +170,7 @@ class Use:
         """
         count = len(self.places)
         self.inside, self.sought = inside, sought
+        self.inner_versions = [place.input._version for place in inside]
         self.edges = (*self.edges[:count], *(each.edge for each in inside))
         self.shapes = (*self.shapes[:count], *(each.shape for each in inside))
 
@@ -289,6 +292,7 @@ class Tape:
                     vars(module).copy(),
                     tuple([t.detach().clone() for t in outputs]) if keep else (),
                     inside,
+                    [place.input._version for place in inside],
                 )
             )
 
@@ -306,7 +310,9 @@ class Tape:
             LinearizationError: one was changed in place; names the layer.
         """
         for use in self.uses:
-            if [t._version for t in use.inputs] != use.versions:
+            inside = [place.input._version for place in use.inside]
+            now = [t._version for t in use.inputs]
+            if now != use.versions or inside != use.inner_versions:
                 raise LinearizationError(
                     f"the input of {use.label} was changed in place after the layer "
                     "had used it, so its factor is lost; use the out-of-place operation"

@@ -16,7 +16,13 @@ PAGES = [
     REPOSITORY / "README.md",
     *(
         REPOSITORY / "docs" / f"{name}.md"
-        for name in ("quickstart", "tasks", "how-to-choose", "extending", "certificates")
+        for name in (
+            "quickstart",
+            "tasks",
+            "how-to-choose",
+            "extending",
+            "certificates",
+        )
     ),
 ]
 

@@ -227,3 +227,28 @@ def test_on_a_manifold_and_sampled() -> None:
         optimizer.step()
     own = model.own.detach()
     torch.testing.assert_close(own.norm(dim=-1), torch.ones(1, LONG))
+
+
+def test_an_activation_that_is_changed_afterwards() -> None:
+    class Scales(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale, self.last = nn.Parameter(torch.ones(3)), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = x + 1.0
+            z = self.last(h * self.scale)
+            self.kept = h
+            return z
+
+    model = Scales()
+    metric = rm.LayerwiseMetric(model, rm.output.Euclidean(), mass=0.1)
+    for changed in (False, False, True):
+        with metric.record():
+            z = model(torch.randn(4, 3))
+        if changed:
+            model.kept.mul_(2.0)
+            with pytest.raises((LinearizationError, RuntimeError), match=r"in.?place"):
+                metric.backward(z.square().mean(), z)
+        else:
+            metric.backward(z.square().mean(), z)

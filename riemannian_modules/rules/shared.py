@@ -41,14 +41,14 @@ class _Share(NamedTuple):
         edge: where T enters the graph.
         shape: that of T.
         sign: what T is multiplied with in the sum.
-        other: what T is multiplied with, or None.
+        times: whether T is multiplied with the place's input.
     """
 
     leaf: Tensor
     edge: GradientEdge
     shape: torch.Size
     sign: float
-    other: Tensor | None
+    times: bool
 
 
 def find_shared(
@@ -152,9 +152,11 @@ def _places(leaf: Tensor, node: Node, above: Parents) -> Iterator[Place | None]:
         shape = leaf.shape
         if not hasattr(node, "variable"):
             shape = meta._input_metadata[number].shape
-        share = _Share(leaf, GradientEdge(node, number), torch.Size(shape), sign, other)
+        edge, times = GradientEdge(node, number), other is not None
+        share = _Share(leaf, edge, torch.Size(shape), sign, times)
         size = torch.Size(known._input_metadata[0].shape)
-        yield Place(GradientEdge(parent, 0), leaf.detach(), size, share)
+        other = leaf.new_empty(0) if other is None else other
+        yield Place(GradientEdge(parent, 0), other, size, share)
 
 
 def _rows(call: Call, place: Inside) -> Tensor:
@@ -167,8 +169,8 @@ def _rows(call: Call, place: Inside) -> Tensor:
     cotangent, n = place.cotangent, call.examples
     assert cotangent is not None
     cotangent = cotangent.to(call.dtype) * share.sign
-    if share.other is not None:
-        cotangent = cotangent * share.other.to(call.dtype)
+    if share.times:
+        cotangent = cotangent * place.input.to(call.dtype)
     size, dim = place.shape, place.layout.dim
     full = (*[1] * (len(size) - len(share.shape)), *share.shape)
     alike = all(own in (1, all_) for own, all_ in zip(full, size, strict=True))
