@@ -21,10 +21,11 @@ from riemannian_modules.factors import MetricFactor, joined, stacked, summed
 from riemannian_modules.heads import Rows
 from riemannian_modules.layout import Layout
 from riemannian_modules.linearization import Linearization
+from riemannian_modules.place import Place
 from riemannian_modules.reverse import FEW, joint
 from riemannian_modules.rules import GENERIC, SHARED, Call, Inside
 from riemannian_modules.rules.job import Job, UnexplainedError, explained
-from riemannian_modules.tape import Place, Use
+from riemannian_modules.tape import Use
 from riemannian_modules.watch import Watch
 
 __all__ = [

@@ -1,10 +1,10 @@
 """What a recorded forward pass remembers: every use of every watched module."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from operator import is_
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,9 @@ from torch.utils.hooks import RemovableHandle
 
 from riemannian_modules.errors import LinearizationError, NonFiniteError
 from riemannian_modules.finite import looks_finite
+from riemannian_modules.place import Finder, Place
 
-__all__ = ["Finder", "Place", "Tape", "Use", "Watched", "map_tensors", "tensors_in"]
+__all__ = ["Tape", "Use", "Watched", "map_tensors", "tensors_in"]
 
 
 def tensors_in(value: object) -> Iterator[Tensor]:
@@ -54,28 +55,6 @@ def _settings(attributes: dict[str, object]) -> list[tuple[str, object]]:
         # Most are the containers that every module has: told apart the fast way.
         if type(item[1]) not in _CONTAINERS and isinstance(item[1], _PLAIN)
     ]
-
-
-class Place(NamedTuple):
-    """A linear map inside a module.
-
-    Attributes:
-        edge: where its output enters the autograd graph.
-        input: what it was applied to, ``(*batch, in)``, detached.
-        shape: that of its output; cotangents there may have less dimensions.
-        note: what else the rule wants to know of it.
-    """
-
-    edge: GradientEdge
-    input: Tensor
-    shape: torch.Size
-    note: Any = None
-
-
-# Finds such places in a call from the module, its arguments and its outputs.
-Finder = Callable[
-    [nn.Module, tuple[Any, ...], dict[str, Any], Sequence[Tensor]], tuple[Place, ...]
-]
 
 
 @dataclass(frozen=True, eq=False, slots=True)

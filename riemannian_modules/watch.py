@@ -7,10 +7,11 @@ from torch import Tensor, nn
 
 from riemannian_modules.declared import DeclaredParameters
 from riemannian_modules.errors import LinearizationError
+from riemannian_modules.place import Finder
 from riemannian_modules.rules import GENERIC, SHARED, Entry, entry_of
 from riemannian_modules.rules.job import Job
 from riemannian_modules.rules.shared import find_shared, shared_places
-from riemannian_modules.tape import Finder, Tape, Use, Watched
+from riemannian_modules.tape import Tape, Use, Watched
 
 __all__ = ["Watch"]
 

@@ -306,14 +306,14 @@ def found(call: rules.Call) -> dict[str, rm.factors.MetricFactor]:
 
 def finder(
     module: Any, args: Any, kwargs: Any, outputs: Any
-) -> tuple[rm.tape.Place, ...]:
+) -> tuple[rm.rules.Place, ...]:
     shape = args[0].shape[:-1]
     return linear_maps(outputs, args, [module.one, module.two], [shape, shape])
 
 
 def swapped(
     module: Any, args: Any, kwargs: Any, outputs: Any
-) -> tuple[rm.tape.Place, ...]:
+) -> tuple[rm.rules.Place, ...]:
     first, second = finder(module, args, kwargs, outputs)
     return first._replace(input=first.input.flip(1)), second
 

@@ -1,5 +1,6 @@
 """Rules: how the recorded calls of a module become factors of its parameters."""
 
+from riemannian_modules.place import Finder, Place
 from riemannian_modules.rules.activation import prelu
 from riemannian_modules.rules.attention import attention
 from riemannian_modules.rules.base import (
@@ -30,7 +31,9 @@ __all__ = [
     "SHARED",
     "Call",
     "Entry",
+    "Finder",
     "Inside",
+    "Place",
     "Rule",
     "attention",
     "batch_norm",

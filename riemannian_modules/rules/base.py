@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from riemannian_modules.factors import MetricFactor
 from riemannian_modules.layout import Layout
-from riemannian_modules.tape import Finder
+from riemannian_modules.place import Finder
 
 __all__ = ["Call", "Entry", "Inside", "Rule", "entry_of", "register_rule"]
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from riemannian_modules.tape import Place
+from riemannian_modules.place import Place
 
 __all__ = ["linear_maps", "saved", "saved_as_they_are"]
 
