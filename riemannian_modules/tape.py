@@ -138,9 +138,9 @@ class Use:
     values: tuple[Tensor, ...]
     inside: tuple[Place, ...]
     inner_versions: list[int]
-    sought: frozenset[int] = frozenset()
+    sought: tuple[int, ...] = ()
 
-    def look(self, inside: tuple[Place, ...], sought: frozenset[int]) -> None:
+    def look(self, inside: tuple[Place, ...], sought: tuple[int, ...]) -> None:
         """Put other places inside it into the place of those that it has.
 
         Args:

@@ -140,7 +140,7 @@ class Watch:
         found = False
         for use in tape.uses:
             leaves = self._shared(use.name)
-            names = frozenset(map(id, leaves))
+            names = tuple(map(id, leaves))
             if names and names != use.sought:
                 outputs = use.edges[: len(use.places)]
                 starts = [edge.node for edge in outputs]

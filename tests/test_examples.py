@@ -147,6 +147,9 @@ def python_blocks(page: Path) -> list[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_code_of_the_page_runs(page: Path) -> None:
+    hooks = hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks")
+    if page.stem == "tasks" and not hooks:
+        pytest.skip("attention with dropout needs a newer torch")
     torch.set_default_dtype(torch.float32)  # what a reader has
     blocks = python_blocks(page)
     assert blocks
