@@ -44,7 +44,24 @@ _MOVING = (
     "Dot",
     "Ger",
     "Cdist",
+    "Put",
+    "Segment",
+    "Sparse",
+    "ToSparse",
+    "Coalesce",
+    "Values",
+    "UnsafeIndex",
+    "UnsafeMasked",
+    "Unique",
+    "Nanmedian",
+    "GroupedMm",
+    "Addbmm",
+    "Addr",
+    "PackPadded",
+    "Nested",
 )
+# Attention, whose mask may keep examples apart that lie in one sequence.
+_ATTENTION = "ScaledDotProduct"
 # Operations along a dimension, which move examples if these are there.
 _ALONG = (
     "Mean",
@@ -157,7 +174,7 @@ class _Kind(NamedTuple):
 
     name: str
     remembers: bool
-    moves: Literal["never", "left", "tables", "along", "always"]
+    moves: Literal["never", "left", "tables", "along", "attention", "always"]
 
 
 @lru_cache(1024)
@@ -170,6 +187,8 @@ def _kind_of(operation: type) -> _Kind:
         return _Kind(name, remembers, "never")
     if name.startswith(("Mm", "Mv", "Addmm", "Addmv")):
         return _Kind(name, remembers, "left")
+    if name.startswith(_ATTENTION):
+        return _Kind(name, remembers, "attention")
     if name.startswith("Embedding"):
         return _Kind(name, remembers, "tables")
     if name.startswith(_MOVING):
@@ -185,6 +204,9 @@ def _moves(node: Node, how: str, examples: int) -> bool:
     if how == "tables":
         # The rows of a weight are not examples; those of anything else may be.
         return not all(_is_weight(n) for n, _ in node.next_functions if n is not None)
+    if how == "attention":
+        shape = node._input_metadata[0].shape
+        return bool(shape[-2] >= examples and shape[-2] % examples == 0)
     return how == "always" or (how == "along" and _along_examples(node, examples))
 
 

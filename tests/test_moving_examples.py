@@ -140,3 +140,77 @@ def test_scaled_examples() -> None:
     z = torch.ones(3, 2, 2)
     scaled = scaled_examples(z, torch.tensor([0.0, 1.0, 4.0]))
     assert scaled.sum((1, 2)).tolist() == [0.0, 4.0, 16.0]
+
+
+SPARSE = {
+    "segment_reduce": lambda h, graph: torch.segment_reduce(
+        h, "sum", lengths=torch.bincount(graph, minlength=N)
+    ),
+    "sparse product": lambda h, graph: torch.sparse.mm(
+        torch.sparse_coo_tensor(
+            torch.stack([graph, torch.arange(len(graph))]),
+            torch.ones(len(graph)),
+            (N, len(graph)),
+            check_invariants=True,
+        ),
+        h,
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", SPARSE)
+def test_other_ways_to_pool(name: str) -> None:
+    class Pools(Pooled):
+        def forward(self, x: Tensor, graph: Tensor) -> Tensor:
+            return self.last(SPARSE[name](torch.tanh(self.first(x)), graph))
+
+    torch.manual_seed(0)
+    x, y = torch.randn(N * EACH, 4), torch.arange(N) % 3
+    even = torch.arange(N).repeat_interleave(EACH)
+    odd = even.clone()
+    odd[[3, 4, 19]] = torch.tensor([1, 0, 5])
+    odd = odd.sort().values
+    odd[[3, 7]] = torch.tensor([0, 2])
+    odd = odd.sort().values
+    model = Pools()
+    metric = rm.LayerwiseMetric(model, rm.output.Categorical(), mass=0.1)
+    for graph in (even, even, odd):
+        with metric.record():
+            z = model(x, graph)
+        if graph is even:
+            metric.backward(F.cross_entropy(z, y), z)
+        else:
+            with pytest.raises(LinearizationError, match="interact"):
+                metric.backward(F.cross_entropy(z, y), z)
+
+
+def test_examples_packed_into_one_sequence() -> None:
+    class Packed(nn.Module):
+        """All examples as one sequence; a mask keeps them apart, or not."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            h = self.first(x).flatten(0, 1)[None, None]
+            h = F.scaled_dot_product_attention(h, h, h, attn_mask=mask)
+            return self.last(h[0, 0].unflatten(0, x.shape[:2]).sum(1))
+
+    torch.manual_seed(0)
+    x, y = torch.randn(N, EACH, 4), torch.arange(N) % 3
+    number = torch.arange(N).repeat_interleave(EACH)
+    apart = number[:, None] == number
+    mixed = apart.clone()
+    mixed[5, 30] = mixed[13, 2] = True
+    model = Packed()
+    metric = rm.LayerwiseMetric(model, rm.output.Categorical(), mass=0.1)
+    for mask in (apart, apart, mixed):
+        with metric.record():
+            z = model(x, mask)
+        if mask is apart:
+            metric.backward(F.cross_entropy(z, y), z)
+        else:
+            with pytest.raises(LinearizationError, match="interact"):
+                metric.backward(F.cross_entropy(z, y), z)
