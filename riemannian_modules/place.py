@@ -11,11 +11,12 @@ __all__ = ["Finder", "Place"]
 
 
 class Place(NamedTuple):
-    """A linear map inside a module.
+    """A linear map inside a module, or where a parameter meets its examples.
 
     Attributes:
         edge: where its output enters the autograd graph.
-        input: what it was applied to, ``(*batch, in)``, detached.
+        input: what it was applied to, ``(*batch, in)``, detached; what a parameter is
+            multiplied with, or empty.
         shape: that of its output; cotangents there may have less dimensions.
         note: what else the rule wants to know of it.
     """

@@ -20,10 +20,10 @@ def _nameless(_: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Inside:
-    """A linear map inside a module, as it ran in a call.
+    """A place inside a module, such as a linear map, as it ran in a call.
 
     Attributes:
-        input: what it was applied to, ``(*batch, in)``.
+        input: what the map was applied to, ``(*batch, in)``.
         cotangent: that at its output, ``(r, *batch, out)``, or None.
         layout: where the examples are in both.
         shape: that of its output, ``(*batch, out)``.
