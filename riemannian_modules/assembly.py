@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from riemannian_modules.block import Vectors
 from riemannian_modules.declared import DeclaredParameters
+from riemannian_modules.errors import ShapeError
+from riemannian_modules.factors import MetricFactor
 from riemannian_modules.linearize import Linearization
 from riemannian_modules.metric import LayerMetric, Part
 from riemannian_modules.strategy import Solver
@@ -25,6 +28,7 @@ __all__ = [
     "introduce",
     "moved",
     "reweighted",
+    "right_hand_side",
     "too_narrow",
     "zero_covectors",
 ]
@@ -201,6 +205,51 @@ def zero_covectors(blocks: Blocks) -> dict[str, Tensor]:
         for block in blocks.values()
         for part in block.parts
     }
+
+
+def right_hand_side(
+    found: Linearization,
+    blocks: Blocks,
+    parameters: DeclaredParameters,
+    covector: Mapping[str, Tensor] | None,
+    *,
+    gradient: float,
+    shift: Tensor | None,
+) -> tuple[Tensor | None, Vectors | None, Mapping[str, MetricFactor] | None]:
+    """Return ``gradient * (d loss) + covector + K^T shift`` as blocks solve for it.
+
+    Args:
+        found: the linearised pass.
+        blocks: metrics by block.
+        parameters: the model's parameters.
+        covector: ambient covectors by parameter name, or None.
+        gradient: how often the gradient of the loss counts.
+        shift: more coefficients of the rows, or None.
+
+    Returns:
+        The residual, the covectors, and factors whose row sums these are; see
+        :meth:`riemannian_modules.LayerMetric.solve`.
+
+    Raises:
+        ShapeError: a covector of an unknown name.
+    """
+    residual, source = None, None
+    rest: Vectors | None = None
+    if covector is not None:
+        unknown = set(covector) - {declared.name for declared in parameters}
+        if unknown:
+            raise ShapeError(f"no parameters are called {sorted(unknown)}")
+        rest = {**zero_covectors(blocks), **covector}
+    if gradient != 0.0:
+        residual = None if found.residual is None else gradient * found.residual
+        if found.rest is not None and rest is None and gradient == 1.0:
+            rest, source = found.rest, found.source
+        elif found.rest is not None:
+            own = {name: gradient * e for name, e in found.rest.items()}
+            rest = own if rest is None else {n: own[n] + rest[n] for n in own}
+    if shift is not None:
+        residual = shift if residual is None else residual + shift
+    return residual, rest, source
 
 
 def full_precision(parameters: DeclaredParameters) -> AbstractContextManager[object]:

@@ -7,7 +7,8 @@ from contextlib import AbstractContextManager
 from torch import Tensor
 
 from riemannian_modules.factors import MetricFactor
-from riemannian_modules.heads import Head, Reduction
+from riemannian_modules.heads import Reduction
+from riemannian_modules.joining import Size
 from riemannian_modules.linearize import Linearization
 from riemannian_modules.metric import LayerMetric, Solution
 
@@ -35,7 +36,7 @@ class Exchange(ABC):
         self,
         found: Linearization,
         loss: Tensor | None,
-        heads: Sequence[Head],
+        size: Size,
         reduction: Reduction,
     ) -> tuple[Linearization, Tensor | None]:
         """Return the linearisation and the loss of all examples.
@@ -43,7 +44,7 @@ class Exchange(ABC):
         Args:
             found: the linearisation of this process' examples.
             loss: their loss.
-            heads: their outputs and what measures them.
+            size: how many they are.
             reduction: how the loss sums over examples.
 
         Returns:

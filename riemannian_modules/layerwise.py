@@ -173,7 +173,9 @@ class LayerwiseMetric(ModelMetric):
         with self._recorder.record():
             yield
 
-    def backward(self, loss: Tensor, outputs: OutputLike) -> None:
+    def backward(
+        self, loss: Tensor, outputs: OutputLike, *, accumulate: bool = False
+    ) -> None:
         """Linearise the recorded pass: fill ``.grad`` and renew every block's metric.
 
         One reverse pass carries d loss/d outputs and all rows of the output metric.
@@ -181,10 +183,18 @@ class LayerwiseMetric(ModelMetric):
         parameters outside the model that the loss depends on, which have no metric.
         The first time a graph is seen, this gradient is compared with autograd's.
 
+        A batch that does not fit into memory is one of several passes: with
+        ``accumulate=True`` a pass only waits, and the first one without it completes
+        the batch. Each loss is that of its own examples, so with ``reduction="mean"``
+        their mean; the passes are weighted by their numbers of terms. Then ``.grad``,
+        ``metric.loss`` and every block are those of all examples. Kept of a pass are
+        the inputs and cotangents of its layers, not its graph.
+
         Args:
             loss: scalar that depends on the parameters through ``outputs`` only.
             outputs: the recorded outputs, ``(n, *output)``; as many as there are
                 output metrics.
+            accumulate: whether more passes of the same batch follow.
 
         Raises:
             NotRecordedError: no recorded pass leads to ``outputs``, or ``loss`` does
@@ -195,9 +205,10 @@ class LayerwiseMetric(ModelMetric):
             NonFiniteError: NaN or infinity in the loss or the outputs.
             EmptyBatchError: no examples.
             DistributedError: several processes, and parameters outside the model.
+            LinearizationError, ShapeError: passes of one batch do not fit together.
         """
         require_loss(loss, outputs)
-        self._pass(outputs, loss)
+        self._pass(outputs, loss, accumulate)
 
     def pull_back(self, outputs: OutputLike) -> None:
         """Renew every block's metric without a loss; ``.grad`` is left alone.
@@ -212,7 +223,9 @@ class LayerwiseMetric(ModelMetric):
         """
         self._pass(outputs, None)
 
-    def _pass(self, outputs: OutputLike, loss: Tensor | None) -> None:
+    def _pass(
+        self, outputs: OutputLike, loss: Tensor | None, accumulate: bool = False
+    ) -> None:
         heads = pair(self.output, outputs)
         carried: Sequence[Head] = heads
         if loss is not None and self._holds(loss):
@@ -226,6 +239,8 @@ class LayerwiseMetric(ModelMetric):
                     "gradient would be that of this process' examples alone; build the "
                     "metric from a module that holds all of them"
                 )
-        self._take(found, loss, self._recorder.close(), heads)
-        for tensor, gradient in found.foreign:
-            tensor.grad = gradient
+        tape = self._recorder.close()
+        self._take(found, loss, tape, heads, accumulate=accumulate)
+        if not accumulate and self._found is not None:
+            for tensor, gradient in self._found.foreign:
+                tensor.grad = gradient

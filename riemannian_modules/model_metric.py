@@ -16,11 +16,12 @@ from riemannian_modules.assembly import (
     introduce,
     moved,
     reweighted,
+    right_hand_side,
     too_narrow,
     zero_covectors,
 )
 from riemannian_modules.declared import Blocks, DeclaredParameters
-from riemannian_modules.errors import MassError, NotRecordedError, ShapeError
+from riemannian_modules.errors import MassError, NotRecordedError
 from riemannian_modules.exchange import Exchange
 from riemannian_modules.heads import (
     Head,
@@ -28,6 +29,7 @@ from riemannian_modules.heads import (
     Reduction,
     require_output_metrics,
 )
+from riemannian_modules.joining import Passed, Waiting, size_of
 from riemannian_modules.linearize import Linearization
 from riemannian_modules.manifolds import Product
 from riemannian_modules.mass import Mass, MassLike
@@ -64,6 +66,7 @@ class ModelMetric:
         passes: number of backward passes so far (frozen ones count).
         blocks: ``{block name: LayerMetric}`` of the last one.
         loss: value of the loss in the last backward pass, or None.
+        waiting: passes that wait for the last one of their batch.
         exchange: what makes one batch of those of several processes, or None; see
             :func:`riemannian_modules.distributed.data_parallel`.
     """
@@ -97,6 +100,7 @@ class ModelMetric:
         self.version = 0
         self.blocks: dict[str, LayerMetric] = {}
         self._groups = self.parameters.groups(blocks)
+        self.waiting = Waiting(self.parameters)
         self._passed = Tape()
         self._frozen = False
         self._found: Linearization | None = None
@@ -240,21 +244,8 @@ class ModelMetric:
                 "call metric.backward(loss, outputs) first"
             )
         self.require_intact()
-        residual, rest, source = None, None, None
-        if covector is not None:
-            unknown = set(covector) - {d.name for d in self.parameters}
-            if unknown:
-                raise ShapeError(f"no parameters are called {sorted(unknown)}")
-            rest = {**zero_covectors(self.blocks), **covector}
-        if gradient != 0.0:
-            residual = None if found.residual is None else gradient * found.residual
-            if found.rest is not None and rest is None and gradient == 1.0:
-                rest, source = found.rest, found.source
-            elif found.rest is not None:
-                own = {name: gradient * e for name, e in found.rest.items()}
-                rest = own if rest is None else {n: own[n] + rest[n] for n in own}
-        if shift is not None:
-            residual = shift if residual is None else residual + shift
+        given = found, self.blocks, self.parameters, covector
+        residual, rest, source = right_hand_side(*given, gradient=gradient, shift=shift)
         with full_precision(self.parameters):
             if self.exchange is not None:
                 return self.exchange.solve(self.blocks, residual, rest, source)
@@ -316,10 +307,19 @@ class ModelMetric:
         loss: Tensor | None,
         passed: Tape,
         heads: Sequence[Head],
+        *,
+        accumulate: bool = False,
     ) -> None:
+        part = Passed(found, loss, size_of(heads))
+        if accumulate:
+            self.waiting.add(part, passed)
+            return
+        if self.waiting:
+            part, passed = self.waiting.complete(part, self.reduction), Tape()
+            found, loss = part.found, part.loss
         if self.exchange is not None:
             with full_precision(self.parameters):
-                found, loss = self.exchange.join(found, loss, heads, self.reduction)
+                found, loss = self.exchange.join(found, loss, part.size, self.reduction)
         if self._holds(loss):
             # The old factors do not span the new gradient.
             rest = {**zero_covectors(self.blocks), **found.gradient}

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -119,6 +120,8 @@ class Case:
         searching: makes an optimizer that looks at the loss anew.
         functional: a function of the model and one example, for a FunctionalMetric.
         tokens: positions of each example, which have a number of their own.
+        sizes: numbers of examples of the passes that a batch takes; the rest are one
+            more pass.
         dtype: data type of the model.
         tolerance: what joined steps may differ by, relative to the largest entry.
     """
@@ -132,6 +135,7 @@ class Case:
     searching: Callable[[Any], Any] = rm.optim.LevenbergMarquardt
     functional: Callable[..., Tensor] | None = None
     tokens: int = 1
+    sizes: Sizes = ()
     dtype: torch.dtype = torch.float64
     tolerance: float = 1e-10
 
@@ -152,20 +156,27 @@ class Case:
     def numbers(self, n: int) -> Tensor:
         return torch.arange(n * self.tokens).view(n, -1).squeeze(-1)
 
+    def differentiate(self, metric: ModelMetric, x: Tensor, numbers: Tensor) -> None:
+        """Record and go backward, in one pass or several."""
+        if not isinstance(metric, rm.LayerwiseMetric):
+            outputs = metric(x)  # type: ignore[operator]
+            metric.backward(self.loss(outputs, numbers), outputs)  # type: ignore[operator]
+            return
+        ends = [*accumulate(self.sizes), len(x)]
+        for start, stop in pairwise([0, *ends]):
+            with metric.record():
+                outputs = metric.model(x[start:stop])
+            loss = self.loss(outputs, numbers[start:stop])
+            metric.backward(loss, outputs, accumulate=stop < len(x))
+
     def step(
         self, metric: ModelMetric, optimizer: Any, x: Tensor, numbers: Tensor
     ) -> None:
         """Record, go backward, step."""
-        if isinstance(metric, rm.LayerwiseMetric):
-            with metric.record():
-                outputs = metric.model(x)
-        else:
-            outputs = metric(x)  # type: ignore[operator]
+        self.differentiate(metric, x, numbers)
         if isinstance(optimizer, rm.optim.GaussNewton):
-            metric.backward(self.loss(outputs, numbers), outputs)  # type: ignore[operator]
             optimizer.step(lambda: metric.model(x), lambda z: self.loss(z, numbers))
             return
-        metric.backward(self.loss(outputs, numbers), outputs)  # type: ignore[operator]
 
         def again() -> Tensor:
             if isinstance(metric, rm.LayerwiseMetric):
@@ -273,6 +284,10 @@ CASES: dict[str, Case] = {
     # Dice of each process: nothing to compare with but the other processes.
     "sketch of the global dice": Case(
         options={"rows": rm.rows.Sketch(5), "history": 1}, tolerance=float("inf")
+    ),
+    "in passes": Case(sizes=(1, 1)),
+    "in passes, with a history": Case(
+        sizes=(1,), options={"history": 1}, optimizer={"lr": 0.3, "momentum": 0.5}
     ),
     "functional": Case(
         model=smooth,

@@ -22,10 +22,9 @@ from torch import Tensor
 
 import riemannian_modules as rm
 from riemannian_modules import factors as fs
-from riemannian_modules.distributed.forms import Pieces, form_of
-from riemannian_modules.distributed.gathering import Offer, Plan
-from riemannian_modules.distributed.joining import shares
 from riemannian_modules.factors.stacked import StackedFactor
+from riemannian_modules.joining import Offer, Pieces, Plan, shares
+from riemannian_modules.joining.forms import form_of
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
 # Of a launch; it takes a tenth of that on an idle machine.

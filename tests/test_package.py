@@ -37,7 +37,7 @@ LAYERS = (
     {"declared", "reverse"},
     {"heads", "watch"},
     {"carry", "checks", "linearization", "linearize"},
-    {"assembly", "explore", "rows"},
+    {"assembly", "explore", "joining", "rows"},
     {"exchange", "survey"},
     {"recorder"},
     {"model_metric"},

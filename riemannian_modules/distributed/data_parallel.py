@@ -14,20 +14,14 @@ from riemannian_modules.distributed.alike import (
     require_alike,
     require_equal,
 )
-from riemannian_modules.distributed.joining import (
-    Header,
-    header_of,
-    join_linearizations,
-    join_rows,
-    shares,
-    summed,
-)
+from riemannian_modules.distributed.joining import Processes, join_rows, summed
 from riemannian_modules.distributed.ranks import Ranks
 from riemannian_modules.distributed.sharing import solve_shared
-from riemannian_modules.errors import DistributedError
+from riemannian_modules.errors import DistributedError, ShapeError
 from riemannian_modules.exchange import Exchange
 from riemannian_modules.factors import MetricFactor
-from riemannian_modules.heads import Head, Reduction
+from riemannian_modules.heads import Reduction
+from riemannian_modules.joining import Header, Size, header_of, join, shares
 from riemannian_modules.linearize import Linearization
 from riemannian_modules.metric import LayerMetric, Solution
 from riemannian_modules.model_metric import ModelMetric
@@ -144,7 +138,7 @@ class DataParallel(Exchange):
         self,
         found: Linearization,
         loss: Tensor | None,
-        heads: Sequence[Head],
+        size: Size,
         reduction: Reduction,
     ) -> tuple[Linearization, Tensor | None]:
         """Return the linearisation and the loss of all examples.
@@ -152,7 +146,7 @@ class DataParallel(Exchange):
         Args:
             found: the linearisation of this process' examples.
             loss: their loss.
-            heads: their outputs and what measures them.
+            size: how many they are.
             reduction: how the loss sums over examples.
 
         Returns:
@@ -162,19 +156,19 @@ class DataParallel(Exchange):
             DistributedError: another process failed, or has other parameters.
         """
         with torch.no_grad():
-            header, factors, pieces = header_of(found, heads)
+            header, factors, pieces = header_of(found, size)
             notes = self._ranks.agree("backward", (header, marks_of(self._metric)))
             require_equal([marks for _, marks in notes])
             self._headers = [header for header, _ in notes]
             terms = [header.terms for header in self._headers]
-            self._shares = shares(terms, reduction)
+            self._shares = _shares(terms, reduction)
             like = {
                 declared.name: declared.tensor.detach().as_subclass(Tensor)
                 for declared in self._metric.parameters
             }
-            joint = join_linearizations(
-                self._ranks, self._headers, self._shares, found, factors, pieces, like
-            )
+            share = self._shares[self._ranks.rank]
+            parts = Processes(self._ranks, found, factors, pieces, like, share)
+            joint = join(self._headers, self._shares, parts, list(like))
             return joint, None if loss is None else self.joint_loss(loss)
 
     def solve(
@@ -257,7 +251,7 @@ class DataParallel(Exchange):
                 different proportions.
         """
         everyone = self._ranks.agree("outputs", list(terms))
-        return shares(everyone, reduction)[self._ranks.rank]
+        return _shares(everyone, reduction)[self._ranks.rank]
 
     def add(self, values: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
         """Return weighted sums over the processes, the same bits on all of them.
@@ -281,3 +275,10 @@ class DataParallel(Exchange):
             name: self._ranks.broadcast_(value.contiguous(), 0)
             for name, value in values.items()
         }
+
+
+def _shares(terms: Sequence[Sequence[int]], reduction: Reduction) -> list[float]:
+    try:
+        return shares(terms, reduction)
+    except ShapeError as error:
+        raise DistributedError(str(error)) from error

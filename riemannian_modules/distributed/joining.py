@@ -1,202 +1,65 @@
-r"""One linearisation of the examples of all processes.
-
-With a share ``s_p`` of the terms of a mean loss on process p,
-
-    K = [sqrt(s_1) K_1; sqrt(s_2) K_2; ...],   y = [sqrt(s_1) y_1; ...],
-    d loss = sum_p s_p d loss_p,               e = sum_p s_p e_p ,
-
-where each process has divided by the number of its own terms already. For a sum of
-losses every share is 1.
-"""
+"""The parts of the processes come together."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import final
 
 import torch
 from torch import Tensor
 
-from riemannian_modules.distributed.forms import Form, Pieces, form_of
-from riemannian_modules.distributed.gathering import Offer, cat_padded, gather_factors
 from riemannian_modules.distributed.ranks import Ranks
-from riemannian_modules.errors import DistributedError
-from riemannian_modules.factors import DenseFactor, MetricFactor
-from riemannian_modules.heads import Head, Reduction
-from riemannian_modules.linearize import Linearization
+from riemannian_modules.factors import MetricFactor
+from riemannian_modules.joining import Members, Offer, Pieces, Plan, cat_padded
+from riemannian_modules.joining.members import own_residual, own_sums
+from riemannian_modules.linearization import Linearization
 
-__all__ = ["Header", "header_of", "join_linearizations", "shares", "summed"]
-
-_SOURCE = "source of "
+__all__ = ["Processes", "join_rows", "summed"]
 
 
-@dataclass(frozen=True)
-class Header:
-    """What a process says about its linearisation before anything is sent.
-
-    Attributes:
-        offer: its factors; the share is not known yet.
-        terms: number of terms of each output's loss.
-        gradient: names of the parameters that have a gradient.
-        exact: whether there is a residual.
-        rest: whether there is a rest.
-        source: whether there are factors that the rest is summed from.
-        apart: whether its rows are of one example each, all of them in turn.
-    """
-
-    offer: Offer
-    terms: list[int]
-    gradient: list[str]
-    exact: bool
-    rest: bool
-    source: bool
-    apart: bool
-
-
-def header_of(
-    found: Linearization, heads: Sequence[Head]
-) -> tuple[Header, dict[str, MetricFactor], Pieces]:
-    """Describe a linearisation.
-
-    Args:
-        found: the linearisation.
-        heads: outputs and what measures them.
-
-    Returns:
-        The description, the factors to send, and the tensors that they are made of.
-    """
-    examples = len(heads[0][0])
-    rank = max((factor.rank for factor in found.factors.values()), default=0)
-    rows = rank // examples
-    apart = any(type(factor) is not DenseFactor for factor in found.factors.values())
-    if not apart:
-        # Perhaps of several sets of examples: one long list of rows.
-        rows, examples = min(rank, 1), max(rank, 1)
-    pieces = Pieces()
-    factors: dict[str, MetricFactor] = dict(found.factors)
-    forms: dict[str, Form] = {
-        name: form_of(factor, rows, 0.5, pieces) for name, factor in factors.items()
-    }
-    for name, factor in (found.source or {}).items():
-        forms[_SOURCE + name] = form_of(factor, 1, 1.0, pieces)
-        factors[_SOURCE + name] = factor
-    terms = [
-        len(outputs) if metric is None else metric.terms(outputs)
-        for outputs, metric in heads
-    ]
-    header = Header(
-        Offer(forms, pieces.specs, examples, rows, 1.0),
-        terms,
-        list(found.gradient),
-        found.residual is not None,
-        found.rest is not None,
-        found.source is not None,
-        apart,
-    )
-    return header, factors, pieces
-
-
-def shares(terms: Sequence[Sequence[int]], reduction: Reduction) -> list[float]:
-    """Return the share of every process, the weights of :eq:`joint-batch`.
-
-    Args:
-        terms: for each process, the number of terms of each output's loss.
-        reduction: how the loss sums over examples.
-
-    Returns:
-        The shares, which add up to 1 for a mean.
-
-    Raises:
-        DistributedError: the outputs disagree on them.
-
-    >>> shares([[3], [1]], "mean")
-    [0.75, 0.25]
-    """
-    if reduction == "sum":
-        return [1.0] * len(terms)
-    totals = [sum(each) for each in zip(*terms, strict=True)]
-    found = [
-        {count / total for count, total in zip(own, totals, strict=True)}
-        for own in terms
-    ]
-    if any(max(own) - min(own) > 1e-12 for own in found):
-        raise DistributedError(
-            "the outputs are divided among the ranks in different proportions (terms "
-            f"of each output on each rank: {[list(own) for own in terms]}), so a mean "
-            "over each of them is no mean of the ranks' losses; give every rank the "
-            "same part of every set of examples"
-        )
-    return [own.pop() for own in found]
-
-
-def join_linearizations(
-    ranks: Ranks,
-    headers: Sequence[Header],
-    weights: Sequence[float],
-    found: Linearization,
-    factors: Mapping[str, MetricFactor],
-    pieces: Pieces,
-    like: Mapping[str, Tensor],
-) -> Linearization:
-    """Return the linearisation of all examples. Implements :eq:`joint-batch`.
+@final
+class Processes(Members):
+    """Every process brings its own part; all of them end up with the same.
 
     Args:
         ranks: the processes.
-        headers: what each of them has.
-        weights: the share of each.
         found: the linearisation of this one.
-        factors: the factors to send, as in :func:`header_of`.
+        factors: the factors to send.
         pieces: the tensors that they are made of.
         like: the model's parameters by name, in the order of the gradients.
-
-    Returns:
-        The linearisation, the same on all processes.
+        share: the share of this process.
     """
-    share = weights[ranks.rank]
-    exact = any(header.exact for header in headers)
-    rest = exact and any(h.rest or not h.exact for h in headers if h.gradient)
-    offers = [
-        Offer(o.forms, o.specs, o.examples, o.rows, weight)
-        for o, weight in zip((h.offer for h in headers), weights, strict=True)
-    ]
-    device = next(iter(like.values())).device
-    gathered = gather_factors(ranks, offers, factors, pieces, device)
-    source = {
-        name.removeprefix(_SOURCE): factor
-        for name, factor in gathered.items()
-        if name.startswith(_SOURCE)
-    }
-    names = {name for h in headers for name in h.offer.forms} | {
-        name for h in headers for name in h.gradient
-    }
-    names = {name.removeprefix(_SOURCE) for name in names}
-    ordered = [name for name in like if name in names]
-    covectors = [name for name in like if any(name in h.gradient for h in headers)]
-    own_rest = found.rest if found.residual is not None else found.gradient
-    wanted = [found.gradient] + ([own_rest or {}] if rest else [])
-    sums = summed(ranks, wanted, covectors, like, share)
-    residual = None
-    if exact:
-        rows = max((f.rank for f in found.factors.values()), default=0)
-        y = found.residual
-        if y is None:
-            y = next(iter(like.values())).new_zeros(rows)
-        residual = join_rows(ranks, offers, share**0.5 * y)
-    covector = None
-    if covectors:
-        covector = sums[1] if rest else (None if exact else sums[0])
-    complete = covector is not None and set(source) == set(covectors)
-    whole = all(header.source for header in headers)
-    apart = all(header.apart for header in headers if header.offer.rows)
-    examples = sum(header.offer.examples for header in headers) if apart else 1
-    return Linearization(
-        ordered,
-        {name: f for name, f in gathered.items() if not name.startswith(_SOURCE)},
-        sums[0],
-        residual,
-        covector,
-        source if complete and whole else None,
-        source if complete and whole and not exact else {},
-        examples,
-    )
+
+    def __init__(
+        self,
+        ranks: Ranks,
+        found: Linearization,
+        factors: Mapping[str, MetricFactor],
+        pieces: Pieces,
+        like: Mapping[str, Tensor],
+        share: float,
+    ) -> None:
+        self._ranks = ranks
+        self._found = found
+        self._factors = factors
+        self._pieces = pieces
+        self._like = like
+        self._share = share
+
+    def factors(self, offers: Sequence[Offer]) -> dict[str, MetricFactor]:
+        """Return the factors of all examples: every process sends its tensors."""
+        plan, device = Plan(offers), next(iter(self._like.values())).device
+        own = plan.packed(self._ranks.rank, self._factors, self._pieces, device)
+        return plan.joined(self._ranks.gather_bytes(own, plan.sizes))
+
+    def sums(self, names: Sequence[str], *, rest: bool) -> list[dict[str, Tensor]]:
+        """Return the weighted sums of gradients, and of rests."""
+        wanted = own_sums(self._found, rest=rest)
+        return summed(self._ranks, wanted, names, self._like, self._share)
+
+    def residual(self, offers: Sequence[Offer]) -> Tensor:
+        """Return the residual of all examples, ``(total rank,)``, weighted."""
+        like = next(iter(self._like.values()))
+        own = own_residual(self._found, self._share, like)
+        return join_rows(self._ranks, offers, own)
 
 
 def join_rows(ranks: Ranks, offers: Sequence[Offer], own: Tensor) -> Tensor:

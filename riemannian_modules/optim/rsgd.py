@@ -287,7 +287,8 @@ class RiemannianSGD(torch.optim.Optimizer):
         if self.metric.passes == self._stepped:
             raise NotRecordedError(
                 "call metric.backward(loss, outputs) before every optimizer.step(); "
-                "loss.backward() alone does not renew the metric"
+                "loss.backward() alone does not renew the metric, and passes with "
+                "accumulate=True wait for one without"
             )
         require_ready(self.metric)
         with torch.no_grad(), full_precision(self.metric.parameters):

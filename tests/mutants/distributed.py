@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from riemannian_modules.distributed.gathering import Plan
+from riemannian_modules.joining import Plan
 
 
 class Unweighted(Plan):

@@ -1,7 +1,7 @@
 """Factors taken apart into tensors that can be sent.
 
 A factor is a few tensors, each with the examples in one of its dimensions. The factor
-of all examples has the tensors of all processes behind each other along that dimension,
+of all examples has the tensors of all members behind each other along that dimension,
 so the example is the fast index of its rows again.
 """
 
@@ -28,13 +28,13 @@ DENSE = "dense"
 
 @dataclass(frozen=True)
 class Spec:
-    """A tensor that a process sends.
+    """A tensor that a member sends.
 
     Attributes:
         shape: its shape.
         dtype: its data type.
         axis: where the examples are.
-        power: the power of the process' share of the batch that it is multiplied with.
+        power: the power of the member's share of the batch that it is multiplied with.
     """
 
     shape: tuple[int, ...]
@@ -59,9 +59,9 @@ class Form:
         examples: number of examples.
         shape: shape of the parameter.
         dtype: data type of the factor.
-        power: the power of the process' share that the rows are multiplied with.
-        detail: what else must be equal on all processes for the tensors to be joined.
-        pieces: which of the process' tensors it needs.
+        power: the power of the member's share that the rows are multiplied with.
+        detail: what else must be equal on all members for the tensors to be joined.
+        pieces: which of the member's tensors it needs.
         parts: forms of the factors that it is made of.
     """
 
@@ -86,7 +86,7 @@ class Form:
 
 
 class Pieces:
-    """The tensors of a process, each of them once.
+    """The tensors of a member, each of them once.
 
     A weight and its bias have the same cotangents, and a layer's input is that of its
     rows and of its costate; who shares memory before shares it afterwards.
@@ -103,7 +103,7 @@ class Pieces:
         Args:
             tensor: the tensor.
             axis: where the examples are.
-            power: the power of the process' share that it is to be multiplied with.
+            power: the power of the member's share that it is to be multiplied with.
         """
         key = (*memory(tensor), tensor.dtype, axis, power)
         if key not in self._known:
@@ -124,7 +124,7 @@ def form_of(factor: MetricFactor, rows: int, power: float, pieces: Pieces) -> Fo
     Args:
         factor: a factor of ``rows`` rows for each example.
         rows: number of rows for each example.
-        power: the power of the process' share that the rows are multiplied with.
+        power: the power of the member's share that the rows are multiplied with.
         pieces: where its tensors go.
 
     Returns:

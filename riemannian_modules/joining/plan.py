@@ -1,6 +1,6 @@
-"""Factors of several processes, gathered and joined.
+"""Factors of several members of a batch, joined: of processes, or of passes.
 
-What is sent of a linear layer is its inputs and cotangents, ``n (in + r out)`` numbers
+What is taken of a linear layer is its inputs and cotangents, ``n (in + r out)`` numbers
 for n examples with r rows each, and not the ``r n in out`` of its rows.
 """
 
@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from riemannian_modules.distributed.forms import DENSE, Form, Pieces, Spec
-from riemannian_modules.distributed.ranks import Ranks
 from riemannian_modules.factors import (
     BiasFactor,
     ConvolutionFactor,
@@ -25,17 +23,18 @@ from riemannian_modules.factors import (
 )
 from riemannian_modules.factors.slabs import SlabFactor
 from riemannian_modules.factors.stacked import StackedFactor
+from riemannian_modules.joining.forms import DENSE, Form, Pieces, Spec
 
-__all__ = ["Offer", "Plan", "cat_padded", "gather_factors"]
+__all__ = ["Offer", "Plan", "cat_padded"]
 
 Forms = Mapping[str, Form]
-# The form on every process, None where a process has no such factor.
+# The form on every member, None where a member has no such factor.
 Row = Sequence[Form | None]
 
 
 @dataclass(frozen=True)
 class Offer:
-    """What a process has to send.
+    """What a member has to send.
 
     Attributes:
         forms: its factors by name.
@@ -52,42 +51,17 @@ class Offer:
     share: float
 
 
-def gather_factors(
-    ranks: Ranks,
-    offers: Sequence[Offer],
-    factors: Mapping[str, MetricFactor],
-    pieces: Pieces,
-    device: torch.device,
-) -> dict[str, MetricFactor]:
-    """Return the factors of all examples.
-
-    Args:
-        ranks: the processes.
-        offers: what each of them has, as all of them know.
-        factors: those of this process, by name.
-        pieces: the tensors of this process.
-        device: where they are.
-
-    Returns:
-        By name, all names of all processes. Cost: every process sends its tensors to
-        every other one.
-    """
-    plan = Plan(offers)
-    own = plan.packed(ranks.rank, factors, pieces, device)
-    return plan.joined(ranks.gather_bytes(own, plan.sizes))
-
-
 @final
 class Plan:
-    """What is sent in the end: the same on every process, without asking again.
+    """What is sent in the end: the same on every member, without asking again.
 
-    Factors that are not of one form on all processes send their rows.
+    Factors that are not of one form on all members send their rows.
 
     Args:
-        offers: what every process has.
+        offers: what every member has.
 
     Attributes:
-        sizes: number of bytes that every process sends.
+        sizes: number of bytes that every member sends.
     """
 
     def __init__(self, offers: Sequence[Offer]) -> None:
@@ -121,10 +95,10 @@ class Plan:
         pieces: Pieces,
         device: torch.device,
     ) -> Tensor:
-        """Return what a process sends, ``(sizes[rank],)`` bytes.
+        """Return what a member sends, ``(sizes[rank],)`` bytes.
 
         Args:
-            rank: the process.
+            rank: the member.
             factors: its factors by name.
             pieces: the tensors that they are made of.
             device: where they are.
@@ -156,7 +130,7 @@ class Plan:
         """Return the factors of all examples, by name.
 
         Args:
-            received: what every process sent.
+            received: what every member sent.
         """
         tensors = [self._unpacked(p, some) for p, some in enumerate(received)]
         specs = [
@@ -178,7 +152,7 @@ def _dense(form: Form | None, specs: list[Spec]) -> Form | None:
 
 @final
 class _Gathered:
-    """The tensors of all processes.
+    """The tensors of all members.
 
     Args:
         tensors: those of each, by number.
@@ -201,7 +175,7 @@ class _Gathered:
         """Return the factor of all examples.
 
         Args:
-            row: its form on every process.
+            row: its form on every member.
         """
         first = next(form for form in row if form is not None)
         if first.parts:
@@ -266,13 +240,13 @@ class _Gathered:
         return self._joined[column]
 
     def _spec(self, column: Sequence[int | None]) -> tuple[Spec, int]:
-        """Return the spec of the first process that has this tensor, and its number."""
+        """Return the spec of the first member that has this tensor, and its number."""
         return next(
             (self._specs[p][i], p) for p, i in enumerate(column) if i is not None
         )
 
     def _each(self, column: Sequence[int | None]) -> list[Tensor]:
-        """Return the tensor of every process; zeros for one that has none."""
+        """Return the tensor of every member; zeros for one that has none."""
         spec, known = self._spec(column)
         like = next(self._tensors[p][i] for p, i in enumerate(column) if i is not None)
         found = []
