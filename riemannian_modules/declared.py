@@ -279,19 +279,23 @@ class DeclaredParameters:
                     "replacing or unfreezing parameters"
                 )
 
+    def moved(self) -> Declared | None:
+        """Return a parameter that was written since the last backward pass, or None."""
+        written = (d for d in self if d.tensor._version != d.linearised)
+        return next(written, None)
+
     def require_unmoved(self) -> None:
         """Check that the parameters are where the last backward pass saw them.
 
         Raises:
             NotRecordedError: one was written since; names it.
         """
-        for declared in self:
-            if declared.tensor._version != declared.linearised:
-                raise NotRecordedError(
-                    f"parameter '{declared.name}' was changed after metric.backward, "
-                    "so its gradient belongs to another point; record and go backward "
-                    "anew"
-                )
+        moved = self.moved()
+        if moved is not None:
+            raise NotRecordedError(
+                f"parameter '{moved.name}' was changed after metric.backward, so its "
+                "gradient belongs to another point; record and go backward anew"
+            )
 
 
 def _require_own_views(parameters: Iterable[Declared]) -> None:

@@ -23,6 +23,7 @@ from riemannian_modules.assembly import (
 from riemannian_modules.declared import Blocks, DeclaredParameters
 from riemannian_modules.errors import MassError, NotRecordedError
 from riemannian_modules.exchange import Exchange
+from riemannian_modules.gradients import Gradients
 from riemannian_modules.heads import (
     Head,
     OutputMetricLike,
@@ -66,6 +67,7 @@ class ModelMetric:
         passes: number of backward passes so far (frozen ones count).
         blocks: ``{block name: LayerMetric}`` of the last one.
         loss: value of the loss in the last backward pass, or None.
+        gradients: what the last backward pass left in ``.grad``.
         waiting: passes that wait for the last one of their batch.
         exchange: what makes one batch of those of several processes, or None; see
             :func:`riemannian_modules.distributed.data_parallel`.
@@ -104,7 +106,7 @@ class ModelMetric:
         self._passed = Tape()
         self._frozen = False
         self._found: Linearization | None = None
-        self._marks: dict[str, int] = {}
+        self.gradients = Gradients(self.parameters)
         self.passes = 0
         self.loss: Tensor | None = None
         self.exchange: Exchange | None = None
@@ -244,6 +246,7 @@ class ModelMetric:
                 "call metric.backward(loss, outputs) first"
             )
         self.require_intact()
+        self.gradients.unused = False
         given = found, self.blocks, self.parameters, covector
         residual, rest, source = right_hand_side(*given, gradient=gradient, shift=shift)
         with full_precision(self.parameters):
@@ -283,12 +286,7 @@ class ModelMetric:
 
     def gradient_is_untouched(self) -> bool:
         """Whether every ``.grad`` is still what the last backward pass put there."""
-        own = {} if self._found is None else self._found.gradient
-        return all(
-            self.parameters[name].tensor.grad is covector
-            and covector._version == self._marks[name]
-            for name, covector in own.items()
-        )
+        return self.gradients.untouched()
 
     @contextmanager
     def _guard(self) -> Iterator[None]:
@@ -332,12 +330,9 @@ class ModelMetric:
             self._renew(found)
             self.fewer.keep()
         self._found, self._passed = found, passed
-        self._marks = {name: g._version for name, g in found.gradient.items()}
         if loss is not None:
             self.passes, self.loss = self.passes + 1, loss.detach()
-            for declared in self.parameters:
-                declared.linearised = declared.tensor._version
-                declared.tensor.grad = found.gradient.get(declared.name)
+            self.gradients.fill(found.gradient, frozen=self._frozen)
 
     def _renew(self, found: Linearization) -> None:
         common = (found, self.parameters, self.version + 1, self.precision)

@@ -195,6 +195,25 @@ def test_inputs_that_are_overwritten_between_passes() -> None:
         metric.backward(entropy(z, numbers), z)
 
 
+def test_a_pass_that_another_replaced_is_told() -> None:
+    model, x, numbers = mlp(), features(4), torch.arange(4)
+    metric = rm.LayerwiseMetric(model, rm.output.Categorical())
+    optimizer = rm.optim.RiemannianSGD(metric, lr=0.1)
+
+    def backward() -> None:
+        z = record(model, metric, x)
+        metric.backward(entropy(z, numbers), z)
+
+    backward(), backward()
+    with pytest.warns(UserWarning, match="accumulate=True"):
+        optimizer.step()
+    # Nothing to tell: of the first pass something was made, or it is a search's.
+    backward(), metric.natural_gradient(), backward(), optimizer.step()
+    with metric.frozen():
+        backward(), backward(), optimizer.step()
+    backward(), optimizer.step()
+
+
 def test_outputs_that_are_divided_in_other_proportions() -> None:
     class Two(nn.Module):
         def __init__(self) -> None:

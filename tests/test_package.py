@@ -39,7 +39,7 @@ LAYERS = (
     {"carry", "checks", "linearization", "linearize"},
     {"assembly", "explore", "joining", "rows"},
     {"exchange", "survey"},
-    {"recorder"},
+    {"gradients", "recorder"},
     {"model_metric"},
     {"functional", "layerwise"},
     {"contraction"},

@@ -47,7 +47,8 @@ def test_their_metrics_keep_every_law(blocks: str) -> None:
 )
 def test_steps_and_their_report(options) -> None:
     model = MODELS["scalars"]()
-    metric = passed(model, mass={"scale": torch.tensor(0.3), "*": 0.1})
+    mass = {"scale": torch.tensor(0.3), "*": 0.1}
+    metric = rm.LayerwiseMetric(model, rm.output.Categorical(), mass=mass)
     optimizer = rm.optim.RiemannianSGD(metric, lr=0.5, **options)
     before, losses = model.scale.detach().clone(), []
     for _ in range(5):

@@ -45,11 +45,12 @@ class MetricTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], *arguments: Any
     ) -> torch.Tensor:
-        """Record the forward pass and fill the gradients of one batch."""
+        """Record the forward pass, and fill the gradients if the batch is complete."""
         model.train()
         with self.metric.record():
             found = model(**self._prepare_inputs(inputs))
-        self.metric.backward(found["loss"], found["logits"])
+        more = not self.accelerator.sync_gradients
+        self.metric.backward(found["loss"], found["logits"], accumulate=more)
         return found["loss"].detach()
 
 
@@ -69,8 +70,8 @@ def main() -> None:
     arguments = TrainingArguments(
         output_dir="recipe",
         num_train_epochs=3,
-        per_device_train_batch_size=40,
-        gradient_accumulation_steps=1,  # metric.backward sets .grad
+        per_device_train_batch_size=20,
+        gradient_accumulation_steps=2,
         max_grad_norm=0.0,  # clipping would take away the exact form of the solve
         save_strategy="no",
         report_to=[],

@@ -1,6 +1,7 @@
 """What is handed to an optimizer, and what people hand to it instead."""
 
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,7 +9,13 @@ from riemannian_modules.errors import NotRecordedError
 from riemannian_modules.model_metric import ModelMetric
 from riemannian_modules.retractions import Retraction
 
-__all__ = ["require_kinds", "require_numbers", "require_ready"]
+__all__ = ["require_kinds", "require_numbers", "require_pass", "require_ready"]
+
+_REPLACED = (
+    "this step knows the last metric.backward only: another one at the same point, "
+    "before it, was replaced. If both are parts of one batch, call all but the last "
+    "one with accumulate=True"
+)
 
 
 def require_kinds(call: str, metric: object, retraction: object) -> None:
@@ -38,6 +45,24 @@ def require_kinds(call: str, metric: object, retraction: object) -> None:
         )
 
 
+def require_pass(metric: ModelMetric, stepped: int) -> None:
+    """Check that there was a backward pass since the last step.
+
+    Args:
+        metric: the metric.
+        stepped: number of the pass that the last step was made of.
+
+    Raises:
+        NotRecordedError: there was none.
+    """
+    if metric.passes == stepped:
+        raise NotRecordedError(
+            "call metric.backward(loss, outputs) before every optimizer.step(); "
+            "loss.backward() alone does not renew the metric, and passes with "
+            "accumulate=True wait for one without"
+        )
+
+
 def require_ready(metric: ModelMetric) -> None:
     """Check that a step can be made of what the last backward pass left.
 
@@ -51,6 +76,8 @@ def require_ready(metric: ModelMetric) -> None:
     """
     metric.parameters.verify()
     metric.parameters.require_unmoved()
+    if metric.gradients.use():
+        warnings.warn(_REPLACED, stacklevel=4)
     found = metric.linearization
     if found is None or not found.gradient:
         return
@@ -58,7 +85,7 @@ def require_ready(metric: ModelMetric) -> None:
         raise NotRecordedError(
             "every .grad is None: zero_grad() after metric.backward(loss, outputs) "
             "takes away what the step is made of. Call it before, or not at all: "
-            "metric.backward sets .grad and does not accumulate"
+            "metric.backward sets .grad"
         )
 
 

@@ -20,7 +20,12 @@ from riemannian_modules.errors import (
 )
 from riemannian_modules.layerwise import LayerwiseMetric
 from riemannian_modules.model_metric import ModelMetric
-from riemannian_modules.optim.kinds import require_kinds, require_numbers, require_ready
+from riemannian_modules.optim.kinds import (
+    require_kinds,
+    require_numbers,
+    require_pass,
+    require_ready,
+)
 from riemannian_modules.optim.motion import Rule
 from riemannian_modules.optim.plan import Plan
 from riemannian_modules.optim.proposal import propose
@@ -284,12 +289,7 @@ class RiemannianSGD(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self.metric.passes == self._stepped:
-            raise NotRecordedError(
-                "call metric.backward(loss, outputs) before every optimizer.step(); "
-                "loss.backward() alone does not renew the metric, and passes with "
-                "accumulate=True wait for one without"
-            )
+        require_pass(self.metric, self._stepped)
         require_ready(self.metric)
         with torch.no_grad(), full_precision(self.metric.parameters):
             self._step()

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from riemannian_modules.declared import Declared
-from riemannian_modules.errors import NotRecordedError
 from riemannian_modules.model_metric import ModelMetric
-from riemannian_modules.optim.kinds import require_ready
+from riemannian_modules.optim.kinds import require_pass, require_ready
 from riemannian_modules.retractions import Default, Retraction
 
 __all__ = ["WholeModelOptimizer"]
@@ -74,11 +73,9 @@ class WholeModelOptimizer(torch.optim.Optimizer):
                 "optimizer.step(lambda: loss_function(model(x), y))"
             )
         metric = self.metric
-        if metric.passes == self._stepped or metric.loss is None:
-            raise NotRecordedError(
-                "call metric.backward(loss, outputs) before every optimizer.step()"
-            )
+        require_pass(metric, self._stepped)
         require_ready(metric)
+        assert metric.loss is not None
         return partial(_number, closure), float(metric.loss)
 
     def _moving(self) -> dict[str, Declared]:
