@@ -27,6 +27,7 @@ __all__ = [
     "full_precision",
     "introduce",
     "moved",
+    "narrowed",
     "reweighted",
     "right_hand_side",
     "too_narrow",
@@ -196,6 +197,34 @@ def reweighted(blocks: Blocks, factor: float) -> dict[str, LayerMetric]:
         )
         for name, block in blocks.items()
     }
+
+
+def narrowed(blocks: Blocks, names: Collection[str]) -> dict[str, LayerMetric]:
+    """Return the metrics of some of the parameters while all others stand still.
+
+    Args:
+        blocks: metrics by block.
+        names: the parameters that move.
+
+    Returns:
+        Metrics by block, the same ones where all of a block's parameters move; without
+        blocks of which none does.
+    """
+    found = {}
+    for name, block in blocks.items():
+        parts = [part for part in block.parts if part.name in names]
+        if len(parts) == len(block.parts):
+            found[name] = block
+        elif parts:
+            found[name] = LayerMetric(
+                parts,
+                name=block.name,
+                version=block.version,
+                precision=block.precision,
+                solver=block.solver,
+                max_memory=block.max_memory,
+            )
+    return found
 
 
 def zero_covectors(blocks: Blocks) -> dict[str, Tensor]:

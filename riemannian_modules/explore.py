@@ -143,6 +143,8 @@ def _agreed(
     position = {id(use): i for i, use in enumerate(tape.uses)}
     first, n = rows.count, len(outputs[0])
     stop = max((index for index, _ in truths), default=first) + 1
+    reached = {k for _, truth in truths for k, g in truth.items() if g is not None}
+    unreached = {declared.name for declared in parameters} - reached
     _explain_paths(watch, tape, outputs, parameters)
     while True:
         if watch.seek(tape):
@@ -151,7 +153,7 @@ def _agreed(
         carried = [known[position[id(use)]] for use in uses]
         try:
             layouts, certain = _layouts(watch, uses, carried, first, n, tape.rounding)
-            graph = Graph(True, layouts, [])
+            graph = Graph(True, layouts, [], unreached=unreached)
             needed = [narrowed(each, stop) for each in carried]
             whole = assemble(watch, uses, [needed], graph, n)
         except UnexplainedError as error:

@@ -1,6 +1,6 @@
 """What backward passes leave in ``.grad``, and what became of it."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import final
 
 from torch import Tensor
@@ -48,10 +48,15 @@ class Gradients:
         found, self.unused, self.replaced = self.replaced, False, False
         return found
 
-    def untouched(self) -> bool:
-        """Whether every ``.grad`` is still what the last pass put there."""
+    def untouched(self, names: Collection[str] | None = None) -> bool:
+        """Whether ``.grad`` is still what the last pass put there.
+
+        Args:
+            names: of these parameters; None: of all.
+        """
         return all(
             self._parameters[name].tensor.grad is covector
             and covector._version == self._versions[name]
             for name, covector in self._own.items()
+            if names is None or name in names
         )

@@ -9,7 +9,7 @@ assembled in the same way from the costate v, which is a factor with one row for
 example.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +49,7 @@ class Graph:
         alone: whether the costate travels alone, from the loss on.
         verified: how many later passes have found the same.
         foreign: the parameters in it that are not the model's.
+        unreached: parameters of the layers in it that it does not lead to.
         layouts: for each use, where the examples are in its outputs.
         memos: for each use and job, what the rule found out.
     """
@@ -59,6 +60,7 @@ class Graph:
     alone: bool = False
     verified: int = 0
     foreign: Sequence[Tensor] = ()
+    unreached: Collection[str] = ()
 
 
 @dataclass(frozen=True)
@@ -162,6 +164,8 @@ def assemble(
                     ),
                 )
                 for name, factor in explained(job, call).items():
+                    if name in graph.unreached:
+                        continue
                     known = found.setdefault(name, [])
                     if cotangents is pieces[0]:
                         known.append([factor])

@@ -1,7 +1,7 @@
 """The metrics of a model's blocks and the gradient in them: what optimizers need."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from typing import Any
@@ -15,6 +15,7 @@ from riemannian_modules.assembly import (
     full_precision,
     introduce,
     moved,
+    narrowed,
     reweighted,
     right_hand_side,
     too_narrow,
@@ -66,6 +67,7 @@ class ModelMetric:
         version: number of pull-backs so far.
         passes: number of backward passes so far (frozen ones count).
         blocks: ``{block name: LayerMetric}`` of the last one.
+        solved: the metrics of the last :meth:`solve`.
         loss: value of the loss in the last backward pass, or None.
         gradients: what the last backward pass left in ``.grad``.
         waiting: passes that wait for the last one of their batch.
@@ -101,6 +103,7 @@ class ModelMetric:
         self.fewer = FewerRows() if fewer is None else fewer
         self.version = 0
         self.blocks: dict[str, LayerMetric] = {}
+        self.solved: dict[str, LayerMetric] = {}
         self._groups = self.parameters.groups(blocks)
         self.waiting = Waiting(self.parameters)
         self._passed = Tape()
@@ -220,6 +223,7 @@ class ModelMetric:
         *,
         gradient: float = 1.0,
         shift: Tensor | None = None,
+        only: Collection[str] | None = None,
     ) -> dict[str, Solution]:
         """Solve every block for ``gradient * (d loss) + covector + K^T shift``.
 
@@ -229,6 +233,8 @@ class ModelMetric:
             gradient: how often the gradient of the loss counts; its part in the
                 span of the rows takes the form without cancellation.
             shift: more coefficients of the rows, ``(rank,)``, the same for all blocks.
+            only: the parameters that move; None: all. The metric of a block is then
+                that of its part in which the others stand still.
 
         Returns:
             ``{block name: solution}``.
@@ -249,12 +255,14 @@ class ModelMetric:
         self.gradients.unused = False
         given = found, self.blocks, self.parameters, covector
         residual, rest, source = right_hand_side(*given, gradient=gradient, shift=shift)
+        blocks = self.blocks if only is None else narrowed(self.blocks, only)
+        self.solved = blocks
         with full_precision(self.parameters):
             if self.exchange is not None:
-                return self.exchange.solve(self.blocks, residual, rest, source)
+                return self.exchange.solve(blocks, residual, rest, source)
             return {
                 name: block.solve(residual=residual, covector=rest, source=source)
-                for name, block in self.blocks.items()
+                for name, block in blocks.items()
             }
 
     def joint_loss(self, loss: Tensor) -> Tensor:
@@ -277,16 +285,12 @@ class ModelMetric:
         """
         if all(d.tensor.device.type == "cpu" for d in self.parameters):
             return None
-        flags = [block.inverse.succeeded for block in self.blocks.values()]
+        flags = [block.inverse.succeeded for block in self.solved.values()]
         return torch.stack(flags).all() if flags else None
 
     def require_intact(self) -> None:
         """Raise LinearizationError if a layer's input was overwritten since."""
         self._passed.require_intact()
-
-    def gradient_is_untouched(self) -> bool:
-        """Whether every ``.grad`` is still what the last backward pass put there."""
-        return self.gradients.untouched()
 
     @contextmanager
     def _guard(self) -> Iterator[None]:

@@ -38,6 +38,7 @@ from riemannian_modules.rules.job import UnexplainedError
 from riemannian_modules.survey import survey
 from riemannian_modules.tape import Tape, Use
 from riemannian_modules.watch import Watch
+from riemannian_modules.whitening import require_whitened
 
 __all__ = ["Recorder"]
 
@@ -282,6 +283,7 @@ class Recorder:
         self._exploring = True
         with torch.no_grad():
             rows = output_rows(heads, costates, reduction)
+            require_whitened(heads, rows)
             try:
                 found, graph, certain = explore(
                     self.watch, tape, ends, rows, expected, self._parameters

@@ -36,7 +36,7 @@ LAYERS = (
     {"model_checks", "module_tree"},
     {"declared", "reverse"},
     {"heads", "watch"},
-    {"carry", "checks", "linearization", "linearize"},
+    {"carry", "checks", "linearization", "linearize", "whitening"},
     {"assembly", "explore", "joining", "rows"},
     {"exchange", "survey"},
     {"gradients", "recorder"},

@@ -34,6 +34,7 @@ from riemannian_modules.model_metric import ModelMetric
 from riemannian_modules.output import Euclidean, OutputMetric
 from riemannian_modules.strategy import Solver
 from riemannian_modules.tape import Tape
+from riemannian_modules.whitening import require_whitened
 
 __all__ = ["FunctionalMetric"]
 
@@ -311,6 +312,8 @@ class FunctionalMetric(ModelMetric):
                 pair = (value, self._outputs[name])
                 extra = None if costate is None else [costate]
                 rows = output_rows([pair], extra, self.reduction)
+                if self.passes == 0:
+                    require_whitened([pair], rows)
                 if rows.joint:
                     raise OutputMetricError(
                         f"{self._outputs[name]!r} has rows of the whole batch, which a "

@@ -215,5 +215,7 @@ def _numbers(part: Part, parameter: Tensor) -> list[str]:
     if parameter.grad is not None:
         own = replace(part.space, mass=Mass())
         gradient = parameter.grad.detach().to(own.point)
-        found.append(float((own.riesz(gradient) * gradient).sum()) ** 0.5)
+        square = (own.riesz(gradient) * gradient).sum()
+        # Rounding leaves a normal gradient a tangent part of either sign.
+        found.append(float(square.clamp_min(0.0).sqrt()))
     return [f"{value:.2e}" for value in found]

@@ -210,9 +210,8 @@ class LevenbergMarquardt(WeighingOptimizer):
         bend = self._bending.bend(step.vectors, _SPACING)
         found = {
             name: -0.5 * x
-            for block in self.metric.blocks.values()
+            for block in self.metric.solved.values()
             for name, x in block.solve(residual=bend).vectors.items()
-            if name in moving
         }
         # Beyond this the series that the correction comes from is not to be trusted.
         long = model.mass(step.vectors, step.vectors)

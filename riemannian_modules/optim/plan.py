@@ -11,10 +11,11 @@ from torch import Tensor
 from riemannian_modules.declared import Declared
 from riemannian_modules.errors import NonFiniteError
 from riemannian_modules.finite import looks_finite
+from riemannian_modules.model_metric import ModelMetric
 from riemannian_modules.optim.motion import transported
 from riemannian_modules.retractions import Retraction
 
-__all__ = ["Plan"]
+__all__ = ["Plan", "plans_of"]
 
 
 @dataclass(frozen=True)
@@ -212,3 +213,44 @@ class Plan:
         else:
             tensor.copy_(point)
         self.declared.verified = tensor._version
+
+
+def plans_of(optimizer: torch.optim.Optimizer, metric: ModelMetric) -> dict[str, Plan]:
+    """Return what moves in the next step, by parameter name.
+
+    Parameters without a gradient stand still, and those of groups whose ``lr`` is 0
+    while others' is not.
+
+    Args:
+        optimizer: its groups, and the state of their parameters.
+        metric: knows the parameters.
+
+    Returns:
+        A plan for each.
+
+    Raises:
+        ValueError: a group has a momentum, and the step before is kept, too.
+        NonFiniteError: a step length is not finite.
+    """
+    groups = optimizer.param_groups
+    going = [group for group in groups if not _stands(group["lr"])]
+    plans = {}
+    for group in going or groups:
+        if group["momentum"] > 0.0 and group["spring"] > 0.0:
+            raise ValueError(
+                f"momentum={group['momentum']} and spring={group['spring']} both keep "
+                "something of the step before; if a scheduler has set the momentum, "
+                "pass it cycle_momentum=False. Nothing was changed"
+            )
+        for tensor in group["params"]:
+            if tensor.grad is not None:
+                declared = metric.parameters.of(tensor)
+                state = optimizer.state.get(tensor, {})
+                old, last = state.get("momentum_buffer"), state.get("step_buffer")
+                plans[declared.name] = Plan.make(declared, group, old, last)
+    return plans
+
+
+def _stands(lr: object) -> bool:
+    # Of a tensor reading it might wait for the device.
+    return isinstance(lr, float | int) and lr == 0.0

@@ -153,15 +153,18 @@ def _clipped(
 def _solve(metric: ModelMetric, plans: Plans, shift: Tensor | None) -> Solutions:
     scales = {plan.scale for plan in plans.values()}
     parts = [part for b in metric.blocks.values() for part in b.parts]
-    whole = len(scales) == 1 and all(part.name in plans for part in parts)
-    if whole and metric.gradient_is_untouched():
+    # Parameters that are left out stand still: their gradient must not steer the
+    # others, nor their share of the metric.
+    only = None if all(part.name in plans for part in parts) else set(plans)
+    if len(scales) == 1 and metric.gradients.untouched(only):
         extra = {n: p.extra for n, p in plans.items() if p.extra is not None}
-        solutions = metric.solve(extra or None, gradient=scales.pop(), shift=shift)
+        solutions = metric.solve(
+            extra or None, gradient=scales.pop(), shift=shift, only=only
+        )
     else:
-        # Clipped gradients, mixed groups or parameters that are left out (whose
-        # gradient must not steer the others): a covector like any other.
+        # Clipped gradients and mixed groups: a covector like any other.
         covector = {n: plan.direction() for n, plan in plans.items()}
-        solutions = metric.solve(covector, gradient=0.0, shift=shift)
+        solutions = metric.solve(covector, gradient=0.0, shift=shift, only=only)
     for block, solution in solutions.items():
         if not solution.looks_finite():
             raise NonFiniteError(

@@ -288,6 +288,6 @@ def block_reports(
             ]
             slope = torch.stack(found).sum()
         reports[block] = BlockReport(
-            block, metric.blocks[block], solution, lr, moves, slope
+            block, metric.solved[block], solution, lr, moves, slope
         )
     return reports

@@ -27,7 +27,7 @@ from riemannian_modules.optim.kinds import (
     require_ready,
 )
 from riemannian_modules.optim.motion import Rule
-from riemannian_modules.optim.plan import Plan
+from riemannian_modules.optim.plan import plans_of
 from riemannian_modules.optim.proposal import propose
 from riemannian_modules.optim.report import MotionReport, StepReport, block_reports
 from riemannian_modules.retractions import Default, Retraction
@@ -297,7 +297,7 @@ class RiemannianSGD(torch.optim.Optimizer):
         return loss
 
     def _step(self) -> None:
-        plans, first = self._plans(), self.param_groups[0]
+        plans, first = plans_of(self, self.metric), self.param_groups[0]
         rule = Rule(**{name: first[name] for name in Rule.__dataclass_fields__})
         solutions, motion = propose(self.metric, plans, rule, first["trust"])
         vectors = {n: x for s in solutions.values() for n, x in s.vectors.items()}
@@ -337,14 +337,3 @@ class RiemannianSGD(torch.optim.Optimizer):
             first["trust"] = motion.trust_after(first["trust"], healthy)
         moved = None if motion is None else MotionReport(motion, reports)
         self._report = StepReport(reports, moved)
-
-    def _plans(self) -> dict[str, Plan]:
-        plans = {}
-        for group in self.param_groups:
-            for tensor in group["params"]:
-                if tensor.grad is not None:
-                    declared = self.metric.parameters.of(tensor)
-                    state = self.state.get(tensor, {})
-                    old, last = state.get("momentum_buffer"), state.get("step_buffer")
-                    plans[declared.name] = Plan.make(declared, group, old, last)
-        return plans

@@ -93,18 +93,19 @@ class WholeModelOptimizer(torch.optim.Optimizer):
         """
         metric = self.metric
         reached = [p.name for block in metric.blocks.values() for p in block.parts]
-        if set(reached) <= set(moving) and metric.gradient_is_untouched():
-            found = metric.natural_gradient()
+        # Parameters without a gradient stand still: they must not steer the others.
+        only = None if set(reached) <= set(moving) else set(moving)
+        if metric.gradients.untouched(only):
+            solutions = metric.solve(only=only).values()
         else:
-            # Changed gradients are covectors like any other, and parameters without
-            # one must not steer the others.
+            # Changed gradients are covectors like any other.
             covector = {
                 name: d.tensor.grad
                 for name, d in moving.items()
                 if d.tensor.grad is not None
             }
-            solutions = metric.solve(covector, gradient=0.0).values()
-            found = {n: x for each in solutions for n, x in each.vectors.items()}
+            solutions = metric.solve(covector, gradient=0.0, only=only).values()
+        found = {n: x for each in solutions for n, x in each.vectors.items()}
         return {name: -found[name] for name in moving}
 
     def _hopeless(self, step: Mapping[str, Tensor]) -> bool:

@@ -11,6 +11,9 @@ from riemannian_modules.output.rows import ROUNDING
 __all__ = ["OutputMetric"]
 
 
+_MADE_OF_ROWS = ("apply", "whiten", "sharp", "split", "sample")
+
+
 class OutputMetric(ABC):
     """A Riemannian metric on the space of a model's outputs.
 
@@ -44,6 +47,20 @@ class OutputMetric(ABC):
 
     joint: bool = False
     leads: bool = False
+
+    def __init_subclass__(cls, **options: object) -> None:
+        """Drop what a parent class worked out for rows that are others here.
+
+        A subclass with its own :meth:`factor` has the default methods for everything
+        that is made of the rows, unless it has its own.
+        """
+        super().__init_subclass__(**options)
+        if "factor" not in vars(cls):
+            return
+        for name in _MADE_OF_ROWS:
+            owner = next(kind for kind in cls.__mro__ if name in vars(kind))
+            if owner not in (cls, OutputMetric) and "factor" in vars(owner):
+                setattr(cls, name, vars(OutputMetric)[name])
 
     @abstractmethod
     def factor(self, outputs: Tensor) -> Tensor:

@@ -427,6 +427,19 @@ class UnrootedResidual(Coins):
         return cotangent / (p * (1 - p)), torch.zeros_like(cotangent)
 
 
+class LaterUnrootedResidual(UnrootedResidual):
+    """Right in the first pass, which the library itself looks at."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def whiten(self, outputs, cotangent):
+        self.calls += 1
+        kind = Coins if self.calls == 1 else UnrootedResidual
+        return kind.whiten(self, outputs, cotangent)
+
+
 class AllRest(Coins):
     def whiten(self, outputs, cotangent):
         return torch.zeros_like(outputs), cotangent.clone()
@@ -545,7 +558,7 @@ register_rule(WrongImage, rule(TransposedImage))
 
 MODULES: dict[str, tuple[type[nn.Linear], type[OutputMetric]]] = {
     "gradient": (WrongGradient, Coins),
-    "residual": (nn.Linear, UnrootedResidual),
+    "residual": (nn.Linear, LaterUnrootedResidual),
     "factor": (OnePosition, Coins),
     "adjoint": (Adjointless, Coins),
     "per_example": (Coupling, Coins),

@@ -1,0 +1,89 @@
+"""Output metrics whose residual does not belong to their rows."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from mutants.metrics import UnrootedResidual
+from torch import Tensor, nn
+
+import riemannian_modules as rm
+from riemannian_modules.output import Bernoulli, Categorical, Euclidean, Poisson
+
+WEIGHTS = torch.tensor([1.0, 5.0, 0.2, 1.0, 3.0], dtype=torch.float64)
+
+
+def weighted(kind: type[rm.output.OutputMetric]) -> type[rm.output.OutputMetric]:
+    """A subclass with rows of its own and nothing else."""
+
+    class Weighted(kind):  # type: ignore[misc,valid-type]
+        def factor(self, outputs: Tensor) -> Tensor:
+            rows = super().factor(outputs)
+            return rows * WEIGHTS.sqrt().view(-1, *[1] * (rows.ndim - 1))
+
+    return Weighted
+
+
+@pytest.mark.parametrize("kind", [Categorical, Bernoulli, Poisson, Euclidean])
+def test_a_subclass_with_other_rows_has_their_residual(
+    kind: type[rm.output.OutputMetric],
+) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Linear(3, 4).double(), torch.randn(5, 3).double()
+    metric = rm.LayerwiseMetric(model, weighted(kind)(), mass=0.1, blocks="model")
+    with metric.record():
+        z = model(x)
+    loss = (WEIGHTS * z.softmax(1)[:, 0]).mean()
+    metric.backward(loss, z)
+    rows = kind().factor(z.detach()) * WEIGHTS.sqrt().view(-1, 1, 1) / 5**0.5
+    inputs = torch.cat([x, torch.ones(5, 1).double()], 1)
+    K = torch.einsum("nro,ni->nroi", rows, inputs).flatten(0, 1).flatten(1)
+    g = K.mT @ K + 0.1 * torch.eye(16).double()
+    assert model.weight.grad is not None
+    assert model.bias.grad is not None
+    e = torch.cat([model.weight.grad, model.bias.grad[:, None]], 1).flatten()
+    solved = torch.linalg.solve(g, e).view(4, 4)
+    found = metric.natural_gradient()
+    torch.testing.assert_close(found["weight"], solved[:, :3], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(found["bias"], solved[:, 3], rtol=1e-9, atol=1e-12)
+
+
+def test_what_a_subclass_defines_itself_stays() -> None:
+    class Own(Categorical):
+        def factor(self, outputs: Tensor) -> Tensor:
+            return 2.0 * super().factor(outputs)
+
+        def whiten(self, outputs: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor]:
+            y, rest = super().whiten(outputs, cotangent)
+            return 0.5 * y, rest
+
+    class Renamed(Categorical):
+        pass
+
+    assert Own.whiten is not rm.output.OutputMetric.whiten
+    assert Own.sample is rm.output.OutputMetric.sample
+    assert Own.terms is Categorical.terms
+    assert Renamed.whiten is Categorical.whiten
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_residual_of_other_rows_is_refused(reduction: str) -> None:
+    model, x = nn.Linear(3, 2), torch.randn(4, 3)
+    metric = rm.LayerwiseMetric(model, UnrootedResidual(), reduction=reduction)
+    optimizer = rm.optim.RiemannianSGD(metric, lr=0.1)
+    with metric.record():
+        z = model(x)
+    with pytest.raises(rm.errors.OutputMetricError, match=r"L\^T y \+ rest"):
+        metric.backward(F.softplus(z).mean(), z)
+    assert model.weight.grad is None
+    with pytest.raises(rm.errors.NotRecordedError):
+        optimizer.step()
+
+
+def test_a_functional_metric_looks_too() -> None:
+    model = nn.Linear(3, 2)
+    metric = rm.functional.FunctionalMetric(
+        model, lambda net, x: net(x), UnrootedResidual()
+    )
+    z = metric(torch.randn(4, 3))
+    with pytest.raises(rm.errors.OutputMetricError, match=r"L\^T y \+ rest"):
+        metric.backward(F.softplus(z).mean(), z)
