@@ -49,6 +49,7 @@ class Graph:
         alone: whether the costate travels alone, from the loss on.
         verified: how many later passes have found the same.
         foreign: the parameters in it that are not the model's.
+        due: whether to look in the next pass where its examples are.
         unreached: parameters of the layers in it that it does not lead to.
         layouts: for each use, where the examples are in its outputs.
         memos: for each use and job, what the rule found out.
@@ -61,6 +62,7 @@ class Graph:
     verified: int = 0
     foreign: Sequence[Tensor] = ()
     unreached: Collection[str] = ()
+    due: bool = True
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from riemannian_modules.carry import (
-    Carried,
-    between,
-    by_use,
-    carry,
-    in_float16,
-    in_place,
-)
+from riemannian_modules.carry import by_use, in_float16
+from riemannian_modules.carrying import Look, carry_rows, travels_alone
 from riemannian_modules.checks import (
     autograd_gradient,
     batch_norms,
@@ -30,10 +24,10 @@ from riemannian_modules.checks import (
 from riemannian_modules.declared import DeclaredParameters
 from riemannian_modules.errors import LinearizationError, NotRecordedError
 from riemannian_modules.explore import explore
-from riemannian_modules.heads import Head, Reduction, Rows, output_rows
-from riemannian_modules.layout import random_scales, scaled_examples
+from riemannian_modules.heads import Head, Reduction, output_rows
+from riemannian_modules.layout import random_scales
 from riemannian_modules.linearize import Graph, Linearization, assemble, taken_apart
-from riemannian_modules.reverse import FEW, batching_pays, loss_scale
+from riemannian_modules.reverse import batching_pays, loss_scale
 from riemannian_modules.rules.job import UnexplainedError
 from riemannian_modules.survey import survey
 from riemannian_modules.tape import Tape, Use
@@ -47,6 +41,8 @@ Key = tuple[bool, tuple[object, ...], tuple[object, ...]]
 
 # So many passes have to agree on a graph before it is taken to stay as it is.
 _SURE = 2
+# Of graphs in which nothing should move examples every so many passes are looked at.
+_LOOK = 8
 _OTHERWISE = (
     "the model computes in another way than in the passes before, of which less had to "
     "be recorded: record this pass again and call backward; if it fails again"
@@ -108,6 +104,7 @@ class Recorder:
         """Give the recorded pass away; it can be linearised only once."""
         tape, self._tape, self._used_up = self._tape, None, True
         assert tape is not None
+        tape.release()
         return tape
 
     def linearize(
@@ -172,8 +169,11 @@ class Recorder:
         n = len(ends[0])
         with torch.no_grad():
             rows = output_rows(heads, costates, reduction)
-            scales = self._scales(uses, ends) if moving else None
-            passes = self._carried(tape, uses, ends, rows, graph, below, scales)
+            scales = self._scales(uses, ends) if moving or graph.due else None
+            look = None
+            if scales is not None:
+                look = Look(scales, tape.rounding, self._coins, apart=not moving)
+            passes = carry_rows(uses, ends, rows, graph, below, look)
             if passes is None:
                 # Where examples may move, the graph has to be looked at anew.
                 self.graphs = {k: g for k, g in self.graphs.items() if g is not graph}
@@ -184,66 +184,15 @@ class Recorder:
             except UnexplainedError as error:
                 raise LinearizationError(error.reason) from error
             graph.verified += 1
+            graph.due = graph.verified < _SURE or graph.verified % _LOOK == 0
             if self._static and graph.verified >= _SURE:
-                graph.foreign = others
+                graph.foreign, graph.due = others, False
                 self._settled[glance] = graph
                 moving = False
-            self._exploring = moving
-            graph.alone = _travels_alone(rows, graph, probes=scales is not None)
+            self._exploring = moving or graph.due
+            probes = moving and scales is not None
+            graph.alone = travels_alone(rows, graph, probes=probes)
             return replace(taken_apart(whole, rows), foreign=foreign)
-
-    def _carried(
-        self,
-        tape: Tape,
-        uses: Sequence[Use],
-        ends: Sequence[Tensor],
-        rows: Rows,
-        graph: Graph,
-        below: list[Carried] | None,
-        scales: Tensor | None,
-    ) -> list[list[Carried]] | None:
-        """Carry rows, costate and rest down to the uses.
-
-        Args:
-            tape: the recorded pass.
-            uses: recorded calls.
-            ends: the model's outputs.
-            rows: what is carried.
-            graph: what is known about the graph.
-            below: the costate at the uses, if it is known.
-            scales: numbers that examples have to keep on the way; or None.
-
-        Returns:
-            What each pass carried; None if an example has moved.
-        """
-        if rows.led:
-            below, stacks = None, rows.bare
-        else:
-            below = below if rows.rank else None
-            stacks = rows.stacks if below is None else rows.others
-        if scales is None:
-            passes, _ = carry(uses, ends, stacks, batched=graph.batched)
-        else:
-            # One of those that are carried anyway, once more with other scales.
-            which = int(torch.randint(max(1, rows.rank), (), generator=self._coins))
-            probes = [scaled_examples(each[which], scales)[None] for each in stacks]
-            stacks = [torch.cat(pair) for pair in zip(stacks, probes, strict=True)]
-            passes, _ = carry(uses, ends, stacks, batched=graph.batched, keep=True)
-            probe = passes[-1]
-            if len(passes) > 1:
-                like, passes = passes[which], passes[:-1]
-            else:
-                like = between(passes[0], which, which + 1)
-                passes = [between(passes[0], 0, -1)]
-            if not in_place(probe, like, graph.layouts, scales, tape.rounding):
-                return None
-        if below is None:
-            return passes
-        r = rows.rank
-        if len(passes) == 1 and rows.count > 2:
-            passes = [between(passes[0], 0, r), between(passes[0], r, rows.count)]
-            r = 1
-        return [*passes[:r], below, *(passes[r:] if rows.has_rest else [])]
 
     def _forget(self) -> None:
         """Forget all graphs: other modules explain the parameters now."""
@@ -298,7 +247,7 @@ class Recorder:
             uses = self.watch.explaining(tape)
             key, moving, _ = self._survey(uses, ends, loss)
             graph.batched = graph.batched and batching_pays(key[-1], ends[0].device)
-            graph.alone = _travels_alone(rows, graph, probes=moving)
+            graph.alone = travels_alone(rows, graph, probes=moving)
             self.graphs[key] = graph
         return found
 
@@ -338,10 +287,3 @@ def _at_a_glance(
     """Return what shows at a glance that a pass is not like another."""
     shapes = tuple([(use.name, use.shapes) for use in uses])
     return loss is None, tuple([output.shape for output in outputs]), shapes
-
-
-def _travels_alone(rows: Rows, graph: Graph, *, probes: bool) -> bool:
-    """Whether the costate is best carried from the loss on, and nothing with it."""
-    others = rows.count - 1 + probes
-    few = not graph.batched or others < FEW
-    return rows.has_costate and rows.rank > 0 and few and not rows.led

@@ -59,9 +59,36 @@ _MOVING = (
     "Addr",
     "PackPadded",
     "Nested",
+    "LinalgSolve",
+    "LinalgLstsq",
+    "TriangularSolve",
+    "CholeskySolve",
+    "Renorm",
 )
+# Operations on what comes after the first dimensions, where the examples have to be.
+_INNER = (
+    "Convolution",
+    "MkldnnConvolution",
+    "CudnnConvolution",
+    "AvgPool",
+    "MaxPool",
+    "AdaptiveAvgPool",
+    "AdaptiveMaxPool",
+    "FractionalMaxPool",
+    "NativeGroupNorm",
+    "NativeLayerNorm",
+    "Upsample",
+    "GridSampler",
+    "ReflectionPad",
+    "ReplicationPad",
+    "Im2Col",
+    "Col2Im",
+    "Linalg",
+)
+_VIEWS = ("View", "UnsafeView", "ReshapeAlias")
 # Attention, whose mask may keep examples apart that lie in one sequence.
 _ATTENTION = "ScaledDotProduct"
+_NORMS = ("LinalgVectorNorm", "LinalgNorm")
 # Operations along a dimension, which move examples if these are there.
 _ALONG = (
     "Mean",
@@ -84,8 +111,9 @@ _ALONG = (
     "Split",
     "Unbind",
     "Narrow",
+    "Glu",
 )
-_EXCEPT = ("MaxPool", "MaskedFill", "Minimum", "Maximum", "Sumproduct")
+_EXCEPT = ("MaskedFill", "Minimum", "Maximum", "Sumproduct")
 # What they remember of their arguments besides tensors.
 _REMEMBERED = (
     "_saved_dim",
@@ -164,7 +192,10 @@ def _walk(
             )
         if kind.remembers:
             found += [getattr(node, name, None) for name in _REMEMBERED]
-        moving = moving or (examples > 0 and _moves(node, kind.moves, examples))
+        moves = examples > 0 and _moves(node, kind.moves, examples)
+        if kind.moves == "views":
+            found.append(moves)
+        moving = moving or moves
         waiting += [following for following, _ in node.next_functions]
     return moving
 
@@ -174,7 +205,9 @@ class _Kind(NamedTuple):
 
     name: str
     remembers: bool
-    moves: Literal["never", "left", "tables", "along", "attention", "always"]
+    moves: Literal[
+        "never", "left", "tables", "along", "attention", "inner", "views", "always"
+    ]
 
 
 @lru_cache(1024)
@@ -185,6 +218,10 @@ def _kind_of(operation: type) -> _Kind:
         return _Kind(name, remembers, "always")
     if name.startswith(_EXCEPT):
         return _Kind(name, remembers, "never")
+    if name.startswith(_VIEWS):
+        return _Kind(name, remembers, "views")
+    if name.startswith(_INNER) and not name.startswith((*_MOVING, *_NORMS)):
+        return _Kind(name, remembers, "inner")
     if name.startswith(("Mm", "Mv", "Addmm", "Addmv")):
         return _Kind(name, remembers, "left")
     if name.startswith(_ATTENTION):
@@ -200,7 +237,16 @@ def _moves(node: Node, how: str, examples: int) -> bool:
     if how == "left":
         # A product from the left mixes rows; one with a weight does not.
         right = node.next_functions[-1][0]
-        return right is not None and not _is_weight(right)
+        return (right is not None and not _is_weight(right)) or _sums_over(
+            node, examples
+        )
+    if how == "views":
+        return _takes_apart(node, examples)
+    if how == "inner":
+        shape = node._input_metadata[0].shape
+        inner = getattr(node, "_saved_normalized_shape", None)
+        outer = shape[:1] if inner is None else shape[: len(shape) - len(inner)]
+        return all(size % examples != 0 for size in outer)
     if how == "tables":
         # The rows of a weight are not examples; those of anything else may be.
         return not all(_is_weight(n) for n, _ in node.next_functions if n is not None)
@@ -208,6 +254,41 @@ def _moves(node: Node, how: str, examples: int) -> bool:
         shape = node._input_metadata[0].shape
         return bool(shape[-2] >= examples and shape[-2] % examples == 0)
     return how == "always" or (how == "along" and _along_examples(node, examples))
+
+
+def _sums_over(node: Node, examples: int) -> bool:
+    """Whether the left factor of a product has examples in its columns only."""
+    for name in ("_saved_self_sym_sizes", "_saved_mat1_sym_sizes"):
+        sizes: Sequence[int] | None = getattr(node, name, None)
+        if sizes is not None and len(sizes) == 2:
+            return sizes[1] % examples == 0 and sizes[0] % examples != 0
+    return False
+
+
+def _takes_apart(node: Node, examples: int) -> bool:
+    """Whether no dimension that may hold the examples begins where it did before."""
+    before = _saved_sizes(node)
+    if before is None:
+        return True
+    after = node._input_metadata[0].shape
+    return not (_beginnings(before, examples) & _beginnings(after, examples))
+
+
+def _beginnings(shape: Sequence[int], examples: int) -> set[int]:
+    found, passed = set(), 1
+    for size in shape:
+        if size >= examples and size % examples == 0:
+            found.add(passed)
+        passed *= size
+    return found
+
+
+def _saved_sizes(node: Node) -> Sequence[int] | None:
+    for name in ("_saved_self_sym_sizes", "_saved_self_sizes"):
+        sizes: Sequence[int] | None = getattr(node, name, None)
+        if sizes is not None:
+            return sizes
+    return None
 
 
 def _is_weight(node: Node) -> bool:
@@ -233,10 +314,9 @@ def _along_examples(node: Node, examples: int) -> bool:
 
 
 def _sizes(node: Node) -> Sequence[int] | None:
-    for name in ("_saved_self_sym_sizes", "_saved_self_sizes"):
-        sizes: Sequence[int] | None = getattr(node, name, None)
-        if sizes is not None:
-            return sizes
+    sizes = _saved_sizes(node)
+    if sizes is not None:
+        return sizes
     for name in ("_saved_self", "_saved_result"):
         try:
             value = getattr(node, name, None)

@@ -191,11 +191,13 @@ class Tape:
         hidden: parameters of modules that ran in a function transform of torch.func,
             which leaves no graph behind at their outputs.
         partial: whether only modules were watched that had to explain something.
+        read: of calls that are gone: a label, what they read, and its versions.
     """
 
     uses: list[Use] = field(default_factory=list)
     hidden: set[str] = field(default_factory=set)
     partial: bool = False
+    read: list[tuple[str, list[Tensor], list[int]]] = field(default_factory=list)
 
     @property
     def saw_nothing(self) -> bool:
@@ -288,14 +290,16 @@ class Tape:
         Raises:
             LinearizationError: one was changed in place; names the layer.
         """
-        for use in self.uses:
-            inside = [place.input._version for place in use.inside]
-            now = [t._version for t in use.inputs]
-            if now != use.versions or inside != use.inner_versions:
+        for label, tensors, versions in [*self.read, *map(_read, self.uses)]:
+            if [t._version for t in tensors] != versions:
                 raise LinearizationError(
-                    f"the input of {use.label} was changed in place after the layer "
+                    f"the input of {label} was changed in place after the layer "
                     "had used it, so its factor is lost; use the out-of-place operation"
                 )
+
+    def release(self) -> None:
+        """Let go of autograd's graph and keep what :meth:`require_intact` needs."""
+        self.read, self.uses = [*map(_read, self.uses)], []
 
     def check_inputs(self) -> None:
         """Check that the recorded arguments are intact and finite.
@@ -325,6 +329,12 @@ class Tape:
             if not all(map(_finite, use.inputs[:1])):
                 return f"the input of {use.label} is the first not finite"
         return "every recorded layer input is finite, so it arose behind the last layer"
+
+
+def _read(use: Use) -> tuple[str, list[Tensor], list[int]]:
+    """Return what a call has read, and the version counters of then."""
+    tensors = [*use.inputs, *(place.input for place in use.inside)]
+    return use.label, tensors, [*use.versions, *use.inner_versions]
 
 
 def _finite(value: Tensor) -> bool:

@@ -1632,14 +1632,12 @@ def visit(
 
 
 STRAY = "what a plain list holds cannot be replaced in a replay: refused, right or not"
-LATER = "a tensor hook that comes later leaves no trace in the graph"
 FOREIGN = "an error of torch comes through"
 
 # What the library does wrong: name of the case, reason, and the runs: order (good or
 # bad first), then backward, pull_back or at an optimum.
 KNOWN = {
     "an alias in a list, behind a gate": (STRAY, "BB BO BP GB"),
-    "a tensor hook that normalises the cotangent": (LATER, "BB BO BP GB"),
     "a checkpoint with dropout": (FOREIGN, "GB"),
 }
 

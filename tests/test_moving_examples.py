@@ -1,5 +1,6 @@
 """Values that decide which example goes where: every pass is looked at."""
 
+from collections.abc import Callable
 from itertools import product
 
 import pytest
@@ -208,3 +209,180 @@ def test_examples_packed_into_one_sequence() -> None:
     mixed = apart.clone()
     mixed[5, 30] = mixed[13, 2] = True
     refused_after(Packed(), x, y, apart, mixed)
+
+
+# --- operations that begin to mix examples in a later pass
+
+
+def _triangle(A: Tensor) -> Tensor:
+    return A.triu() + 3.0 * torch.eye(len(A)).to(A)
+
+
+def _mixing(share: Tensor, h: Tensor, other: Tensor) -> Tensor:
+    return h + share * other
+
+
+# Of features h, (n, 4), and a matrix A, (n, n), which begins as the identity.
+MIXING: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "product from the right": lambda h, A: (h.T @ A).T,
+    "product from the left": lambda h, A: A @ h,
+    "linear": lambda h, A: F.linear(h.T, A).T,
+    "linear with a bias": lambda h, A: F.linear(h.T, A, 0.0 * A[0]).T,
+    "addmm": lambda h, A: torch.addmm(torch.zeros(()).to(h), h.T, A).T,
+    "tensordot": lambda h, A: torch.tensordot(A, h, dims=([0], [0])),
+    "einsum": lambda h, A: torch.einsum("ij,id->jd", A, h),
+    "solve": lambda h, A: torch.linalg.solve(A, h),
+    "solve from the right": lambda h, A: torch.linalg.solve(A, h.T, left=False).T,
+    "triangular": lambda h, A: torch.linalg.solve_triangular(
+        _triangle(A), h, upper=True
+    ),
+    "convolution": lambda h, A: (
+        F.conv1d(h.T.unsqueeze(1), A[:1, :3].flip(1).unsqueeze(0), padding=(2,))[
+            :, 0, : len(h)
+        ].T
+    ),
+    "average pooling": lambda h, A: _mixing(A[0, 1], h, F.avg_pool1d(h.T, 3, 1, 1).T),
+    "max pooling": lambda h, A: _mixing(A[0, 1], h, F.max_pool1d(h.T, 3, 1, 1).T),
+    "layer norm": lambda h, A: _mixing(A[0, 1], h, F.layer_norm(h, h.shape)),
+    "group norm": lambda h, A: _mixing(
+        A[0, 1], h, F.group_norm(h.T.unsqueeze(0), 1)[0].T
+    ),
+    "renorm": lambda h, A: _mixing(A[0, 1], h, torch.renorm(h.T, 2, 0, 0.1).T),
+    "determinant": lambda h, A: _mixing(A[0, 1], h, torch.linalg.det(h[:4])),
+    "reshape": lambda h, A: _mixing(A[0, 1], h, h.T.reshape(h.shape)),
+}
+
+
+class Mixed(nn.Module):
+    def __init__(self, mix: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.last, self.mix = nn.Linear(3, 4), nn.Linear(4, 2), mix
+
+    def forward(self, x: Tensor, A: Tensor) -> Tensor:
+        y: Tensor = self.last(self.mix(torch.tanh(self.first(x)), A))
+        return y
+
+
+def right_or_refused(metric: rm.LayerwiseMetric, *inputs: Tensor) -> bool:
+    """Whether a pass is refused; if it is not, its metric is that of autograd."""
+    model = metric.model
+    try:
+        with metric.record():
+            z = model(*inputs)
+        metric.backward(0.5 * z.square().sum(1).mean(), z)
+    except rm.errors.LinearizationError:
+        return True
+    z, parameters = model(*inputs), list(model.parameters())
+    rows = [
+        torch.cat(
+            [g.flatten() for g in torch.autograd.grad(e, parameters, retain_graph=True)]
+        )
+        for e in z.flatten()
+    ]
+    flat = [torch.cat([g.flatten() for g in grads]) for grads in rows]
+    K = torch.stack(flat) / len(z) ** 0.5
+    expected = K.mT @ K + 0.1 * torch.eye(K.shape[1]).to(K)
+    torch.testing.assert_close(
+        metric.blocks["model"].to_dense(), expected, rtol=1e-7, atol=1e-9
+    )
+    return False
+
+
+@pytest.mark.parametrize("name", MIXING)
+def test_mixing_that_begins_later_is_seen_at_once(name: str) -> None:
+    torch.manual_seed(0)
+    model, x = Mixed(MIXING[name]).double(), torch.randn(12, 3).double()
+    metric = rm.LayerwiseMetric(model, rm.output.Euclidean(), mass=0.1, blocks="model")
+    seen = []
+    for index in range(9):
+        mixing = index in (5, 6)
+        A = torch.eye(12).double() + (
+            0.5 * torch.rand(12, 12).double() if mixing else 0.0
+        )
+        seen.append(right_or_refused(metric, x, A))
+    assert not seen[0]
+
+
+class Gated(nn.Module):
+    """Mixes nothing before its gate has moved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
+        self.gate = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x))
+        # An operation that no list names.
+        points = torch.linspace(-1.0, 1.0, 2 * len(h)).view(1, len(h), 1, 2)
+        other = F.grid_sample(h.T[None, :, :, None], points.to(h), align_corners=False)
+        y: Tensor = self.last(h + self.gate * other[0, :, :, 0].T)
+        return y
+
+
+def test_a_gate_that_opens_is_seen_in_the_next_pass() -> None:
+    torch.manual_seed(0)
+    model, x, t = (
+        Gated().double(),
+        torch.randn(12, 3).double(),
+        torch.randn(12, 2).double(),
+    )
+    metric = rm.LayerwiseMetric(model, rm.output.Euclidean(), mass=0.1)
+    optimizer = rm.optim.RiemannianSGD(metric)
+    assert not right_or_refused_step(metric, optimizer, x, t)
+    assert float(model.gate.detach()) != 0.0
+    assert right_or_refused_step(metric, optimizer, x, t)
+
+
+def test_anything_is_seen_within_eight_passes() -> None:
+    torch.manual_seed(0)
+    model, x, t = (
+        Gated().double(),
+        torch.randn(12, 3).double(),
+        torch.randn(12, 2).double(),
+    )
+    model.gate.requires_grad_(False)
+    metric = rm.LayerwiseMetric(model, rm.output.Euclidean(), mass=0.1)
+    optimizer = rm.optim.RiemannianSGD(metric)
+    for _ in range(5):
+        assert not right_or_refused_step(metric, optimizer, x, t)
+    with torch.no_grad():
+        model.gate.fill_(0.5)
+    seen = [right_or_refused_step(metric, optimizer, x, t) for _ in range(8)]
+    assert any(seen)
+
+
+def right_or_refused_step(
+    metric: rm.LayerwiseMetric,
+    optimizer: rm.optim.RiemannianSGD,
+    x: Tensor,
+    t: Tensor,
+) -> bool:
+    try:
+        with metric.record():
+            z = metric.model(x)
+        metric.backward((z - t).square().sum(1).mean() / 2, z)
+    except rm.errors.LinearizationError:
+        return True
+    optimizer.step()
+    return False
+
+
+class Folded(nn.Module):
+    """Rows are positions of examples, in the one order or in the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor, a: int, b: int) -> Tensor:
+        h = torch.tanh(self.layer(x))
+        return h.view(a, -1, b, 2).sum((0, 2))
+
+
+def test_a_view_that_takes_rows_apart_in_another_way() -> None:
+    torch.manual_seed(0)
+    model, x = Folded().double(), torch.randn(8, 3).double()
+    metric = rm.LayerwiseMetric(model, rm.output.Euclidean(), mass=0.1, blocks="model")
+    for a, b in [(2, 1)] * 4 + [(1, 2), (2, 1), (1, 2), (1, 2), (2, 1)]:
+        assert not right_or_refused(metric, x, a, b)

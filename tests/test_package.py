@@ -37,7 +37,7 @@ LAYERS = (
     {"declared", "reverse"},
     {"heads", "watch"},
     {"carry", "checks", "linearization", "linearize", "whitening"},
-    {"assembly", "explore", "joining", "rows"},
+    {"assembly", "carrying", "explore", "joining", "rows"},
     {"exchange", "survey"},
     {"gradients", "recorder"},
     {"model_metric"},

@@ -102,7 +102,6 @@ class Pointwise(PointSet):
         }
         return finished(whole, rows, y, len(examples[0]))
 
-
     def _pulled(
         self,
         jacobian: Callable[..., Point],
@@ -116,7 +115,8 @@ class Pointwise(PointSet):
             return self._in_a_loop(point, examples, stack, range(n))
         # Without gradients torch maps factorisations of matrices to wrong derivatives.
         with torch.enable_grad():
-            pulled: Point = {k: v.detach() for k, v in jacobian(stack, *examples).items()}
+            mapped: Point = jacobian(stack, *examples)
+        pulled = {name: each.detach() for name, each in mapped.items()}
         if self._trusted or stack.is_meta or len(stack) == 0:
             return pulled
         some = sorted({0, n // 2, n - 1})

@@ -264,9 +264,7 @@ class _Replay:
             (rows,) = vmap(pull)(cotangents)
         return rows, outputs
 
-    def _rows_in_a_loop(
-        self, which: Sequence[int]
-    ) -> tuple[Rows, tuple[Tensor, ...]]:
+    def _rows_in_a_loop(self, which: Sequence[int]) -> tuple[Rows, tuple[Tensor, ...]]:
         examples = self._examples()
         found: list[list[Tensor]] = []
         values: list[tuple[Tensor, ...]] = []
