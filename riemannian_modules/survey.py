@@ -192,10 +192,12 @@ def _walk(
             )
         if kind.remembers:
             found += [getattr(node, name, None) for name in _REMEMBERED]
-        moves = examples > 0 and _moves(node, kind.moves, examples)
         if kind.moves == "views":
-            found.append(moves)
-        moving = moving or moves
+            begins = _common_beginnings(node, examples) if examples > 0 else {1}
+            # In front or behind others; all their sizes would tell too much apart.
+            found.append(1 in begins)
+            moving = moving or not begins
+        moving = moving or (examples > 0 and _moves(node, kind.moves, examples))
         waiting += [following for following, _ in node.next_functions]
     return moving
 
@@ -240,8 +242,6 @@ def _moves(node: Node, how: str, examples: int) -> bool:
         return (right is not None and not _is_weight(right)) or _sums_over(
             node, examples
         )
-    if how == "views":
-        return _takes_apart(node, examples)
     if how == "inner":
         shape = node._input_metadata[0].shape
         inner = getattr(node, "_saved_normalized_shape", None)
@@ -265,20 +265,24 @@ def _sums_over(node: Node, examples: int) -> bool:
     return False
 
 
-def _takes_apart(node: Node, examples: int) -> bool:
-    """Whether no dimension that may hold the examples begins where it did before."""
+def _common_beginnings(node: Node, examples: int) -> set[int]:
+    """Return where examples may begin before and after a view; empty: nowhere.
+
+    That is how many entries the dimensions before them have. A dimension that holds
+    more than the examples has them as its slow or as its fast index.
+    """
     before = _saved_sizes(node)
     if before is None:
-        return True
+        return set()
     after = node._input_metadata[0].shape
-    return not (_beginnings(before, examples) & _beginnings(after, examples))
+    return _beginnings(before, examples) & _beginnings(after, examples)
 
 
 def _beginnings(shape: Sequence[int], examples: int) -> set[int]:
     found, passed = set(), 1
     for size in shape:
         if size >= examples and size % examples == 0:
-            found.add(passed)
+            found |= {passed, passed * (size // examples)}
         passed *= size
     return found
 
