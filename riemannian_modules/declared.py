@@ -279,23 +279,26 @@ class DeclaredParameters:
                     "replacing or unfreezing parameters"
                 )
 
-    def moved(self) -> Declared | None:
-        """Return a parameter that was written since the last backward pass, or None."""
-        written = (d for d in self if d.tensor._version != d.linearised)
-        return next(written, None)
+    def moved(self) -> list[Declared]:
+        """Return the parameters that were written since the last backward pass."""
+        return [d for d in self if d.tensor._version != d.linearised]
 
-    def require_unmoved(self) -> None:
-        """Check that the parameters are where the last backward pass saw them.
+    def require_unmoved(self, some: Iterable[Tensor]) -> None:
+        """Check that parameters are where the last backward pass saw them.
+
+        Args:
+            some: these; others may have been moved, by their own optimizer.
 
         Raises:
             NotRecordedError: one was written since; names it.
         """
-        moved = self.moved()
-        if moved is not None:
-            raise NotRecordedError(
-                f"parameter '{moved.name}' was changed after metric.backward, so its "
-                "gradient belongs to another point; record and go backward anew"
-            )
+        own = set(map(id, some))
+        for moved in self.moved():
+            if id(moved.tensor) in own:
+                raise NotRecordedError(
+                    f"parameter '{moved.name}' was changed after metric.backward, so "
+                    "its gradient belongs to another point; record and go backward anew"
+                )
 
 
 def _require_own_views(parameters: Iterable[Declared]) -> None:

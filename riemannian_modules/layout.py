@@ -218,7 +218,7 @@ def is_linear(probes: Tensor, rounding: float = 0.0) -> bool:
     Returns:
         Whether they do.
     """
-    if probes.is_meta or len(probes) == 1:
+    if probes.is_meta or len(probes) == 1 or probes.numel() == 0:
         return True
     bits = (len(probes) - 1) // 2
     whole, ones, zeros = probes[:1], probes[1 : 1 + bits], probes[1 + bits :]

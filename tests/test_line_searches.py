@@ -267,7 +267,7 @@ def test_without_a_better_point_the_parameters_stay_bit_for_bit(name, manifold):
     with pytest.raises(ZeroDivisionError):
         optimizer.step(lambda: 1 / 0)
     assert all(map(torch.equal, before, model.parameters()))
-    metric.parameters.require_unmoved()
+    metric.parameters.require_unmoved(model.parameters())
 
 
 @pytest.mark.parametrize("name", ["armijo", "wolfe"])

@@ -940,3 +940,45 @@ def test_a_replaced_layer_is_noticed() -> None:
         metric.record(),
     ):
         model(X)
+
+
+@pytest.mark.parametrize("blocks", ["tensor", "layer", "model"])
+def test_two_optimizers_share_one_pass(blocks: str) -> None:
+    # Each takes the step that it would take if the other were not there.
+    models = [chain() for _ in range(3)]
+    for model in models[1:]:
+        model.load_state_dict(models[0].state_dict())
+    metrics = [layer_metric(model, blocks=blocks) for model in models]
+
+    def of(index: int, layer: int, lr: float) -> rm.optim.RiemannianSGD:
+        own = list(models[index][layer].parameters())
+        return rm.optim.RiemannianSGD(metrics[index], own, lr=lr)
+
+    both = [of(0, 0, 0.2), of(0, 2, 0.4)]
+    alone = [of(1, 0, 0.2), of(2, 2, 0.4)]
+    for metric in metrics:
+        backward(metric)
+    for optimizer in (*both, *alone):
+        optimizer.step()
+    found = values(models[0])
+    for name, value in values(models[1]).items():
+        if name.startswith("0"):
+            assert_same({name: found[name]}, {name: value})
+    for name, value in values(models[2]).items():
+        if name.startswith("2"):
+            assert_same({name: found[name]}, {name: value})
+    # A second step of either would be of a gradient at another point.
+    with pytest.raises(rm.errors.NotRecordedError):
+        both[0].step()
+
+
+def test_a_scheduler_that_cycles_momentum_is_told_of() -> None:
+    model = chain()
+    metric = layer_metric(model)
+    optimizer = rm.optim.RiemannianSGD(metric)
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1.0, total_steps=10)
+    backward(metric)
+    before = values(model)
+    with pytest.raises(ValueError, match="cycle_momentum=False"):
+        optimizer.step()
+    assert all(torch.equal(v, before[n]) for n, v in values(model).items())

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from riemannian_modules.errors import NotRecordedError
@@ -63,11 +63,12 @@ def require_pass(metric: ModelMetric, stepped: int) -> None:
         )
 
 
-def require_ready(metric: ModelMetric) -> None:
+def require_ready(metric: ModelMetric, groups: Sequence[Mapping[str, Any]]) -> None:
     """Check that a step can be made of what the last backward pass left.
 
     Args:
         metric: the metric.
+        groups: of the optimizer whose step it is.
 
     Raises:
         NotRecordedError: all gradients are gone.
@@ -75,7 +76,7 @@ def require_ready(metric: ModelMetric) -> None:
             parameter is not what it was.
     """
     metric.parameters.verify()
-    metric.parameters.require_unmoved()
+    metric.parameters.require_unmoved([p for group in groups for p in group["params"]])
     if metric.gradients.use():
         warnings.warn(_REPLACED, stacklevel=4)
     found = metric.linearization

@@ -290,7 +290,7 @@ class RiemannianSGD(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         require_pass(self.metric, self._stepped)
-        require_ready(self.metric)
+        require_ready(self.metric, self.param_groups)
         with torch.no_grad(), full_precision(self.metric.parameters):
             self._step()
         self._stepped = self.metric.passes

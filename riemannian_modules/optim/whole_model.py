@@ -74,7 +74,7 @@ class WholeModelOptimizer(torch.optim.Optimizer):
             )
         metric = self.metric
         require_pass(metric, self._stepped)
-        require_ready(metric)
+        require_ready(metric, self.param_groups)
         assert metric.loss is not None
         return partial(_number, closure), float(metric.loss)
 
