@@ -14,7 +14,7 @@ FILES = {path.relative_to(PACKAGE): path for path in sorted(PACKAGE.rglob("*.py"
 
 # A module may import from its own row and the rows above it, never from below.
 LAYERS = (
-    {"_version", "errors", "finite"},
+    {"_version", "errors", "finite", "twice"},
     {"woodbury"},
     {"manifolds", "mass", "retractions", "tangent"},
     {"factors"},

@@ -22,6 +22,7 @@ from riemannian_modules.contraction.autodiff import jvp, vjp
 from riemannian_modules.contraction.chart import Chart
 from riemannian_modules.contraction.smooth import base_inner
 from riemannian_modules.heads import Head, OutputLike, OutputMetricLike, Reduction, pair
+from riemannian_modules.twice import DifferentiableTwice
 
 __all__ = ["Geometry", "Loss"]
 
@@ -212,9 +213,10 @@ class Geometry:
 
     def _run(self, u: Tensor) -> OutputLike:
         values = self.chart.point(u)
-        found: OutputLike = torch.func.functional_call(
-            self._model, values, self._inputs
-        )
+        with DifferentiableTwice():
+            found: OutputLike = torch.func.functional_call(
+                self._model, values, self._inputs
+            )
         return found
 
     def _heads(self, outputs: OutputLike) -> list[Head]:

@@ -17,6 +17,7 @@ from riemannian_modules.factors import (
 from riemannian_modules.finite import looks_finite
 from riemannian_modules.heads import Rows
 from riemannian_modules.linearize import Linearization
+from riemannian_modules.twice import DifferentiableTwice
 
 __all__ = ["Point", "PointSet", "joined"]
 
@@ -132,7 +133,8 @@ class PointSet(ABC):
             )[1]
             return derivative
 
-        second: Tensor = jvp(slope, (point,), (direction,))[1]
+        with DifferentiableTwice():
+            second: Tensor = jvp(slope, (point,), (direction,))[1]
         return second
 
 

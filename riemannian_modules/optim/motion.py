@@ -26,6 +26,7 @@ __all__ = [
     "corrected",
     "credible_share",
     "foreseen",
+    "lower",
     "renewed",
     "transported",
     "within",
@@ -67,6 +68,24 @@ class Rule:
     def keeps(self) -> bool:
         """Whether the step before counts."""
         return self.automatic or self.spring > 0.0
+
+    def gap(self, loss: Tensor, lowest: Tensor | None) -> Tensor | None:
+        """Return the loss above its floor; None without one.
+
+        A floor that a loss was below lies as far under the lowest loss from then on.
+
+        Args:
+            loss: scalar.
+            lowest: the lowest loss so far, or None.
+        """
+        if self.floor is None:
+            return None
+        gap = loss.double() - self.floor
+        if lowest is None:
+            return gap
+        slack = torch.finfo(loss.dtype).eps ** 0.5 * (1.0 + abs(self.floor))
+        below = self.floor - lowest.to(gap)
+        return torch.where(below > slack, gap + 2.0 * below, gap)
 
     @property
     def measures(self) -> bool:
@@ -241,6 +260,13 @@ def credible_share(slope: Tensor, curvature: Tensor, gap: Tensor) -> Tensor:
     root = 2.0 * gap / (inside.clamp_min(0.0).sqrt() - slope)
     reached = (inside >= 0.0) & (gap > 0.0) & (slope < 0.0)
     return torch.where(reached, root.clamp_max(1.0), 1.0)
+
+
+def lower(lowest: Tensor | None, loss: Tensor | None) -> Tensor | None:
+    """Return the lower of two losses of which one may be None; NaN counts for none."""
+    if loss is None or lowest is None:
+        return lowest if loss is None else loss
+    return torch.fmin(lowest.to(loss), loss)
 
 
 def within(bound: float, length: Tensor) -> Tensor:

@@ -30,7 +30,11 @@ Solutions = dict[str, Solution]
 
 
 def propose(
-    metric: ModelMetric, plans: Plans, rule: Rule, trust: Tensor | None = None
+    metric: ModelMetric,
+    plans: Plans,
+    rule: Rule,
+    trust: Tensor | None = None,
+    lowest: Tensor | None = None,
 ) -> tuple[Solutions, Motion | None]:
     """Solve for the directions, and choose the step where ``lr`` does not say it all.
 
@@ -41,6 +45,7 @@ def propose(
         plans: what moves.
         rule: how long steps are.
         trust: what the last step left of itself, ``(7,)``, or None.
+        lowest: the lowest loss so far, or None.
 
     Returns:
         The solutions by block, and the step before ``lr``; None: it is minus the
@@ -70,7 +75,8 @@ def propose(
     if trust is not None and image is not None and numbers is not None:
         slope = numbers.slopes[1]
         trust = renewed(trust.to(image), image.square().sum(), slope)
-    motion = _combine(metric, rule, numbers, down, before, trust)
+    gap = None if metric.loss is None else rule.gap(metric.loss, lowest)
+    motion = _combine(gap, rule, numbers, down, before, trust)
     if rule.clip is not None:
         motion = _clipped(rule.clip, model, plans, motion)
     if not all(map(looks_finite, motion.vectors.values())):
@@ -93,7 +99,7 @@ def _velocity(solutions: Solutions) -> Tensor | None:
 
 
 def _combine(
-    metric: ModelMetric,
+    gap: Tensor | None,
     rule: Rule,
     numbers: Numbers | None,
     down: dict[str, Tensor],
@@ -114,9 +120,8 @@ def _combine(
         # Of the metric as it is, whatever the curvature is taken to be.
         assert measured is not None
         length = (c @ measured.damped @ c).clamp_min(0.0).sqrt()
-        if rule.automatic and rule.floor is not None and metric.loss is not None:
+        if rule.automatic and gap is not None:
             slope, curvature = numbers.slopes @ c, c @ numbers.curvature @ c
-            gap = metric.loss.double() - rule.floor
             share = credible_share(slope, curvature, gap)
         if rule.automatic and trust is not None:
             share = trust[-1].to(share) * share

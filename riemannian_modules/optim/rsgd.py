@@ -26,7 +26,7 @@ from riemannian_modules.optim.kinds import (
     require_pass,
     require_ready,
 )
-from riemannian_modules.optim.motion import Rule
+from riemannian_modules.optim.motion import Rule, lower
 from riemannian_modules.optim.plan import plans_of
 from riemannian_modules.optim.proposal import propose
 from riemannian_modules.optim.report import MotionReport, StepReport, block_reports
@@ -37,7 +37,7 @@ __all__ = ["RiemannianSGD"]
 SPRING = 0.8
 # What groups have that were saved before steps had rules.
 _OLD: dict[str, Any] = {"automatic": False, "spring": 0.0, "normalize": False}
-_OLD |= {"floor": 0.0, "clip": None, "trust": None}
+_OLD |= {"floor": 0.0, "clip": None, "trust": None, "lowest": None}
 _COMMON = ("automatic", "spring", "floor", "clip", "normalize", "maximize")
 
 
@@ -71,10 +71,10 @@ class RiemannianSGD(torch.optim.Optimizer):
             (without ``lr``: the length that was found), on manifolds along the tangent
             part of ``w`` (none on spheres and Stiefel manifolds).
         floor: what the loss cannot fall below, for steps without ``lr``; None: nothing
-            known. It bounds no step where the loss is below it: give the true one, or
-            ``clip``, for losses that may be negative.
-        clip: bound on the length of a step in the metric norm of the whole model,
-            ``sqrt(mu g0(u, u) + |K u|^2)``.
+            known. Once a loss was below it, it lies as far under the lowest one; for
+            losses that may be negative give the true one, or None and a ``clip``.
+        clip: bound on the length of a step, without the weight decay, in the metric
+            norm of the whole model, ``sqrt(mu g0(u, u) + |K u|^2)``.
         normalize: whether ``lr`` is the length of the step in that norm.
         retraction: how a tangent step becomes a point.
         maximize: ascend instead; needs ``lr``.
@@ -136,7 +136,7 @@ class RiemannianSGD(torch.optim.Optimizer):
         if spring is None:
             defaults["spring"] = SPRING if lr is None and momentum == 0.0 else 0.0
         defaults |= {"lr": 1.0 if lr is None else lr, "automatic": lr is None}
-        defaults["trust"] = None
+        defaults |= {"trust": None, "lowest": None}
         self.metric = metric
         self.retraction = Default() if retraction is None else retraction
         self._report: StepReport | None = None
@@ -299,7 +299,8 @@ class RiemannianSGD(torch.optim.Optimizer):
     def _step(self) -> None:
         plans, first = plans_of(self, self.metric), self.param_groups[0]
         rule = Rule(**{name: first[name] for name in Rule.__dataclass_fields__})
-        solutions, motion = propose(self.metric, plans, rule, first["trust"])
+        known = first["trust"], first["lowest"]
+        solutions, motion = propose(self.metric, plans, rule, *known)
         vectors = {n: x for s in solutions.values() for n, x in s.vectors.items()}
         sign, length = -1.0 if motion is None else 1.0, None
         if motion is not None:
@@ -335,5 +336,6 @@ class RiemannianSGD(torch.optim.Optimizer):
                 self.state[tensor]["step_buffer"] = kept[name]
         if motion is not None:
             first["trust"] = motion.trust_after(first["trust"], healthy)
+            first["lowest"] = lower(first["lowest"], self.metric.loss)
         moved = None if motion is None else MotionReport(motion, reports)
         self._report = StepReport(reports, moved)
