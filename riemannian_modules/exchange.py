@@ -98,7 +98,7 @@ class Exchange(ABC):
         """Draw the same random numbers on all processes inside this scope."""
 
     @abstractmethod
-    def share(self, terms: Sequence[int], reduction: Reduction) -> float:
+    def share(self, terms: Sequence[float], reduction: Reduction) -> float:
         """Return the share of this process in a batch that is not recorded.
 
         Args:

@@ -31,6 +31,7 @@ from riemannian_modules.recorder import Recorder
 from riemannian_modules.reverse import unfreed
 from riemannian_modules.rows import FewerRows, History, RowReduction
 from riemannian_modules.strategy import Solver
+from riemannian_modules.weights import WeightsLike, weigh
 
 __all__ = ["LayerwiseMetric"]
 
@@ -130,6 +131,7 @@ class LayerwiseMetric(ModelMetric):
             fewer=FewerRows(rows, history, refresh),
         )
         self.static_graph = static_graph
+        self.weighted = False
         self._recorder = Recorder(model, self.parameters, static=static_graph)
 
     def __repr__(self) -> str:
@@ -174,7 +176,12 @@ class LayerwiseMetric(ModelMetric):
             yield
 
     def backward(
-        self, loss: Tensor, outputs: OutputLike, *, accumulate: bool = False
+        self,
+        loss: Tensor,
+        outputs: OutputLike,
+        *,
+        weights: WeightsLike = None,
+        accumulate: bool = False,
     ) -> None:
         """Linearise the recorded pass: fill ``.grad`` and renew every block's metric.
 
@@ -194,6 +201,9 @@ class LayerwiseMetric(ModelMetric):
             loss: scalar that depends on the parameters through ``outputs`` only.
             outputs: the recorded outputs, ``(n, *output)``; as many as there are
                 output metrics.
+            weights: how much each term of the loss counts, see
+                :class:`riemannian_modules.output.Weighted`; for several outputs as
+                many, None for those without. None: all alike.
             accumulate: whether more passes of the same batch follow.
 
         Raises:
@@ -206,27 +216,33 @@ class LayerwiseMetric(ModelMetric):
             EmptyBatchError: no examples.
             DistributedError: several processes, and parameters outside the model.
             LinearizationError, ShapeError: passes of one batch do not fit together.
+            OutputMetricError, ShapeError: weights do not fit the outputs.
         """
         require_loss(loss, outputs)
-        self._pass(outputs, loss, accumulate)
+        self._pass(outputs, loss, weights, accumulate)
 
-    def pull_back(self, outputs: OutputLike) -> None:
+    def pull_back(self, outputs: OutputLike, *, weights: WeightsLike = None) -> None:
         """Renew every block's metric without a loss; ``.grad`` is left alone.
 
         Args:
             outputs: the recorded outputs, ``(n, *output)``.
+            weights: as in :meth:`backward`.
 
         Raises:
             NotRecordedError: no recorded pass leads to ``outputs``.
             NonFiniteError: NaN or infinity in the outputs.
             EmptyBatchError: no examples.
         """
-        self._pass(outputs, None)
+        self._pass(outputs, None, weights)
 
     def _pass(
-        self, outputs: OutputLike, loss: Tensor | None, accumulate: bool = False
+        self,
+        outputs: OutputLike,
+        loss: Tensor | None,
+        weights: WeightsLike,
+        accumulate: bool = False,
     ) -> None:
-        heads = pair(self.output, outputs)
+        heads = weigh(self.output, pair(self.output, outputs), weights)
         carried: Sequence[Head] = heads
         if loss is not None and self._holds(loss):
             # The factors stay: an ordinary backward pass, without rows.
@@ -239,7 +255,7 @@ class LayerwiseMetric(ModelMetric):
                     "gradient would be that of this process' examples alone; build the "
                     "metric from a module that holds all of them"
                 )
-        tape = self._recorder.close()
+        tape, self.weighted = self._recorder.close(), weights is not None
         self._take(found, loss, tape, heads, accumulate=accumulate)
         if not accumulate and self._found is not None:
             for tensor, gradient in self._found.foreign:

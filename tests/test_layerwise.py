@@ -1188,3 +1188,40 @@ def test_covectors_are_restricted_on_every_manifold() -> None:
     torch.testing.assert_close(space.sharp(restricted), space.sharp(e))
     tangent = manifold.proju(point, torch.randn(4))
     torch.testing.assert_close((restricted * tangent).sum(), (e * tangent).sum())
+
+
+def test_parameters_that_nothing_depends_on_have_no_gradient() -> None:
+    class Spare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(5, 3)
+            self.scale = nn.Parameter(torch.ones(3))
+            self.spare = nn.Parameter(torch.ones(3))
+            self.use = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.layer(x) * self.scale
+            return y + self.spare if self.use else y
+
+    model = Spare()
+    metric = layer_metric(model)
+    optimizer = rm.optim.RiemannianSGD(metric, lr=0.1, weight_decay=0.5)
+    for model.use in (False, False, True, False, True):
+        before = model.spare.detach().clone()
+        backward(metric)
+        optimizer.step()
+        assert (model.spare.grad is not None) == model.use
+        assert torch.equal(model.spare, before) == (not model.use)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_tree_of_a_gradient_that_is_rounding(seed: int) -> None:
+    torch.manual_seed(seed)
+    model = nn.Linear(3, 1, bias=False)
+    rm.geometrize(model, {"weight": rm.manifolds.Sphere()})
+    metric = rm.LayerwiseMetric(model, rm.output.Euclidean(), mass=0.1)
+    with metric.record():
+        z = model(torch.eye(3))
+    metric.backward(z.square().sum(), z)
+    line = rm.nn.tree(model, metric).splitlines()[-1]
+    assert float(line.split()[-1]) < 1e-6

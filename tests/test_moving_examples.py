@@ -386,3 +386,30 @@ def test_a_view_that_takes_rows_apart_in_another_way() -> None:
     metric = rm.LayerwiseMetric(model, rm.output.Euclidean(), mass=0.1, blocks="model")
     for a, b in [(2, 1)] * 4 + [(1, 2), (2, 1), (1, 2), (1, 2), (2, 1)]:
         assert not right_or_refused(metric, x, a, b)
+
+
+class Experts(nn.Module):
+    """Every example goes to one of two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(3, 2), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, index = x[:, 0] > 0, torch.arange(len(x))
+        out = x.new_zeros(len(x), 2)
+        for chosen, layer in ((first, self.one), (~first, self.other)):
+            out = out.index_add(0, index[chosen], layer(x[chosen]))
+        return out
+
+
+def test_an_expert_without_examples() -> None:
+    torch.manual_seed(0)
+    model, x = Experts().double(), torch.randn(5, 3).double()
+    metric = rm.LayerwiseMetric(model, rm.output.Euclidean(), mass=0.1, blocks="model")
+    for sign in (1.0, 1.0, None, -1.0, None, 1.0):
+        if sign is not None:
+            x[:, 0] = sign * x[:, 0].abs()
+        else:
+            x = torch.randn(5, 3).double()
+        assert not right_or_refused(metric, x)

@@ -870,3 +870,42 @@ def test_a_blocks_decrease_is_the_slope_of_its_whole_step(lr):
         for name in set(block.steps) & {"0.bias", "2.weight", "2.bias"}:
             moved = problem.values()[name] - before[name]
             torch.testing.assert_close(block.steps[name], moved)
+
+
+def test_a_floor_that_a_loss_was_below_is_none() -> None:
+    rule = motion.Rule(
+        automatic=True, spring=0.0, floor=1.0, clip=None, normalize=False
+    )
+    loss = torch.tensor(3.0, dtype=torch.float64)
+    assert float(rule.gap(loss, None)) == 2.0
+    assert float(rule.gap(loss, torch.tensor(1.0))) == 2.0
+    # Rounding is no evidence.
+    assert float(rule.gap(loss, torch.tensor(1.0 - 1e-9))) == pytest.approx(2.0)
+    assert float(rule.gap(loss, torch.tensor(-4.0))) == pytest.approx(12.0)
+    assert replace(rule, floor=None).gap(loss, torch.tensor(-4.0)) is None
+
+
+def test_a_log_density_is_not_held_at_zero() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(20, 5, dtype=torch.float64)
+    t = 2.0 * x[:, :1] + 0.01 * torch.randn(20, 1, dtype=torch.float64)
+    model = nn.Linear(5, 2).double()
+    output = rm.output.Gaussian(learned="log_variance")
+    metric = rm.LayerwiseMetric(model, output, blocks="model")
+    optimizer, losses = RiemannianSGD(metric), []
+    for index in range(250):
+        if index == 60:
+            state = io.BytesIO()
+            torch.save(optimizer.state_dict(), state)
+            state.seek(0)
+            optimizer = RiemannianSGD(metric)
+            optimizer.load_state_dict(torch.load(state, weights_only=True))
+            assert float(optimizer.param_groups[0]["lowest"]) == min(losses)
+        with metric.record():
+            z = model(x)
+        loss = F.gaussian_nll_loss(z[:, :1], t, z[:, 1:].exp(), eps=1e-12)
+        metric.backward(loss, z)
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < -4.5
+    assert sum(abs(value) < 1e-3 for value in losses) < 5

@@ -35,7 +35,7 @@ LAYERS = (
     {"rules"},
     {"model_checks", "module_tree"},
     {"declared", "reverse"},
-    {"heads", "watch"},
+    {"heads", "watch", "weights"},
     {"carry", "checks", "linearization", "linearize", "whitening"},
     {"assembly", "carrying", "explore", "joining", "rows"},
     {"exchange", "survey"},

@@ -236,7 +236,7 @@ class DataParallel(Exchange):
             torch.manual_seed(int(seed))
             yield
 
-    def share(self, terms: Sequence[int], reduction: Reduction) -> float:
+    def share(self, terms: Sequence[float], reduction: Reduction) -> float:
         """Return the share of this process in a batch that is not recorded.
 
         Args:
@@ -277,7 +277,7 @@ class DataParallel(Exchange):
         }
 
 
-def _shares(terms: Sequence[Sequence[int]], reduction: Reduction) -> list[float]:
+def _shares(terms: Sequence[Sequence[float]], reduction: Reduction) -> list[float]:
     try:
         return shares(terms, reduction)
     except ShapeError as error:

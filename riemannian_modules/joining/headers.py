@@ -26,7 +26,7 @@ class Size:
     """
 
     examples: int
-    terms: tuple[int, ...]
+    terms: tuple[float, ...]
 
 
 def size_of(heads: Sequence[Head]) -> Size:
@@ -57,7 +57,7 @@ class Header:
     """
 
     offer: Offer
-    terms: tuple[int, ...]
+    terms: tuple[float, ...]
     gradient: list[str]
     exact: bool
     rest: bool
@@ -104,7 +104,7 @@ def header_of(
     return header, factors, pieces
 
 
-def shares(terms: Sequence[Sequence[int]], reduction: Reduction) -> list[float]:
+def shares(terms: Sequence[Sequence[float]], reduction: Reduction) -> list[float]:
     """Return the share of every member, the weights of :eq:`joint-batch`.
 
     Args:

@@ -11,8 +11,13 @@ from torch import Tensor
 
 from riemannian_modules.block import Part
 from riemannian_modules.declared import Declared
-from riemannian_modules.errors import NonFiniteError, NotRecordedError
+from riemannian_modules.errors import (
+    NonFiniteError,
+    NotRecordedError,
+    OutputMetricError,
+)
 from riemannian_modules.heads import OutputLike
+from riemannian_modules.layerwise import LayerwiseMetric
 from riemannian_modules.model_metric import ModelMetric
 from riemannian_modules.optim.conjugate import Proximal, Truncated
 from riemannian_modules.optim.joint_map import JointMap
@@ -172,6 +177,11 @@ class GaussNewton(WeighingOptimizer):
                 "nothing was recorded yet that could precondition the step: run the "
                 "model inside metric.record() and call metric.pull_back(outputs), or "
                 "metric.backward(loss, outputs), first"
+            )
+        if isinstance(metric, LayerwiseMetric) and metric.weighted:
+            raise OutputMetricError(
+                "GaussNewton measures the outputs anew and knows no weights of terms; "
+                "call metric.backward without weights, or take LevenbergMarquardt"
             )
         metric.require_intact()
         metric.parameters.verify()

@@ -156,7 +156,7 @@ class OutputMap:
         return value
 
     @property
-    def terms(self) -> list[int]:
+    def terms(self) -> list[float]:
         """Number of terms of each output's loss."""
         pairs = zip(self._values, self._metrics, strict=True)
         return [metric.terms(value) for value, metric in pairs]

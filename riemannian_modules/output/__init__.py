@@ -2,7 +2,8 @@
 
 An :class:`OutputMetric` turns a batch of outputs into a factor ``L`` with
 ``L^T L = G_o``, the metric on the output space of each example. Write your own by
-subclassing it with one method, ``factor``; the classes below are final.
+subclassing it, or one below, with one method, ``factor``: what is made of the rows is
+then the default's, unless you write that too.
 
 =====================  ==========================================================
 :class:`Euclidean`     squared distance (least squares)
@@ -12,6 +13,7 @@ subclassing it with one method, ``factor``; the classes below are final.
 :class:`Gaussian`      Fisher metric of a normal, fixed covariance or learned variance
 :class:`OnManifold`    outputs that are points of a geoopt manifold
 :class:`Sampled`       a few random rows in the place of all rows of another metric
+:class:`Weighted`      another metric whose terms do not all count alike
 =====================  ==========================================================
 """
 
@@ -22,6 +24,7 @@ from riemannian_modules.output.gaussian import Gaussian
 from riemannian_modules.output.independent import Bernoulli, Poisson
 from riemannian_modules.output.on_manifold import OnManifold
 from riemannian_modules.output.sampled import Sampled
+from riemannian_modules.output.weighted import Weighted
 
 __all__ = [
     "Bernoulli",
@@ -32,4 +35,5 @@ __all__ = [
     "OutputMetric",
     "Poisson",
     "Sampled",
+    "Weighted",
 ]

@@ -198,14 +198,15 @@ class OutputMetric(ABC):
         combined = (2.0 * signs - 1.0) @ rows.reshape(*rows.shape[:2], -1)
         return combined.view(rows.shape[0], probes, *outputs.shape[1:])
 
-    def terms(self, outputs: Tensor) -> int:
+    def terms(self, outputs: Tensor) -> float:
         """Return the number of likelihood terms that a mean loss divides by.
 
         Args:
             outputs: ``(n, *output)``.
 
         Returns:
-            The number of examples, unless the class says otherwise.
+            The number of examples, unless the class says otherwise: that of
+            positions, or the sum of weights.
         """
         return outputs.shape[0]
 

@@ -198,7 +198,7 @@ class Sampled(OutputMetric):
         """Draw rows of the metric underneath; see the base class."""
         return self.metric.sample(outputs, probes, generator)
 
-    def terms(self, outputs: Tensor) -> int:
+    def terms(self, outputs: Tensor) -> float:
         """Return what the metric underneath returns."""
         return self.metric.terms(outputs)
 
