@@ -273,9 +273,10 @@ class DeclaredParameters:
             ]
         for tensor in self._foreign:
             if tensor.requires_grad:
+                names = [n for n, p in self._model.named_parameters() if p is tensor]
                 raise LinearizationError(
-                    f"a trainable parameter of shape {tuple(tensor.shape)} is new to "
-                    "the metric; build the metric and the optimizer anew after adding, "
+                    f"the trainable parameter {', '.join(names)!r} is new to the "
+                    "metric; build the metric and the optimizer anew after adding, "
                     "replacing or unfreezing parameters"
                 )
 
