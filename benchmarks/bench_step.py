@@ -27,13 +27,13 @@ BOUNDS = {
 
 
 def ratios(
-    network: str, rounds: int, device: str = "cpu"
+    network: str, rounds: int, device: str = "cpu", together: int = 1
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Return the median seconds of every method, and their ratios to Adam's."""
     steps = {
         name: training_step(name, SIZES[network], device=device) for name in METHODS
     }
-    seconds = interleaved(steps, rounds)
+    seconds = interleaved(steps, rounds, together)
     return seconds, {name: seconds[name] / seconds["adam"] for name in METHODS}
 
 
@@ -68,6 +68,7 @@ def main() -> None:
     parser.add_argument(
         "--networks", nargs="+", choices=list(SIZES), default=list(SIZES)
     )
+    parser.add_argument("--together", type=int, default=1, metavar="STEPS")
     options = parser.parse_args()
     torch.set_num_threads(THREADS)
     where = f"{THREADS} threads" if options.device == "cpu" else options.device
@@ -75,7 +76,7 @@ def main() -> None:
     print(
         table(
             {
-                name: ratios(name, options.rounds, options.device)
+                name: ratios(name, options.rounds, options.device, options.together)
                 for name in options.networks
             }
         )
