@@ -270,7 +270,9 @@ def _head_rows(head: Head, costate: Tensor | None, reduction: Reduction) -> _Fou
     if metric is None:
         return _Found(None, None, outputs if costate is None else costate)
     metric.validate(outputs)
-    weight = 1.0 / metric.terms(outputs) if reduction == "mean" else 1.0
+    # Where no term counts, the rows are zero.
+    terms = metric.terms(outputs) or 1.0
+    weight = 1.0 / terms if reduction == "mean" else 1.0
     wide = _wide(outputs)
     if costate is not None and type(metric).split is not OutputMetric.split:
         rows, y, rest = metric.split(wide, _wide(costate))

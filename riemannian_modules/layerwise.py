@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from riemannian_modules.declared import Blocks
-from riemannian_modules.errors import DistributedError
+from riemannian_modules.errors import DistributedError, EmptyBatchError
 from riemannian_modules.heads import (
     Head,
     OutputLike,
@@ -25,13 +25,14 @@ from riemannian_modules.heads import (
     pair,
     require_loss,
 )
+from riemannian_modules.joining import size_of
 from riemannian_modules.mass import MassLike
 from riemannian_modules.model_metric import ModelMetric
 from riemannian_modules.recorder import Recorder
 from riemannian_modules.reverse import unfreed
 from riemannian_modules.rows import FewerRows, History, RowReduction
 from riemannian_modules.strategy import Solver
-from riemannian_modules.weights import WeightsLike, weigh
+from riemannian_modules.weights import WeightsLike, nothing_counts, weigh
 
 __all__ = ["LayerwiseMetric"]
 
@@ -132,6 +133,7 @@ class LayerwiseMetric(ModelMetric):
         )
         self.static_graph = static_graph
         self.weighted = False
+        self._outside: list[Tensor] = []
         self._recorder = Recorder(model, self.parameters, static=static_graph)
 
     def __repr__(self) -> str:
@@ -219,7 +221,32 @@ class LayerwiseMetric(ModelMetric):
             OutputMetricError, ShapeError: weights do not fit the outputs.
         """
         require_loss(loss, outputs)
-        self._pass(outputs, loss, weights, accumulate)
+        try:
+            self._pass(outputs, loss, weights, accumulate)
+        except Exception as error:
+            if self.waiting:
+                error.add_note(
+                    f"{len(self.waiting)} passes of this batch still wait: go on with "
+                    "the batch, or drop them with metric.waiting.clear()"
+                )
+            raise
+
+    def complete(self) -> None:
+        """Make one batch of the passes that wait, where no other one follows.
+
+        Raises:
+            NotRecordedError: none waits.
+            LinearizationError, ShapeError, EmptyBatchError: they do not fit together;
+                they are left waiting.
+        """
+        last, tape = self.waiting.pop()
+        try:
+            tape.require_intact()
+            self._take(last.found, last.loss, tape, last.size)
+        except Exception:
+            self.waiting.add(last, tape)
+            raise
+        self._fill_foreign()
 
     def pull_back(self, outputs: OutputLike, *, weights: WeightsLike = None) -> None:
         """Renew every block's metric without a loss; ``.grad`` is left alone.
@@ -243,6 +270,10 @@ class LayerwiseMetric(ModelMetric):
         accumulate: bool = False,
     ) -> None:
         heads = weigh(self.output, pair(self.output, outputs), weights)
+        if not (accumulate or self.waiting or self.exchange) and nothing_counts(heads):
+            raise EmptyBatchError(
+                "all weights are zero: nothing in this batch counts; skip it"
+            )
         carried: Sequence[Head] = heads
         if loss is not None and self._holds(loss):
             # The factors stay: an ordinary backward pass, without rows.
@@ -255,8 +286,19 @@ class LayerwiseMetric(ModelMetric):
                     "gradient would be that of this process' examples alone; build the "
                     "metric from a module that holds all of them"
                 )
-        tape, self.weighted = self._recorder.close(), weights is not None
-        self._take(found, loss, tape, heads, accumulate=accumulate)
-        if not accumulate and self._found is not None:
-            for tensor, gradient in self._found.foreign:
-                tensor.grad = gradient
+        tape, others = self._recorder.close(), bool(self.waiting) and self.weighted
+        self._take(found, loss, tape, size_of(heads), accumulate=accumulate)
+        self.weighted = others or weights is not None
+        if not accumulate:
+            self._fill_foreign()
+
+    def _fill_foreign(self) -> None:
+        """Set ``.grad`` of parameters outside the model, None where it is not known."""
+        foreign = () if self._found is None else self._found.foreign
+        for tensor in self._outside:
+            tensor.grad = None
+        for tensor, gradient in foreign:
+            tensor.grad = gradient
+        known = {id(tensor): tensor for tensor in self._outside}
+        known |= {id(tensor): tensor for tensor, _ in foreign}
+        self._outside = list(known.values())

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from riemannian_modules.carry import Carried
-from riemannian_modules.factors import MetricFactor, joined, stacked, summed
+from riemannian_modules.factors import MetricFactor, joined, summed, under_each_other
 from riemannian_modules.heads import Rows
 from riemannian_modules.layout import Layout
 from riemannian_modules.linearization import Linearization
@@ -102,7 +102,7 @@ def _rows(
             whole = (low, high) == (0, factor.rank)
             chosen.append(factor if whole else factor.narrow(low, high))
         before += factor.rank
-    return chosen[0] if len(chosen) == 1 else stacked(chosen, known)
+    return chosen[0] if len(chosen) == 1 else under_each_other(chosen, known)
 
 
 def assemble(

@@ -1,7 +1,7 @@
 """The metrics of a model's blocks and the gradient in them: what optimizers need."""
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from typing import Any
@@ -26,12 +26,11 @@ from riemannian_modules.errors import MassError, NotRecordedError
 from riemannian_modules.exchange import Exchange
 from riemannian_modules.gradients import Gradients
 from riemannian_modules.heads import (
-    Head,
     OutputMetricLike,
     Reduction,
     require_output_metrics,
 )
-from riemannian_modules.joining import Passed, Waiting, size_of
+from riemannian_modules.joining import Passed, Size, Waiting
 from riemannian_modules.linearize import Linearization
 from riemannian_modules.manifolds import Product
 from riemannian_modules.mass import Mass, MassLike
@@ -308,16 +307,17 @@ class ModelMetric:
         found: Linearization,
         loss: Tensor | None,
         passed: Tape,
-        heads: Sequence[Head],
+        size: Size,
         *,
         accumulate: bool = False,
     ) -> None:
-        part = Passed(found, loss, size_of(heads))
+        part = Passed(found, loss, size, self._holds(loss))
         if accumulate:
             self.waiting.add(part, passed)
             return
         if self.waiting:
-            part, passed = self.waiting.complete(part, self.reduction), Tape()
+            with self._guard():
+                part, passed = self.waiting.joined(part, self.reduction), Tape()
             found, loss = part.found, part.loss
         if self.exchange is not None:
             with full_precision(self.parameters):
@@ -333,6 +333,7 @@ class ModelMetric:
             found = self.fewer.apply(found, self.parameters, self.exchange)
             self._renew(found)
             self.fewer.keep()
+        self.waiting.clear()
         self._found, self._passed = found, passed
         if loss is not None:
             self.passes, self.loss = self.passes + 1, loss.detach()

@@ -232,7 +232,8 @@ class Recorder:
         self._exploring = True
         with torch.no_grad():
             rows = output_rows(heads, costates, reduction)
-            require_whitened(heads, rows)
+            if costates is not None:
+                require_whitened(heads, rows, reduction)
             try:
                 found, graph, certain = explore(
                     self.watch, tape, ends, rows, expected, self._parameters

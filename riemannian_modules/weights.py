@@ -8,7 +8,7 @@ from riemannian_modules.errors import OutputMetricError
 from riemannian_modules.heads import Head, OutputMetricLike
 from riemannian_modules.output import Weighted
 
-__all__ = ["WeightsLike", "weigh"]
+__all__ = ["WeightsLike", "nothing_counts", "weigh"]
 
 WeightsLike = Tensor | Sequence[Tensor | None] | Mapping[str, Tensor | None] | None
 
@@ -28,8 +28,7 @@ def weigh(
         The heads.
 
     Raises:
-        OutputMetricError: weights and metrics do not match.
-        EmptyBatchError: all weights of an output are zero.
+        OutputMetricError: weights and metrics do not match, or weights are negative.
     """
     if weights is None:
         return list(heads)
@@ -58,3 +57,12 @@ def weigh(
         (end, own if own is None or w is None else Weighted(own, w))
         for (end, own), w in zip(heads, each, strict=True)
     ]
+
+
+def nothing_counts(heads: Sequence[Head]) -> bool:
+    """Whether all weights of all outputs are zero.
+
+    Args:
+        heads: outputs and their metrics.
+    """
+    return all(isinstance(own, Weighted) and not own.counts for _, own in heads)

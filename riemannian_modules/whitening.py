@@ -6,47 +6,64 @@ import torch
 from torch import Tensor
 
 from riemannian_modules.errors import OutputMetricError
-from riemannian_modules.heads import Head, Rows
+from riemannian_modules.heads import Head, Reduction, Rows
+from riemannian_modules.output import OutputMetric, Sampled, Weighted
 
 __all__ = ["require_whitened"]
 
 _SLACK = 1e4
 
 
-def require_whitened(heads: Sequence[Head], rows: Rows) -> None:
-    """Check that ``L^T y + rest`` is the derivative of the loss by every output.
+def require_whitened(heads: Sequence[Head], rows: Rows, reduction: Reduction) -> None:
+    """Check that every output metric whitens combinations of its rows to themselves.
 
-    The step is made of y, so a residual of other rows would be a wrong one.
+    Steps are made of y with ``L^T y = d loss``, so that of other rows would be a wrong
+    one. The rows are combined with fixed numbers: the loss itself may be so small that
+    only rounding is left of it.
 
     Args:
         heads: outputs and their metrics.
-        rows: what is carried down from them.
+        rows: what these gave.
+        reduction: how the loss sums over examples.
 
     Raises:
-        OutputMetricError: it is not.
+        OutputMetricError: one does not.
     """
-    y = rows.residual
-    if y is None or y.is_meta:
-        return
-    n = len(heads[0][0])
-    weights = y.view(rows.rank, 1).expand(-1, n) if rows.joint else y.view(-1, n)
     for (outputs, metric), parts in zip(heads, rows.parts, strict=True):
-        own, costate = parts[0].double(), parts[1][0].double()
-        rest = parts[2][0].double() if rows.has_rest else torch.zeros_like(costate)
-        summands = own * _like(weights, own)
-        error = (summands.sum(0) + rest - costate).abs().amax()
-        size = (summands.abs().sum(0) + rest.abs() + costate.abs()).amax()
-        bound = _SLACK * torch.finfo(parts[0].dtype).eps * size
-        if not bool(error <= bound):
-            raise OutputMetricError(
-                f"{metric!r} whitens the derivative of the loss to a y with "
-                f"|L^T y + rest - v| up to {float(error):.2e} for outputs of shape "
-                f"{tuple(outputs.shape)}, so y does not belong to the rows L of its "
-                "factor, and steps would go astray. A subclass that has its own factor "
-                "needs its own whiten, or that of OutputMetric: "
-                "whiten = OutputMetric.whiten (sharp and split alike)"
-            )
+        if metric is None or outputs.is_meta:
+            continue
+        own, given = metric, None
+        while isinstance(own, Sampled | Weighted):
+            own = own.metric
+        wide = outputs.detach().to(torch.promote_types(outputs.dtype, torch.float32))
+        if own is metric and len(heads) == 1:
+            # Not asked again for what it gave: it may count, or draw.
+            terms = metric.terms(outputs) if reduction == "mean" else 1.0
+            given = parts[0].movedim(0, 1).to(wide) * terms**0.5
+        _require(own, wide, own.factor(wide) if given is None else given)
+
+
+def _require(metric: OutputMetric, outputs: Tensor, rows: Tensor) -> None:
+    count = torch.arange(1, rows.shape[:2].numel() + 1, device=rows.device)
+    numbers = 0.5 + torch.frac(count.double() * 0.6180339887498949)
+    combined = (rows * _like(numbers.to(rows).view(rows.shape[:2]), rows)).sum(1)
+    y, rest = metric.whiten(outputs, combined)
+    if y is None:
+        return
+    summands = rows.double() * _like(y.double(), rows)
+    error = (summands.sum(1) + rest - combined).abs().amax()
+    size = (summands.abs().sum(1) + rest.abs() + combined.abs()).amax()
+    bound = min(0.05, _SLACK * torch.finfo(rows.dtype).eps) * size
+    # Written so that NaN is left to those who look for it.
+    if bool(error > bound):
+        raise OutputMetricError(
+            f"{metric!r} whitens a combination v of its own rows L to a y with "
+            f"|L^T y + rest - v| up to {float(error / size):.1e} of their size, for "
+            f"outputs of shape {tuple(outputs.shape)}: whiten belongs to other rows "
+            "than factor, and steps would go astray. Write whiten for this factor, or "
+            "leave it out for the default"
+        )
 
 
 def _like(weights: Tensor, rows: Tensor) -> Tensor:
-    return weights.double().view(*weights.shape, *[1] * (rows.ndim - 2))
+    return weights.view(*weights.shape, *[1] * (rows.ndim - 2))

@@ -195,6 +195,42 @@ def test_inputs_that_are_overwritten_between_passes() -> None:
         metric.backward(entropy(z, numbers), z)
 
 
+def test_a_batch_whose_last_pass_is_missing() -> None:
+    model, x, numbers = mlp().double(), features(6).double(), torch.arange(6)
+    metric = rm.LayerwiseMetric(model, rm.output.Categorical())
+    whole = rm.LayerwiseMetric(copy.deepcopy(model), rm.output.Categorical())
+    for piece in (slice(0, 2), slice(2, 5)):
+        z = record(model, metric, x[piece])
+        metric.backward(entropy(z, numbers[piece]), z, accumulate=True)
+    metric.complete()
+    z = record(whole.model, whole, x[:5])
+    whole.backward(entropy(z, numbers[:5]), z)
+    assert len(metric.waiting) == 0
+    assert metric.passes == 1
+    for name, value in whole.natural_gradient().items():
+        torch.testing.assert_close(metric.natural_gradient()[name], value)
+    # One pass alone, and one whose input is gone.
+    z = record(model, metric, x)
+    metric.backward(entropy(z, numbers), z, accumulate=True)
+    x.mul_(2.0)
+    with pytest.raises(rm.errors.LinearizationError, match="changed in place"):
+        metric.complete()
+    assert len(metric.waiting) == 1
+
+
+def test_frozen_and_other_passes_are_no_batch() -> None:
+    model, x, numbers = mlp(), features(4), torch.arange(4)
+    metric = rm.LayerwiseMetric(model, rm.output.Categorical())
+    z = record(model, metric, x)
+    metric.backward(entropy(z, numbers), z)
+    with metric.frozen():
+        z = record(model, metric, x)
+        metric.backward(entropy(z, numbers), z, accumulate=True)
+    z = record(model, metric, x)
+    with pytest.raises(rm.errors.LinearizationError, match="frozen"):
+        metric.backward(entropy(z, numbers), z)
+
+
 def test_a_pass_that_another_replaced_is_told() -> None:
     model, x, numbers = mlp(), features(4), torch.arange(4)
     metric = rm.LayerwiseMetric(model, rm.output.Categorical())
@@ -238,7 +274,10 @@ def test_outputs_that_are_divided_in_other_proportions() -> None:
         else:
             with pytest.raises(rm.errors.ShapeError, match="different proportions"):
                 metric.backward(loss, ends)
-    assert len(metric.waiting) == 0
+    assert len(metric.waiting) == 1
+    metric.waiting.clear()
+    with pytest.raises(rm.errors.NotRecordedError, match="no pass waits"):
+        metric.complete()
 
 
 def test_parameters_outside_the_model() -> None:
@@ -259,8 +298,9 @@ def test_a_pass_that_fails_leaves_the_others_waiting() -> None:
     z = record(model, metric, x)
     metric.backward(entropy(z, numbers), z, accumulate=True)
     z = record(model, metric, x)
-    with pytest.raises(rm.errors.NonFiniteError):
+    with pytest.raises(rm.errors.NonFiniteError) as error:
         metric.backward(entropy(z, numbers) * float("nan"), z)
+    assert "metric.waiting.clear()" in error.value.__notes__[0]
     assert len(metric.waiting) == 1
     z = record(model, metric, x)
     metric.backward(entropy(z, numbers), z)

@@ -272,7 +272,8 @@ def right_or_refused(metric: rm.LayerwiseMetric, *inputs: Tensor) -> bool:
         metric.backward(0.5 * z.square().sum(1).mean(), z)
     except rm.errors.LinearizationError:
         return True
-    z, parameters = model(*inputs), list(model.parameters())
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    z = model(*inputs)
     rows = [
         torch.cat(
             [g.flatten() for g in torch.autograd.grad(e, parameters, retain_graph=True)]
@@ -301,6 +302,51 @@ def test_mixing_that_begins_later_is_seen_at_once(name: str) -> None:
         )
         seen.append(right_or_refused(metric, x, A))
     assert not seen[0]
+
+
+class Without(nn.Module):
+    """A layer without a bias, or a table, whose outputs are no weights."""
+
+    def __init__(self, how: str, width: int) -> None:
+        super().__init__()
+        self.first, self.table = nn.Linear(3, width, bias=False), nn.Embedding(6, width)
+        self.last, self.how = nn.Linear(width, 2), how
+
+    def forward(self, x: Tensor, A: Tensor) -> Tensor:
+        h = self.first(x)
+        if self.how == "product":
+            h = A @ h
+        elif self.how == "sum of products":
+            h = torch.addmm(torch.zeros(()).to(h), A, h)
+        elif self.how == "sparse":
+            h = A.to_sparse() @ h
+        elif self.how == "table":
+            h = h + A @ self.table(torch.arange(len(x)))
+        elif self.how == "rows":
+            h = F.embedding(A.argmax(1), h)
+        elif self.how == "turned":
+            h = (h.t() @ A).t()
+        y: Tensor = self.last(torch.tanh(h))
+        return y
+
+
+@pytest.mark.parametrize("width", [4, 6, 12])
+@pytest.mark.parametrize(
+    "how", ["product", "sum of products", "sparse", "table", "rows", "turned"]
+)
+def test_products_with_what_is_no_weight(how: str, width: int) -> None:
+    torch.manual_seed(0)
+    model = Without(how, width).double()
+    if how != "table":
+        model.table.requires_grad_(False)
+    metric = rm.LayerwiseMetric(model, rm.output.Euclidean(), mass=0.1, blocks="model")
+    for index in range(7):
+        A = torch.eye(6).double()
+        if index > 3:
+            A = torch.softmax(torch.randn(6, 6).double(), 1)
+        x = torch.randn(6, 3).double()
+        refused = right_or_refused(metric, x, A)
+        assert index > 3 or not refused
 
 
 class Gated(nn.Module):

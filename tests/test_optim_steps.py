@@ -909,3 +909,19 @@ def test_a_log_density_is_not_held_at_zero() -> None:
         losses.append(float(loss.detach()))
     assert losses[-1] < -4.5
     assert sum(abs(value) < 1e-3 for value in losses) < 5
+
+
+@pytest.mark.parametrize("loss_at", [0.01, -0.01, -0.3])
+def test_the_pass_that_falls_below_the_floor_is_bounded_too(loss_at: float) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3).double()
+    model.weight.data.mul_(8.0)
+    x, y = torch.randn(12, 4).double(), torch.randint(3, (12,))
+    metric = rm.LayerwiseMetric(model, rm.output.Categorical(), mass=1e-2)
+    optimizer = RiemannianSGD(metric)
+    with metric.record():
+        z = model(x)
+    value = F.cross_entropy(z, y)
+    metric.backward(value - value.detach() + loss_at, z)
+    optimizer.step()
+    assert float(optimizer.report.motion.share) < 0.3

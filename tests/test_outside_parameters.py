@@ -85,3 +85,16 @@ def test_an_error_leaves_them_alone() -> None:
     with pytest.raises(rm.errors.NonFiniteError):
         metric.backward(F.cross_entropy(z * scale, Y) * torch.inf, z)
     assert scale.grad is before
+
+
+def test_heads_that_take_turns() -> None:
+    torch.manual_seed(0)
+    body = nn.Linear(4, 6)
+    heads = [nn.Linear(6, 3), nn.Linear(6, 3)]
+    metric = rm.LayerwiseMetric(body, rm.output.Euclidean(), mass=0.1)
+    for turn in (0, 1, 0, 0, 1):
+        with metric.record():
+            h = body(torch.randn(12, 4))
+        metric.backward(F.cross_entropy(heads[turn](h), Y), h)
+        assert all(p.grad is not None for p in heads[turn].parameters())
+        assert all(p.grad is None for p in heads[1 - turn].parameters())

@@ -38,7 +38,7 @@ LAYERS = (
     {"heads", "watch", "weights"},
     {"carry", "checks", "linearization", "linearize", "whitening"},
     {"assembly", "carrying", "explore", "joining", "rows"},
-    {"exchange", "survey"},
+    {"exchange", "moving", "survey"},
     {"gradients", "recorder"},
     {"model_metric"},
     {"functional", "layerwise"},

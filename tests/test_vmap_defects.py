@@ -122,3 +122,28 @@ def test_a_functional_metric_has_the_gradient_of_autograd(
     for parameter, e in zip(model.parameters(), expected, strict=True):
         assert parameter.grad is not None
         torch.testing.assert_close(parameter.grad, e, rtol=1e-9, atol=1e-12)
+
+
+class Attention(nn.Module):
+    """The derivative by the bias of its keys is nothing but rounding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = torch.softmax(self.q(x) @ self.k(x).mT / 4.0, -1)
+        y: Tensor = (scores @ self.v(x)).mean(-2)
+        return y
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("examples", [4, 9])
+def test_rounding_is_no_reason_to_go_one_by_one(examples: int) -> None:
+    torch.manual_seed(0)
+    model, x = Attention().double(), torch.randn(examples, 7, 16).double()
+    metric = rm.functional.FunctionalMetric(
+        model, lambda net, x: net(x), rm.output.Euclidean()
+    )
+    z = metric(x)
+    metric.backward(0.5 * z.square().sum(1).mean(), z)

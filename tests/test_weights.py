@@ -86,7 +86,8 @@ def test_the_metric_is_the_weighted_one(
             z = model(x)
         target = torch.randn_like(z)
         loss = (spread(w, z) * (0.3 * z.square() + target * z)).sum()
-        total = w.mean() * make().terms(z) if reduction == "mean" else 1.0
+        terms = max(make().terms(z), w.numel())
+        total = w.mean() * terms if reduction == "mean" else 1.0
         loss = loss / total
         metric.backward(loss, z, weights=w)
         rows = make().factor(z.detach()) * spread(w, z).sqrt().unsqueeze(1)
@@ -151,6 +152,101 @@ def test_padded_tokens() -> None:
     torch.testing.assert_close(one, other)
     for name, value in flat.natural_gradient().items():
         torch.testing.assert_close(padded.natural_gradient()[name], value)
+
+
+def test_a_full_step_solves_least_squares_with_a_mask() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Linear(IN, 1).double(), torch.randn(4, 10, IN).double()
+    t, mask = torch.randn(4, 10, 1).double(), (torch.rand(4, 10) < 0.7).double()
+    metric = rm.LayerwiseMetric(model, Euclidean(), mass=1e-10, blocks="model")
+    with metric.record():
+        z = model(x)
+    loss = (mask.unsqueeze(-1) * (z - t).square() / 2.0).sum() / mask.sum()
+    metric.backward(loss, z, weights=mask)
+    rm.optim.RiemannianSGD(metric, lr=1.0).step()
+    rows = torch.cat([x, torch.ones(4, 10, 1).double()], -1)[mask > 0]
+    solved = torch.linalg.lstsq(rows, t[mask > 0]).solution
+    torch.testing.assert_close(
+        model.weight.detach(), solved[:IN].mT, rtol=1e-6, atol=1e-8
+    )
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_task_that_no_example_has(reduction: Any) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other = nn.Linear(IN, 2), nn.Linear(IN, 1)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"one": self.one(x), "other": self.other(x)}
+
+    torch.manual_seed(0)
+    model, x = Two().double(), torch.randn(4, IN).double()
+    metric = rm.LayerwiseMetric(
+        model,
+        {"one": Euclidean(), "other": Euclidean()},
+        mass=0.1,
+        reduction=reduction,
+    )
+    with metric.record():
+        z = model(x)
+    squares = z["one"].square().sum(1) / 2.0
+    loss = (squares.mean() if reduction == "mean" else squares.sum()) + 0.0 * z[
+        "other"
+    ].sum()
+    metric.backward(loss, z, weights={"other": torch.zeros(4)})
+    alone = rm.LayerwiseMetric(model.one, Euclidean(), mass=0.1, reduction=reduction)
+    with alone.record():
+        y = model.one(x)
+    squares = y.square().sum(1) / 2.0
+    alone.backward(squares.mean() if reduction == "mean" else squares.sum(), y)
+    found = metric.natural_gradient()
+    for name, value in alone.natural_gradient().items():
+        torch.testing.assert_close(found[f"one.{name}"], value)
+    assert float(found["other.weight"].abs().max()) == 0.0
+
+
+def test_a_piece_in_which_nothing_counts() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Linear(IN, 4).double(), torch.randn(6, IN).double()
+    y = torch.arange(6) % 4
+
+    def gradient(pieces: list[tuple[slice, float]]) -> dict[str, Tensor]:
+        metric = rm.LayerwiseMetric(model, Categorical(), mass=0.1)
+        for index, (piece, weight) in enumerate(pieces):
+            with metric.record():
+                z = model(x[piece])
+            w = torch.full((len(z),), weight)
+            loss = F.cross_entropy(z, y[piece]) * weight
+            more = index + 1 < len(pieces)
+            metric.backward(loss, z, weights=w, accumulate=more)
+        return metric.natural_gradient()
+
+    whole = gradient([(slice(0, 4), 1.0)])
+    parts = gradient([(slice(0, 2), 1.0), (slice(2, 4), 1.0), (slice(4, 6), 0.0)])
+    for name, value in whole.items():
+        torch.testing.assert_close(parts[name], value)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.int64, torch.bool]
+)
+def test_weights_of_other_data_types(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Linear(IN, 4).double(), torch.randn(N, IN).double()
+    y, w = torch.arange(N) % 4, torch.arange(1, N + 1).to(dtype)
+
+    def gradient(w: Tensor) -> dict[str, Tensor]:
+        metric = rm.LayerwiseMetric(model, Categorical(), mass=0.1)
+        with metric.record():
+            z = model(x)
+        own = w.double() * F.cross_entropy(z, y, reduction="none")
+        metric.backward(own.sum() / w.double().sum(), z, weights=w)
+        return metric.natural_gradient()
+
+    for name, value in gradient(w.double()).items():
+        torch.testing.assert_close(gradient(w)[name], value, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("per", ["example", "batch"])
@@ -299,5 +395,13 @@ def test_gauss_newton_knows_none() -> None:
     with metric.record():
         z = model(x)
     metric.backward(F.cross_entropy(z, y), z, weights=torch.ones(N))
+    with pytest.raises(rm.errors.OutputMetricError, match="LevenbergMarquardt"):
+        optimizer.step(lambda: model(x), lambda z: F.cross_entropy(z, y))
+    # Also where only one pass of a batch was weighted.
+    for weights in (torch.ones(N), None):
+        with metric.record():
+            z = model(x)
+        more = weights is not None
+        metric.backward(F.cross_entropy(z, y), z, weights=weights, accumulate=more)
     with pytest.raises(rm.errors.OutputMetricError, match="LevenbergMarquardt"):
         optimizer.step(lambda: model(x), lambda z: F.cross_entropy(z, y))

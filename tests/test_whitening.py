@@ -73,7 +73,7 @@ def test_a_residual_of_other_rows_is_refused(reduction: str) -> None:
     optimizer = rm.optim.RiemannianSGD(metric, lr=0.1)
     with metric.record():
         z = model(x)
-    with pytest.raises(rm.errors.OutputMetricError, match=r"L\^T y \+ rest"):
+    with pytest.raises(rm.errors.OutputMetricError, match="other rows"):
         metric.backward(F.softplus(z).mean(), z)
     assert model.weight.grad is None
     with pytest.raises(rm.errors.NotRecordedError):
@@ -86,5 +86,58 @@ def test_a_functional_metric_looks_too() -> None:
         model, lambda net, x: net(x), UnrootedResidual()
     )
     z = metric(torch.randn(4, 3))
-    with pytest.raises(rm.errors.OutputMetricError, match=r"L\^T y \+ rest"):
+    with pytest.raises(rm.errors.OutputMetricError, match="other rows"):
         metric.backward(F.softplus(z).mean(), z)
+
+
+def test_rows_of_a_mixin() -> None:
+    class Tenfold:
+        def factor(self, outputs: Tensor) -> Tensor:
+            return 10.0 * super().factor(outputs)  # type: ignore[misc]
+
+    class Mixed(Tenfold, Categorical):
+        pass
+
+    z = torch.zeros(3, 4, dtype=torch.float64)
+    assert Mixed.sample is rm.output.OutputMetric.sample
+    y, rest = Mixed().whiten(z, Mixed().factor(z).sum(1))
+    assert y is not None
+    torch.testing.assert_close(
+        (y.unsqueeze(-1) * Mixed().factor(z)).sum(1) + rest, Mixed().factor(z).sum(1)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("classes", [2, 3, 10])
+def test_predictions_that_are_sure_and_right(classes: int, dtype: torch.dtype) -> None:
+    # Of a derivative that is nearly zero only rounding is left: no reason to refuse.
+    for size in (8.0, 14.0, 20.0, 40.0, 700.0):
+        model = nn.Linear(classes, classes).to(dtype)
+        nn.init.eye_(model.weight)
+        nn.init.zeros_(model.bias)
+        x = size * torch.eye(classes, dtype=dtype) + 0.1
+        metric = rm.LayerwiseMetric(model, Categorical(), mass=1e-2)
+        with metric.record():
+            z = model(x)
+        metric.backward(F.cross_entropy(z, torch.arange(classes)), z)
+        assert all(v.isfinite().all() for v in metric.natural_gradient().values())
+
+
+@pytest.mark.parametrize("probes", [0, 1, 2])
+@pytest.mark.parametrize("size", [100.0, 740.0, 1e4])
+def test_sampled_rows_of_logits_that_are_far_apart(size: float, probes: int) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Linear(3, 3).double(), torch.randn(6, 3).double()
+    x[0] *= size
+    metric = rm.LayerwiseMetric(
+        model, rm.output.Sampled(Categorical(), probes), mass=0.1, blocks="model"
+    )
+    for _ in range(2):
+        with metric.record():
+            z = model(x)
+        metric.backward(F.cross_entropy(z, z.detach().argmin(1)), z)
+        lowered = metric.blocks["model"].flat(metric.natural_gradient())
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(
+                lowered[name], parameter.grad, rtol=1e-6, atol=1e-8 * size
+            )

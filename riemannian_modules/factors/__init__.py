@@ -12,7 +12,7 @@ from riemannian_modules.factors.chosen import (
 )
 from riemannian_modules.factors.convolution import ConvolutionFactor
 from riemannian_modules.factors.convolving import Convolution
-from riemannian_modules.factors.cotangents import stacked
+from riemannian_modules.factors.cotangents import under_each_other
 from riemannian_modules.factors.dense import DenseFactor
 from riemannian_modules.factors.embedding import EmbeddingFactor
 from riemannian_modules.factors.linear import BiasFactor, LinearFactor
@@ -40,7 +40,7 @@ __all__ = [
     "joined",
     "owned",
     "scaled",
-    "stacked",
     "summed",
     "taken",
+    "under_each_other",
 ]

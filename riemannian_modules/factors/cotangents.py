@@ -11,7 +11,7 @@ from torch import Tensor
 from riemannian_modules.errors import ShapeError
 from riemannian_modules.factors.base import MetricFactor
 
-__all__ = ["CotangentFactor", "Known", "memory", "side_by_side", "stacked"]
+__all__ = ["CotangentFactor", "Known", "memory", "side_by_side", "under_each_other"]
 
 
 def memory(tensor: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
@@ -38,7 +38,7 @@ def side_by_side(pieces: Sequence[Tensor], known: Known) -> Tensor:
     return known[key]
 
 
-def stacked(factors: Sequence[MetricFactor], known: Known) -> MetricFactor:
+def under_each_other(factors: Sequence[MetricFactor], known: Known) -> MetricFactor:
     """Return the factor of the rows of factors of one call, one after the other.
 
     Args:

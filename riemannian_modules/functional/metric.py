@@ -28,6 +28,7 @@ from riemannian_modules.functional.pointset import PointSet, joined
 from riemannian_modules.functional.pointwise import Function, Pointwise
 from riemannian_modules.functional.streamed import Streamed
 from riemannian_modules.heads import OutputLike, Reduction, output_rows
+from riemannian_modules.joining import size_of
 from riemannian_modules.linearize import Linearization
 from riemannian_modules.mass import MassLike
 from riemannian_modules.model_metric import ModelMetric
@@ -220,8 +221,10 @@ class FunctionalMetric(ModelMetric):
         Args:
             direction: ``{parameter name: d}``.
             spacing: None: exact, by forward mode twice, which costs as much as eight
-                evaluations or more. A number h: by differences of three values, at
-                ``-h d``, 0 and ``h d``, whose error is of the order of h^2.
+                evaluations or more, and is wrong for what torch does not differentiate
+                twice (instance norms, ``linalg.solve``, determinants). A number h: by
+                differences of three values, at ``-h d``, 0 and ``h d``, whose error is
+                of the order of h^2.
 
         Returns:
             ``(rank,)``, in the order of the rows of K.
@@ -279,7 +282,7 @@ class FunctionalMetric(ModelMetric):
         with self._guard():
             found, stacks = self._differentiate(outputs, loss)
         heads = [(value, self._outputs[name]) for name, value in self._values.items()]
-        self._take(found, loss, Tape(), heads)
+        self._take(found, loss, Tape(), size_of(heads))
         self._rows, self._linearised = stacks, self._examples
         self._values = {}
 
@@ -312,8 +315,8 @@ class FunctionalMetric(ModelMetric):
                 pair = (value, self._outputs[name])
                 extra = None if costate is None else [costate]
                 rows = output_rows([pair], extra, self.reduction)
-                if self.passes == 0:
-                    require_whitened([pair], rows)
+                if extra is not None and self.passes == 0:
+                    require_whitened([pair], rows, self.reduction)
                 if rows.joint:
                     raise OutputMetricError(
                         f"{self._outputs[name]!r} has rows of the whole batch, which a "

@@ -14,6 +14,7 @@ from riemannian_modules.functional.parameters import Parameters
 from riemannian_modules.functional.pointset import Point, PointSet
 from riemannian_modules.heads import Rows
 from riemannian_modules.linearize import Linearization, linearize
+from riemannian_modules.rules.generic import agree
 
 __all__ = ["Function", "Pointwise", "finished"]
 
@@ -121,7 +122,7 @@ class Pointwise(PointSet):
             return pulled
         some = sorted({0, n // 2, n - 1})
         truth = self._in_a_loop(point, examples, stack, some)
-        if all(_agree(pulled[name][some], each) for name, each in truth.items()):
+        if agree({name: each[some] for name, each in pulled.items()}, truth):
             self._trusted = True
             return pulled
         self._one_by_one = True
@@ -159,13 +160,6 @@ class Pointwise(PointSet):
                 found.append([torch.stack(each) for each in zip(*rows, strict=True)])
         columns = [torch.stack(each) for each in zip(*found, strict=True)]
         return dict(zip(point, columns, strict=True))
-
-
-def _agree(one: Tensor, other: Tensor) -> bool:
-    eps = torch.finfo(other.dtype).eps
-    error = (one - other).abs().amax() if other.numel() else other.new_zeros(())
-    size = other.abs().amax() if other.numel() else other.new_zeros(())
-    return bool(error <= eps**0.5 * size)
 
 
 def finished(

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from riemannian_modules.errors import ShapeError
+from riemannian_modules.errors import EmptyBatchError, ShapeError
 from riemannian_modules.factors import DenseFactor, MetricFactor
 from riemannian_modules.heads import Head, Reduction
 from riemannian_modules.joining.forms import Form, Pieces, form_of
@@ -116,6 +116,7 @@ def shares(terms: Sequence[Sequence[float]], reduction: Reduction) -> list[float
 
     Raises:
         ShapeError: the outputs disagree on them.
+        EmptyBatchError: there are no terms.
 
     >>> shares([[3], [1]], "mean")
     [0.75, 0.25]
@@ -123,8 +124,10 @@ def shares(terms: Sequence[Sequence[float]], reduction: Reduction) -> list[float
     if reduction == "sum":
         return [1.0] * len(terms)
     totals = [sum(each) for each in zip(*terms, strict=True)]
+    if not any(totals):
+        raise EmptyBatchError("all weights of the batch are zero: nothing counts in it")
     found = [
-        {count / total for count, total in zip(own, totals, strict=True)}
+        {count / total for count, total in zip(own, totals, strict=True) if total}
         for own in terms
     ]
     if any(max(own) - min(own) > 1e-12 for own in found):

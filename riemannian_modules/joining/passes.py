@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from riemannian_modules.declared import DeclaredParameters
-from riemannian_modules.errors import LinearizationError, ShapeError
+from riemannian_modules.errors import LinearizationError, NotRecordedError, ShapeError
 from riemannian_modules.factors import MetricFactor
 from riemannian_modules.heads import Reduction
 from riemannian_modules.joining.forms import Pieces
@@ -34,11 +34,13 @@ class Passed:
         found: its linearisation.
         loss: its loss, or None.
         size: how much of the batch it is.
+        held: whether it kept the factors of before, so that it has no rows.
     """
 
     found: Linearization
     loss: Tensor | None
     size: Size
+    held: bool = False
 
 
 @final
@@ -74,28 +76,50 @@ class Waiting:
         self._passes.append(replace(passed, loss=loss))
         self._tapes.append(tape)
 
-    def complete(self, last: Passed, reduction: Reduction) -> Passed:
-        """Return the pass of all examples, and wait for nothing.
+    def clear(self) -> None:
+        """Drop the passes: the next one begins a batch."""
+        self._passes, self._tapes, self._versions = [], [], []
+
+    def pop(self) -> tuple[Passed, Tape]:
+        """Return the last pass, which no longer waits.
+
+        Raises:
+            NotRecordedError: none waits.
+        """
+        if not self._passes:
+            raise NotRecordedError(
+                "no pass waits for others of its batch: metric.backward(..., "
+                "accumulate=True) makes one wait"
+            )
+        return self._passes.pop(), self._tapes.pop()
+
+    def joined(self, last: Passed, reduction: Reduction) -> Passed:
+        """Return the pass of all examples; those that wait are left waiting.
 
         Args:
             last: the last pass.
             reduction: how the loss sums over examples.
 
         Raises:
-            LinearizationError: parameters have moved between the passes, or a layer's
-                input was overwritten.
+            LinearizationError: parameters have moved between the passes, a layer's
+                input was overwritten, or only some passes are frozen.
             ShapeError: the outputs are divided among the passes in different
                 proportions, or some passes have a loss and others none.
+            EmptyBatchError: all weights of the batch are zero.
         """
         self._require_same_point()
-        passes, tapes = [*self._passes, last], self._tapes
-        self._passes, self._tapes, self._versions = [], [], []
+        passes = [*self._passes, last]
         if len({each.loss is None for each in passes}) > 1:
             raise ShapeError(
                 "some passes of a batch have a loss and others none; call "
                 "metric.backward for all of them, or metric.pull_back"
             )
-        for tape in tapes:
+        if len({each.held for each in passes}) > 1:
+            raise LinearizationError(
+                "some passes of a batch were made inside metric.frozen() and others "
+                "outside; put all of them inside or none"
+            )
+        for tape in self._tapes:
             tape.require_intact()
         like = {
             declared.name: declared.tensor.detach().as_subclass(Tensor)
@@ -112,7 +136,7 @@ class Waiting:
         moved = [d.name for d, before in pairs if d.tensor._version != before]
         if moved:
             count = len(self._passes)
-            self._passes, self._tapes, self._versions = [], [], []
+            self.clear()
             raise LinearizationError(
                 f"{count} passes wait for others of their batch (accumulate=True), but "
                 f"'{moved[0]}' has moved since; they are dropped. Leave accumulate out "

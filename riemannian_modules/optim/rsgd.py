@@ -299,7 +299,8 @@ class RiemannianSGD(torch.optim.Optimizer):
     def _step(self) -> None:
         plans, first = plans_of(self, self.metric), self.param_groups[0]
         rule = Rule(**{name: first[name] for name in Rule.__dataclass_fields__})
-        known = first["trust"], first["lowest"]
+        lowest = lower(first["lowest"], self.metric.loss)
+        known = first["trust"], lowest
         solutions, motion = propose(self.metric, plans, rule, *known)
         vectors = {n: x for s in solutions.values() for n, x in s.vectors.items()}
         sign, length = -1.0 if motion is None else 1.0, None
@@ -336,6 +337,6 @@ class RiemannianSGD(torch.optim.Optimizer):
                 self.state[tensor]["step_buffer"] = kept[name]
         if motion is not None:
             first["trust"] = motion.trust_after(first["trust"], healthy)
-            first["lowest"] = lower(first["lowest"], self.metric.loss)
+            first["lowest"] = lowest
         moved = None if motion is None else MotionReport(motion, reports)
         self._report = StepReport(reports, moved)

@@ -55,11 +55,11 @@ class OutputMetric(ABC):
         that is made of the rows, unless it has its own.
         """
         super().__init_subclass__(**options)
-        if "factor" not in vars(cls):
-            return
+        order = cls.__mro__
+        first = next(i for i, kind in enumerate(order) if "factor" in vars(kind))
         for name in _MADE_OF_ROWS:
-            owner = next(kind for kind in cls.__mro__ if name in vars(kind))
-            if owner not in (cls, OutputMetric) and "factor" in vars(owner):
+            owner = next(i for i, kind in enumerate(order) if name in vars(kind))
+            if owner > first and "factor" in vars(order[owner]):
                 setattr(cls, name, vars(OutputMetric)[name])
 
     @abstractmethod

@@ -157,6 +157,10 @@ class Sampled(OutputMetric):
         length = (squares.sum() if self.joint else squares).sqrt()
         # Of each example, or of the batch, in front of the shape of an output.
         places = [1] * (outputs.ndim - 1)
+        # What is too long to be a number is no row, and the cotangent all rest.
+        fits = length < torch.finfo(outputs.dtype).max ** 0.5
+        length = torch.where(fits, length, 0.0)
+        rest = torch.where(fits.view(-1, *places), rest, v)
         safe = torch.where(length > 0.0, length, 1.0).view(-1, *places)
         first = ((v - rest).double() / safe).unsqueeze(1)
         rows = [first]
@@ -168,6 +172,7 @@ class Sampled(OutputMetric):
             else:
                 shared = self._pairings(outputs, drawn, y)
             shared = shared.sum(0, keepdim=True) if self.joint else shared
+            shared = torch.where(fits.view(-1, 1), shared, 0.0)
             common = shared.view(*shared.shape, *places) / safe.unsqueeze(1)
             rows.append(drawn - common * first)
         count = (1 + self.probes,) if self.joint else (len(v), 1 + self.probes)

@@ -6,7 +6,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from riemannian_modules.errors import EmptyBatchError, OutputMetricError, ShapeError
+from riemannian_modules.errors import OutputMetricError, ShapeError
 from riemannian_modules.output.base import OutputMetric
 from riemannian_modules.output.categorical import Categorical
 from riemannian_modules.output.euclidean import Euclidean
@@ -34,7 +34,6 @@ class Weighted(OutputMetric):
     Raises:
         OutputMetricError: the weights are negative, infinite or NaN (looked at on the
             CPU only).
-        EmptyBatchError: all weights are zero.
 
     >>> weighted = Weighted(Euclidean(), torch.tensor([4.0, 0.0]))
     >>> weighted.factor(torch.zeros(2, 1)).flatten()
@@ -58,15 +57,16 @@ class Weighted(OutputMetric):
                     "NaN or infinity; they are how much each term of the loss counts"
                 )
         self._share = float(self.weights.double().mean()) if weights.numel() else 0.0
-        if self._share == 0.0:
-            raise EmptyBatchError(
-                f"all weights, of shape {tuple(weights.shape)}, are zero: nothing in "
-                "this batch counts; skip it"
-            )
+
+    @property
+    def counts(self) -> bool:
+        """Whether any weight is not zero."""
+        return self._share > 0.0
 
     def _root(self, like: Tensor) -> Tensor:
-        w = self.weights.to(like.device).sqrt()
-        return w.view(*w.shape, *[1] * (like.ndim - w.ndim)).to(like.dtype)
+        w = self.weights.to(like.device)
+        root = w.to(torch.promote_types(w.dtype, like.dtype)).sqrt().to(like.dtype)
+        return root.view(*w.shape, *[1] * (like.ndim - w.ndim))
 
     def _unweighted(self, cotangent: Tensor) -> Tensor:
         root = self._root(cotangent)
@@ -111,8 +111,8 @@ class Weighted(OutputMetric):
         return self._weighted(self.metric.sample(outputs, probes, generator), outputs)
 
     def terms(self, outputs: Tensor) -> float:
-        """Return the number of terms times their mean weight."""
-        return self.metric.terms(outputs) * self._share
+        """Return the sum of the weights of all terms."""
+        return max(self.metric.terms(outputs), self.weights.numel()) * self._share
 
     def validate(self, outputs: Tensor) -> None:
         """Check the outputs as the metric does, and that the weights fit them.

@@ -436,7 +436,7 @@ class LaterUnrootedResidual(UnrootedResidual):
 
     def whiten(self, outputs, cotangent):
         self.calls += 1
-        kind = Coins if self.calls == 1 else UnrootedResidual
+        kind = Coins if self.calls <= 2 else UnrootedResidual
         return kind.whiten(self, outputs, cotangent)
 
 
