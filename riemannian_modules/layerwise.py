@@ -133,7 +133,7 @@ class LayerwiseMetric(ModelMetric):
         )
         self.static_graph = static_graph
         self.weighted = False
-        self._outside: list[Tensor] = []
+        self._outside: tuple[tuple[Tensor, Tensor], ...] = ()
         self._recorder = Recorder(model, self.parameters, static=static_graph)
 
     def __repr__(self) -> str:
@@ -246,7 +246,8 @@ class LayerwiseMetric(ModelMetric):
         except Exception:
             self.waiting.add(last, tape)
             raise
-        self._fill_foreign()
+        if last.loss is not None:
+            self._fill_foreign()
 
     def pull_back(self, outputs: OutputLike, *, weights: WeightsLike = None) -> None:
         """Renew every block's metric without a loss; ``.grad`` is left alone.
@@ -289,16 +290,15 @@ class LayerwiseMetric(ModelMetric):
         tape, others = self._recorder.close(), bool(self.waiting) and self.weighted
         self._take(found, loss, tape, size_of(heads), accumulate=accumulate)
         self.weighted = others or weights is not None
-        if not accumulate:
+        if loss is not None and not accumulate:
             self._fill_foreign()
 
     def _fill_foreign(self) -> None:
-        """Set ``.grad`` of parameters outside the model, None where it is not known."""
-        foreign = () if self._found is None else self._found.foreign
-        for tensor in self._outside:
-            tensor.grad = None
-        for tensor, gradient in foreign:
+        """Set ``.grad`` of parameters outside the model, and take back what was set."""
+        for tensor, gradient in self._outside:
+            # Another metric, or its user, may have put something else there.
+            if tensor.grad is gradient:
+                tensor.grad = None
+        self._outside = () if self._found is None else self._found.foreign
+        for tensor, gradient in self._outside:
             tensor.grad = gradient
-        known = {id(tensor): tensor for tensor in self._outside}
-        known |= {id(tensor): tensor for tensor, _ in foreign}
-        self._outside = list(known.values())

@@ -98,3 +98,15 @@ def test_heads_that_take_turns() -> None:
         metric.backward(F.cross_entropy(heads[turn](h), Y), h)
         assert all(p.grad is not None for p in heads[turn].parameters())
         assert all(p.grad is None for p in heads[1 - turn].parameters())
+    # A pass without a loss, and what others put there, are no reason to take it away.
+    kept = [p.grad for p in heads[1].parameters()]
+    with metric.record():
+        h = body(torch.randn(12, 4))
+    metric.pull_back(h)
+    assert all(p.grad is g for p, g in zip(heads[1].parameters(), kept, strict=True))
+    heads[1].weight.grad = torch.ones(3, 6)
+    with metric.record():
+        h = body(torch.randn(12, 4))
+    metric.backward(F.cross_entropy(heads[0](h), Y), h)
+    assert torch.equal(heads[1].weight.grad, torch.ones(3, 6))
+    assert heads[1].bias.grad is None
