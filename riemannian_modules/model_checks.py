@@ -18,6 +18,7 @@ def require_module(model: object) -> None:
 
     Raises:
         TypeError: it is no module, or one compiled by torch.jit.
+        LinearizationError: a lazy layer does not know its shape yet.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
@@ -29,6 +30,12 @@ def require_module(model: object) -> None:
             "the model, or a part of it, is compiled by torch.jit, which hides its "
             "calls; pass the module that it was made from (torch.compile is fine)"
         )
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise LinearizationError(
+                f"parameter '{name}' of a lazy layer has no shape yet: call the model "
+                "once with a batch before the metric is built"
+            )
 
 
 def require_own_memory(named: Mapping[str, Tensor]) -> None:

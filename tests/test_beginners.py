@@ -155,3 +155,19 @@ def test_second_derivatives_that_torch_lacks() -> None:
     with kernel(math):
         optimizer.step(lambda: model(x), lambda z: F.cross_entropy(z, Y))
     assert optimizer.report.accepted
+
+
+@pytest.mark.parametrize("kind", [rm.optim.MassSchedule, rm.optim.ProbeSchedule])
+def test_a_schedule_of_an_optimizer(kind: type) -> None:
+    _, metric = setting()
+    optimizer = rm.optim.RiemannianSGD(metric)
+    with pytest.raises(TypeError, match=r"Schedule\(metric, function\)"):
+        kind(optimizer, lambda step: 1)
+
+
+def test_a_lazy_layer_without_a_shape() -> None:
+    model = nn.Sequential(nn.LazyLinear(3))
+    with pytest.raises(LinearizationError, match="call the model once"):
+        rm.LayerwiseMetric(model, rm.output.Categorical())
+    model(X)
+    rm.LayerwiseMetric(model, rm.output.Categorical())

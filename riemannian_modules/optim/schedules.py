@@ -84,6 +84,7 @@ class MassSchedule(Schedule):
     """
 
     def __init__(self, metric: ModelMetric, function: Callable[[int], float]) -> None:
+        _require_metric("MassSchedule", metric)
         self.metric = metric
         self.function = function
         self._masses = {d.name: d.mass for d in metric.parameters}
@@ -135,6 +136,7 @@ class ProbeSchedule(Schedule):
     """
 
     def __init__(self, metric: ModelMetric, function: Callable[[int], int]) -> None:
+        _require_metric("ProbeSchedule", metric)
         self._sampled = _sampled(metric.output)
         if not self._sampled:
             raise ValueError(
@@ -172,3 +174,11 @@ def _sampled(output: object) -> list[Sampled]:
     if not isinstance(output, Sequence):
         return []
     return [found for each in output for found in _sampled(each)]
+
+
+def _require_metric(name: str, metric: object) -> None:
+    if not isinstance(metric, ModelMetric):
+        raise TypeError(
+            f"the first argument of {name} is a {type(metric).__name__}; pass the "
+            f"metric, whose settings it changes: {name}(metric, function)"
+        )
