@@ -533,3 +533,18 @@ def test_where_the_gradient_is_zero_nothing_moves():
     assert optimizer.step(outputs, lambda z: (0.0 * z).sum() + 1.0) == 1.0
     assert (optimizer.report.trials, optimizer.report.mass) == (0, 1.0)
     assert all(map(torch.equal, before, model.parameters()))
+
+
+def test_a_fit_without_residuals_goes_on():
+    torch.manual_seed(0)
+    x = torch.randn(24, 4)
+    t = x.sin()[:, :2]
+    model = nn.Sequential(nn.Linear(4, 32), nn.Tanh(), nn.Linear(32, 2))
+    metric = rm.LayerwiseMetric(model, rm.output.Sampled(rm.output.Euclidean(1.0)))
+    optimizer = rm.optim.GaussNewton(metric)
+    for _ in range(45):
+        with metric.record():
+            z = model(x)
+        metric.pull_back(z)
+        final = optimizer.step(lambda: model(x), lambda z: F.mse_loss(z, t))
+    assert final < 1e-9

@@ -925,3 +925,37 @@ def test_the_pass_that_falls_below_the_floor_is_bounded_too(loss_at: float) -> N
     metric.backward(value - value.detach() + loss_at, z)
     optimizer.step()
     assert float(optimizer.report.motion.share) < 0.3
+
+
+def test_a_candidate_too_short_for_its_data_type_is_no_direction() -> None:
+    weight = torch.tensor([[0.0, -1e-42], [-1e-42, 1.0]], dtype=torch.float64)
+    numbers = Numbers(
+        torch.zeros(2, 2, dtype=torch.float64), weight, torch.zeros(2).double()
+    )
+    pair = motion.best_pair(numbers, 0.8)
+    assert pair.isfinite().all()
+    assert float(pair[0]) == 0.0
+    assert float(pair[1]) == pytest.approx(0.8)
+    alone = Numbers(*(torch.zeros(*s).double() for s in ((1, 1), (1, 1), (1,))))
+    assert float(motion.best_pair(alone, 0.8)) == 0.0
+
+
+def test_batches_that_say_nothing_are_steps_like_others() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    metric = rm.LayerwiseMetric(model, rm.output.Categorical())
+    optimizer = RiemannianSGD(metric)
+    x = torch.randn(24, 4)
+    y = (x[:, 0] > 0).long() + (x[:, 1] > 0).long()
+
+    def step(x, y):
+        with metric.record():
+            z = model(x)
+        metric.backward(F.cross_entropy(z, y), z)
+        optimizer.step()
+
+    for _ in range(30):
+        step(x, y)
+    for k in range(10, 60):
+        step(x[:1] * k, model(x[:1] * k).argmax(1))
+    assert all(p.isfinite().all() for p in model.parameters())

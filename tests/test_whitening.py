@@ -141,3 +141,58 @@ def test_sampled_rows_of_logits_that_are_far_apart(size: float, probes: int) -> 
             torch.testing.assert_close(
                 lowered[name], parameter.grad, rtol=1e-6, atol=1e-8 * size
             )
+
+
+class Spd(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.layer(x).view(-1, 2, 2)
+        return torch.matrix_exp(a + a.mT)
+
+
+@pytest.mark.parametrize("default", [torch.float32, torch.float64])
+def test_matrices_of_another_data_type_than_the_default(default: torch.dtype) -> None:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        torch.manual_seed(0)
+        model, x = Spd().double(), torch.randn(8, 4).double()
+        output = rm.output.OnManifold(rm.manifolds.SPD())
+        metric = rm.LayerwiseMetric(model, output)
+        with metric.record():
+            z = model(x)
+        metric.backward(z.square().mean(), z)
+        rows = output.factor(z.detach())
+        y, rest = output.whiten(z.detach(), rows.sum(1))
+        combined = (y.view(*y.shape, 1, 1) * rows).sum(1) + rest
+        torch.testing.assert_close(combined, rows.sum(1), rtol=1e-12, atol=1e-13)
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_random_rows_that_split_the_cotangent_themselves(weighted: bool) -> None:
+    class Drawn(rm.output.OutputMetric):
+        def factor(self, outputs: Tensor) -> Tensor:
+            return torch.randn(len(outputs), 2, *outputs.shape[1:]).to(outputs)
+
+        def split(
+            self, outputs: Tensor, cotangent: Tensor
+        ) -> tuple[Tensor, Tensor, Tensor]:
+            rows, v = self.factor(outputs), cotangent.detach()
+            y = torch.linalg.lstsq(rows.mT, v.unsqueeze(-1)).solution.squeeze(-1)
+            return rows, y, v - (rows * y.unsqueeze(-1)).sum(1)
+
+    model, x = nn.Linear(3, 4).double(), torch.randn(5, 3).double()
+    metric = rm.LayerwiseMetric(model, Drawn(), mass=0.1, blocks="model")
+    for _ in range(3):
+        with metric.record():
+            z = model(x)
+        w = torch.ones(5).double() if weighted else None
+        metric.backward(F.cross_entropy(z, torch.arange(5) % 4), z, weights=w)
+        lowered = metric.blocks["model"].flat(metric.natural_gradient())
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(lowered[name], parameter.grad)

@@ -189,7 +189,13 @@ def _inverse(side: Tensor, shift: float) -> Tensor:
     if side.ndim == 1:
         return (side + shift).reciprocal()
     eye = torch.eye(len(side), dtype=side.dtype, device=side.device)
-    return torch.cholesky_inverse(torch.linalg.cholesky(side + shift * eye))
+    lower, info = torch.linalg.cholesky_ex(side + shift * eye)
+    if int(info) == 0:
+        return torch.cholesky_inverse(lower)
+    # A mass below the rounding of the side: as much as that has to do.
+    values, vectors = torch.linalg.eigh(side)
+    floor = len(side) * torch.finfo(side.dtype).eps * values[-1].abs()
+    return (vectors / (values.clamp_min(0.0) + shift + floor)) @ vectors.mT
 
 
 def _times(matrix: Tensor, inverse: Tensor) -> Tensor:

@@ -161,12 +161,16 @@ def best_pair(numbers: Numbers, spring: float) -> Tensor:
         the step before lies in [-1, 1].
     """
     matrix, pull = numbers.damped, -numbers.slopes
-    size = matrix.diagonal().clamp_min(torch.finfo(matrix.dtype).tiny).sqrt()
+    tiny = torch.finfo(matrix.dtype).tiny
+    # A square that was too small for the data type of the vectors.
+    alive = matrix.diagonal() > tiny
+    size = matrix.diagonal().clamp_min(tiny).sqrt()
     if len(pull) == 1:
-        return pull / size.square()
-    right = (pull + spring * numbers.weight[:, 1]) / size
+        return torch.where(alive, pull / size.square(), 0.0)
+    right = torch.where(alive, (pull + spring * numbers.weight[:, 1]) / size, 0.0)
+    across = torch.where(alive.all(), matrix[0, 1], 0.0)
     # [[1, r], [r, 1]] has the eigenvalues 1 + r and 1 - r.
-    r = matrix[0, 1] / (size[0] * size[1])
+    r = across / (size[0] * size[1])
     total, difference = right[0] + right[1], right[0] - right[1]
     total = torch.where(1.0 + r > _DEPENDENT, total / (1.0 + r), 0.0)
     difference = torch.where(1.0 - r > _DEPENDENT, difference / (1.0 - r), 0.0)

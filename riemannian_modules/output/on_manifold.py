@@ -183,8 +183,9 @@ def _symmetric_basis(x: Tensor) -> Tensor:
     rows, columns = torch.triu_indices(d, d, device=x.device)
     eye = torch.eye(d, dtype=x.dtype, device=x.device)
     outer = eye[rows].unsqueeze(-1) * eye[columns].unsqueeze(-2)
-    weight = torch.where(rows == columns, 0.5, 0.5**0.5).to(x.dtype).view(-1, 1, 1)
-    return (outer + outer.mT) * weight
+    # Of two numbers torch.where makes the default data type.
+    weight = torch.where(rows == columns, 0.5, x.new_full((), 0.5**0.5))
+    return (outer + outer.mT) * weight.view(-1, 1, 1)
 
 
 def _remainder(v: Tensor, part: Tensor) -> Tensor:
