@@ -537,9 +537,9 @@ def test_where_the_gradient_is_zero_nothing_moves():
 
 def test_a_fit_without_residuals_goes_on():
     torch.manual_seed(0)
-    x = torch.randn(24, 4)
+    x = torch.randn(24, 4, dtype=torch.float32)
     t = x.sin()[:, :2]
-    model = nn.Sequential(nn.Linear(4, 32), nn.Tanh(), nn.Linear(32, 2))
+    model = nn.Sequential(nn.Linear(4, 32), nn.Tanh(), nn.Linear(32, 2)).float()
     metric = rm.LayerwiseMetric(model, rm.output.Sampled(rm.output.Euclidean(1.0)))
     optimizer = rm.optim.GaussNewton(metric)
     for _ in range(45):

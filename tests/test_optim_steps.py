@@ -941,21 +941,27 @@ def test_a_candidate_too_short_for_its_data_type_is_no_direction() -> None:
 
 
 def test_batches_that_say_nothing_are_steps_like_others() -> None:
-    torch.manual_seed(0)
-    model = nn.Linear(4, 3)
-    metric = rm.LayerwiseMetric(model, rm.output.Categorical())
-    optimizer = RiemannianSGD(metric)
-    x = torch.randn(24, 4)
-    y = (x[:, 0] > 0).long() + (x[:, 1] > 0).long()
+    before = torch.get_default_dtype()
+    # The random numbers with which a square underflows and a product does not.
+    torch.set_default_dtype(torch.float32)
+    try:
+        torch.manual_seed(0)
+        model = nn.Linear(4, 3)
+        metric = rm.LayerwiseMetric(model, rm.output.Categorical())
+        optimizer = RiemannianSGD(metric)
+        x = torch.randn(24, 4)
+        y = (x[:, 0] > 0).long() + (x[:, 1] > 0).long()
 
-    def step(x, y):
-        with metric.record():
-            z = model(x)
-        metric.backward(F.cross_entropy(z, y), z)
-        optimizer.step()
+        def step(x, y):
+            with metric.record():
+                z = model(x)
+            metric.backward(F.cross_entropy(z, y), z)
+            optimizer.step()
 
-    for _ in range(30):
-        step(x, y)
-    for k in range(10, 60):
-        step(x[:1] * k, model(x[:1] * k).argmax(1))
+        for _ in range(30):
+            step(x, y)
+        for k in range(10, 60):
+            step(x[:1] * k, model(x[:1] * k).argmax(1))
+    finally:
+        torch.set_default_dtype(before)
     assert all(p.isfinite().all() for p in model.parameters())
