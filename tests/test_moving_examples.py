@@ -366,6 +366,10 @@ class Gated(nn.Module):
         return y
 
 
+@pytest.mark.skipif(
+    not hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"),
+    reason="a trained gate has no factor with this torch",
+)
 def test_a_gate_that_opens_is_seen_in_the_next_pass() -> None:
     torch.manual_seed(0)
     model, x, t = (
