@@ -215,7 +215,7 @@ class LayerwiseMetric(ModelMetric):
             LinearizationError: the recorded uses do not explain the gradient, or
                 examples of the batch interact.
             NonFiniteError: NaN or infinity in the loss or the outputs.
-            EmptyBatchError: no examples.
+            EmptyBatchError: no examples, or none that counts.
             DistributedError: several processes, and parameters outside the model.
             LinearizationError, ShapeError: passes of one batch do not fit together.
             OutputMetricError, ShapeError: weights do not fit the outputs.
@@ -236,6 +236,7 @@ class LayerwiseMetric(ModelMetric):
 
         Raises:
             NotRecordedError: none waits.
+            LinearizationError: parameters have moved since, and they are dropped.
             LinearizationError, ShapeError, EmptyBatchError: they do not fit together;
                 they are left waiting.
         """

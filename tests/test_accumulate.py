@@ -218,6 +218,21 @@ def test_a_batch_whose_last_pass_is_missing() -> None:
     assert len(metric.waiting) == 1
 
 
+@pytest.mark.parametrize("passes", [1, 2])
+def test_a_batch_is_not_completed_at_another_point(passes: int) -> None:
+    model, x, numbers = mlp(), features(4), torch.arange(4)
+    metric = rm.LayerwiseMetric(model, rm.output.Categorical())
+    for _ in range(passes):
+        z = record(model, metric, x)
+        metric.backward(entropy(z, numbers), z, accumulate=True)
+    with torch.no_grad():
+        next(model.parameters()).add_(1.0)
+    with pytest.raises(rm.errors.LinearizationError, match=r"'0\.weight' has moved"):
+        metric.complete()
+    assert len(metric.waiting) == 0
+    assert metric.passes == 0
+
+
 def test_frozen_and_other_passes_are_no_batch() -> None:
     model, x, numbers = mlp(), features(4), torch.arange(4)
     metric = rm.LayerwiseMetric(model, rm.output.Categorical())

@@ -85,7 +85,9 @@ class Waiting:
 
         Raises:
             NotRecordedError: none waits.
+            LinearizationError: parameters have moved since; all are dropped.
         """
+        self._require_same_point()
         if not self._passes:
             raise NotRecordedError(
                 "no pass waits for others of its batch: metric.backward(..., "
