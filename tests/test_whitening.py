@@ -1,5 +1,7 @@
 """Output metrics whose residual does not belong to their rows."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -196,3 +198,19 @@ def test_random_rows_that_split_the_cotangent_themselves(weighted: bool) -> None
         lowered = metric.blocks["model"].flat(metric.natural_gradient())
         for name, parameter in model.named_parameters():
             torch.testing.assert_close(lowered[name], parameter.grad)
+
+
+@pytest.mark.parametrize("per", ["example", "batch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("gap", [60.0, 95.0, 200.0, 700.0, 720.0, 800.0])
+def test_rows_and_rest_are_the_cotangent_however_wrong(
+    per: Any, dtype: torch.dtype, gap: float
+) -> None:
+    z = torch.tensor([[0.0, gap], [0.3, 0.1]], dtype=dtype)
+    v = z.softmax(1) - torch.tensor([[1.0, 0.0], [1.0, 0.0]], dtype=dtype)
+    rows, y, rest = rm.output.Sampled(Categorical(), per=per).split(z, v)
+    assert y is not None
+    whole = (rows * y.expand(2, -1).unsqueeze(-1)).sum(1) + rest
+    if per == "batch":
+        whole, v = whole.sum(0), v.sum(0)
+    torch.testing.assert_close(whole, v, rtol=1e-5, atol=1e-6)
