@@ -57,7 +57,8 @@ class RiemannianSGD(torch.optim.Optimizer):
     Args:
         metric: the model's geometry; ``metric.backward`` replaces ``loss.backward``.
         params: parameters or groups, as in any torch optimizer; None: all of the
-            metric's.
+            metric's. Others stand still, and so do groups whose ``lr`` is 0 beside
+            some that move: the step is that of the metric of those that do.
         lr: step length; 1 is the full Gauss-Newton step of ``blocks="model"``, and
             below 2 / L the quadratic model of L blocks is stable. None: found in each
             step, and the groups' ``"lr"`` is a factor of it, 1 until a scheduler acts.
