@@ -204,6 +204,19 @@ def test_the_cheaper_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert forms[-1]
 
 
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(("rank", "columns", "threads"), [(7, 4100, 3), (300, 2048, 2)])
+def test_threads_share_the_columns(
+    rank: int, columns: int, threads: int, first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    left, right = torch.randn(columns, rank).mT, torch.randn(rank, columns + 2)[:, 1:-1]
+    out = torch.randn(rank, rank)
+    wanted = left @ right.mT + (0.0 if first else out)
+    slabs.add_lower(out, left, right, first=first)
+    torch.testing.assert_close(out.tril(), wanted.tril(), rtol=1e-12, atol=1e-10)
+
+
 def test_the_cost_of_known_layers() -> None:
     # A token of 64 numbers at 32 positions; a wide layer that is used twice.
     assert linear_gram.forms_rows(1, 128, 32, 64, 64)

@@ -76,6 +76,14 @@ class BlockFactor:
             return 0.0
         return 1.0 / self.pairs[self._biases[index]][1].mass.scalar
 
+    def _bias_of(self, index: int) -> BiasFactor | None:
+        """Return the factor of the bias that a weight takes along."""
+        if index not in self._biases:
+            return None
+        factor = self.pairs[self._biases[index]][0]
+        assert isinstance(factor, BiasFactor)
+        return factor
+
     def gram(self, dtype: torch.dtype) -> Tensor:
         """Return ``sum_b K_b sharp_b K_b^T``, ``(rank, rank)``, lower triangle valid.
 
@@ -96,8 +104,8 @@ class BlockFactor:
             if index in self._absorbed:
                 continue
             if isinstance(factor, LinearFactor):
-                bias = self._bias_weight(index)
-                total = factor.gram(space, dtype, bias=bias, onto=total)
+                bias, sums = self._bias_weight(index), self._bias_of(index)
+                total = factor.gram(space, dtype, bias=bias, sums=sums, onto=total)
             elif type(factor) is DenseFactor and not is_bounded():
                 rows = factor.rows(0, factor.rank).to(dtype)
                 images = space.to(dtype).sharp(rows)

@@ -181,6 +181,7 @@ class LinearFactor(CotangentFactor, SlabFactor):
         dtype: torch.dtype,
         *,
         bias: float = 0.0,
+        sums: "BiasFactor | None" = None,
         onto: Tensor | None = None,
     ) -> Tensor:
         """Return ``K sharp K^T``, from pairs of positions or from slabs of rows.
@@ -194,6 +195,7 @@ class LinearFactor(CotangentFactor, SlabFactor):
             dtype: data type in which the matrix is formed.
             bias: weight of ``l l^T``, the Gram matrix of the layer's bias, that is
                 added on the way (see :class:`riemannian_modules.factors.BlockFactor`).
+            sums: the factor of that bias.
             onto: a matrix of this data type to add to, in place; None: a fresh one.
 
         Returns:
@@ -205,9 +207,9 @@ class LinearFactor(CotangentFactor, SlabFactor):
         r, n, positions, out = self.cotangents.shape
         if not paired or forms_rows(r, n, positions, out, self.shape[1]):
             gram = slab_gram(self, space, dtype)
-            if bias:
-                sums = self.cotangents.to(dtype).sum(2).flatten(0, 1)
-                gram.addmm_(sums, sums.mT, alpha=bias)
+            if sums is not None:
+                l = sums.rows(0, self.rank).to(dtype)
+                gram.addmm_(l, l.mT, alpha=bias)
             return gram if onto is None else onto.add_(gram)
         return linear_gram(
             space.manifold,

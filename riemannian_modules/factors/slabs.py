@@ -161,16 +161,33 @@ def add_lower(out: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
         right: ``(rank, k)``.
         first: overwrite instead.
     """
-    rank, step = len(out), _BLOCK_ROWS
+    rank, step, shares = len(out), _BLOCK_ROWS, 1
     if out.device.type == "cpu" and left.shape[1] >= _WIDE:
         step = min(step, max(_FEWEST_IN_BAND, -(-rank // _BANDS)))
+        shares = min(torch.get_num_threads(), left.shape[1] // _WIDE)
+    # A product of few rows and many columns keeps one thread busy: each takes some.
+    each = left.shape[1] // shares
+    a, b = _shared(left, shares, each), _shared(right, shares, each)
     for start in range(0, rank, step):
         stop = min(start + step, rank)
         block = out[start:stop, :stop]
-        if first:
+        if shares > 1:
+            found = torch.bmm(a[:, start:stop], b[:, :stop].mT)
+            if first:
+                torch.sum(found, 0, out=block)
+            else:
+                block.add_(found.sum(0))
+            if rest := left.shape[1] - shares * each:
+                block.addmm_(left[start:stop, -rest:], right[:stop, -rest:].mT)
+        elif first:
             torch.mm(left[start:stop], right[:stop].mT, out=block)
         else:
             block.addmm_(left[start:stop], right[:stop].mT)
+
+
+def _shared(matrix: Tensor, shares: int, each: int) -> Tensor:
+    """Return columns in shares of equal size, ``(shares, rows, each)``, a view."""
+    return matrix[:, : shares * each].unflatten(1, (shares, each)).transpose(0, 1)
 
 
 class SlabFactor(MetricFactor):
