@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from riemannian_modules.factors.base import MetricFactor
-from riemannian_modules.factors.chunks import most_entries
+from riemannian_modules.factors.chunks import is_bounded, most_entries
 from riemannian_modules.manifolds.grassmann import Grassmann
 from riemannian_modules.manifolds.log_euclidean import LogEuclideanSPD
 from riemannian_modules.manifolds.oblique import Oblique
@@ -47,6 +47,7 @@ __all__ = [
 _BLOCK_ROWS = 128
 _BANDS = 4
 _WIDE = 1024
+_MOST_SHARES = 8
 _FEWEST_IN_BAND = 64
 # So many whole rows are formed at once, whatever the bound on memory.
 _FEWEST_ROWS = 16
@@ -164,7 +165,9 @@ def add_lower(out: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
     rank, step, shares = len(out), _BLOCK_ROWS, 1
     if out.device.type == "cpu" and left.shape[1] >= _WIDE:
         step = min(step, max(_FEWEST_IN_BAND, -(-rank // _BANDS)))
-        shares = min(torch.get_num_threads(), left.shape[1] // _WIDE)
+        if not is_bounded():
+            threads = min(torch.get_num_threads(), _MOST_SHARES)
+            shares = max(1, min(threads, left.shape[1] // _WIDE))
     # A product of few rows and many columns keeps one thread busy: each takes some.
     each = left.shape[1] // shares
     a, b = _shared(left, shares, each), _shared(right, shares, each)
