@@ -240,8 +240,8 @@ def shared(call: Call) -> dict[str, MetricFactor]:
         names = [call.name_of(call.module.get_parameter(path)) for path in missing]
         raise UnexplainedError(
             [name for name in names if name is not None],
-            f"{call.label} uses it in another way than in sums with its examples, which "
-            "a layer would explain (nn.Linear for products, nn.Embedding for tables)",
+            f"{call.label} uses it in another way than in sums with its examples; a "
+            "layer would explain it (nn.Linear for products, nn.Embedding for tables)",
         )
     return found
 
