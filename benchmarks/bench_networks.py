@@ -16,6 +16,7 @@ METHODS = (
     "sampled",
     "sampled, static graph",
     "sampled, gradient kept",
+    "sampled, gradient alone",
     "exact layer",
 )
 

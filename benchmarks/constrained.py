@@ -134,10 +134,15 @@ class Embedding(Problem):
         return value
 
     def geometry(
-        self, model: nn.Module, *, blocks: Blocks, mass: float, probes: int = 0
+        self,
+        model: nn.Module,
+        *,
+        blocks: Blocks,
+        mass: float,
+        probes: int | None = None,
     ) -> Geometry:
         output: rm.output.OutputMetric = rm.output.Categorical()
-        if probes:
+        if probes is not None:
             output = rm.output.Sampled(output, probes=probes)
         metric = rm.LayerwiseMetric(model, output=output, mass=mass, blocks=blocks)
 

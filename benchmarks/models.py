@@ -21,6 +21,7 @@ METHODS = (
     "sampled",
     "sampled, static graph",
     "sampled, gradient kept",
+    "sampled, gradient alone",
     "exact model",
     "exact layer",
 )
@@ -108,9 +109,9 @@ def step_of(
     """Return one step of a method: forward, backward and update.
 
     A method is "adam", or "sampled" (``probes`` random rows and no other, unless the
-    gradient is kept, as is the default of the library) or "exact" with the blocks
-    behind it: "layer" if nothing is said, or "model". The step length is tiny, so that
-    the thousandth step meets the same problem as the first.
+    gradient is kept, as is the default of the library, or has the only row) or "exact"
+    with the blocks behind it: "layer" if nothing is said, or "model". The step length
+    is tiny, so that the thousandth step meets the same problem as the first.
     """
     if method == "adam":
         adam = torch.optim.Adam(model.parameters(), lr=1e-6)
@@ -124,7 +125,9 @@ def step_of(
 
     output: rm.output.OutputMetric = rm.output.Categorical()
     if method.startswith("sampled"):
-        kept = method.endswith("gradient kept")
+        if method.endswith("gradient alone"):
+            probes = 0
+        kept = "gradient" in method
         output = rm.output.Sampled(output, probes=probes, gradient_rows=kept)
     metric = rm.LayerwiseMetric(
         model,

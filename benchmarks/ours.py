@@ -72,8 +72,9 @@ def gauss_newton(problem: Problem, model: nn.Module, settings: Settings) -> Step
 def geometry_of(
     problem: Problem, model: nn.Module, settings: Settings, blocks: Blocks
 ) -> Geometry:
-    probes = int(settings.get("probes", 0))
-    return problem.geometry(model, blocks=blocks, mass=settings["mass"], probes=probes)
+    mass, probes = settings["mass"], settings.get("probes")
+    count = None if probes is None else int(probes)
+    return problem.geometry(model, blocks=blocks, mass=mass, probes=count)
 
 
 # --- grids
@@ -91,8 +92,8 @@ def exact_grid(problem: Problem) -> Sequence[Settings]:
 
 
 def sampled_grid(problem: Problem) -> Sequence[Settings]:
-    """Return those of all rows, for one random row of each example and the gradient."""
-    return [{**each, "probes": 1} for each in exact_grid(problem)]
+    """Return those of all rows, for the gradient's row of each example alone."""
+    return [{**each, "probes": 0} for each in exact_grid(problem)]
 
 
 def mass_grid(problem: Problem) -> Sequence[Settings]:
@@ -106,9 +107,9 @@ def one_probe_grid(problem: Problem) -> Sequence[Settings]:
 
 
 def sampled_mass_grid(problem: Problem) -> Sequence[Settings]:
-    """Return the masses with one random row for each example, and with four."""
+    """Return the masses with no, one and four random rows beside the gradient's."""
     masses = problem.masses
-    return [{"mass": mass, "probes": k} for k in (1, 4) for mass in masses]
+    return [{"mass": mass, "probes": k} for k in (0, 1, 4) for mass in masses]
 
 
 # --- where they suit
@@ -160,7 +161,7 @@ def entries() -> Iterator[Method]:
     for blocks, said in (each_layer, ("model", "one block")):
         for kind, rows, suits, grid, bare in (
             ("exact", "all rows", exact, exact_grid, mass_grid),
-            ("sampled", "random rows", sampled, sampled_grid, sampled_mass_grid),
+            ("sampled", "few rows", sampled, sampled_grid, sampled_mass_grid),
         ):
             about = f"{rows}, {said}"
             yield Method(

@@ -82,14 +82,19 @@ class PhysicsInformed(Problem):
         )
 
     def geometry(
-        self, model: nn.Module, *, blocks: Blocks, mass: float, probes: int = 0
+        self,
+        model: nn.Module,
+        *,
+        blocks: Blocks,
+        mass: float,
+        probes: int | None = None,
     ) -> Geometry:
         # The Hessian of the weighted means of the squares.
         outputs: dict[str, rm.output.OutputMetric] = {
             name: rm.output.Euclidean(2.0 * weight)
             for name, weight in self.weights.items()
         }
-        if probes:
+        if probes is not None:
             outputs = {k: rm.output.Sampled(v, probes) for k, v in outputs.items()}
         metric = rm.functional.FunctionalMetric(
             model, dict(self.operators), outputs, mass=mass, blocks=blocks

@@ -120,9 +120,14 @@ class Problem(ABC):
 
     @abstractmethod
     def geometry(
-        self, model: nn.Module, *, blocks: Blocks, mass: float, probes: int = 0
+        self,
+        model: nn.Module,
+        *,
+        blocks: Blocks,
+        mass: float,
+        probes: int | None = None,
     ) -> Geometry:
-        """Return the metric of this library; ``probes`` random rows, 0: all rows."""
+        """Return the metric; ``probes`` random rows and the gradient's; None: all."""
 
     @property
     @abstractmethod
@@ -199,10 +204,15 @@ class NetworkProblem(Problem):
         return (self.batch or len(self.x)) * self.outputs
 
     def geometry(
-        self, model: nn.Module, *, blocks: Blocks, mass: float, probes: int = 0
+        self,
+        model: nn.Module,
+        *,
+        blocks: Blocks,
+        mass: float,
+        probes: int | None = None,
     ) -> Geometry:
         output = self.output()
-        if probes:
+        if probes is not None:
             output = rm.output.Sampled(output, probes=probes)
         metric = rm.LayerwiseMetric(
             model, output=output, mass=mass, blocks=blocks, static_graph=True
