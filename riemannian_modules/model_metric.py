@@ -213,8 +213,7 @@ class ModelMetric:
             NotRecordedError: there was no backward pass yet.
             NotPositiveDefiniteError: a block's small matrix could not be factorised.
         """
-        solutions = self.solve().values()
-        return {n: x for solution in solutions for n, x in solution.vectors.items()}
+        return {n: x for s in self.solve().values() for n, x in s.vectors.items()}
 
     def solve(
         self,
@@ -322,7 +321,7 @@ class ModelMetric:
         if self.exchange is not None:
             with full_precision(self.parameters):
                 found, loss = self.exchange.join(found, loss, part.size, self.reduction)
-        if self._holds(loss):
+        if held := self._holds(loss):
             # The old factors do not span the new gradient.
             rest = {**zero_covectors(self.blocks), **found.gradient}
             found = replace(found, residual=None, rest=rest, source=None)
@@ -334,7 +333,8 @@ class ModelMetric:
             self._renew(found)
             self.fewer.keep()
         self.waiting.clear()
-        self._found, self._passed = found, passed
+        # Factors that are held need the inputs of their own pass.
+        self._found, self._passed = found, self._passed if held else passed
         if loss is not None:
             self.passes, self.loss = self.passes + 1, loss.detach()
             self.gradients.fill(found.gradient, frozen=self._frozen)

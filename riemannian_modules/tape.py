@@ -1,7 +1,7 @@
 """What a recorded forward pass remembers: every use of every watched module."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from operator import is_
 from typing import Any
@@ -13,34 +13,10 @@ from torch.utils.hooks import RemovableHandle
 
 from riemannian_modules.errors import LinearizationError, NonFiniteError
 from riemannian_modules.finite import looks_finite
+from riemannian_modules.nested import map_tensors, own_memory, seen, tensors_in
 from riemannian_modules.place import Finder, Place
 
-__all__ = ["Tape", "Use", "Watched", "map_tensors", "tensors_in"]
-
-
-def tensors_in(value: object) -> Iterator[Tensor]:
-    """Yield the tensors of nested tuples, lists and dictionaries, in order."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for each in value.values():
-            yield from tensors_in(each)
-    elif isinstance(value, tuple | list):
-        for each in value:
-            yield from tensors_in(each)
-
-
-def map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
-    """Return the same nesting with every tensor changed."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, dict):
-        return {key: map_tensors(each, change) for key, each in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(map_tensors(each, change) for each in value))
-    if isinstance(value, tuple | list):
-        return type(value)(map_tensors(each, change) for each in value)
-    return value
+__all__ = ["Tape", "Use", "Watched"]
 
 
 _PLAIN = (bool, int, float, str, tuple, type(None))
@@ -239,11 +215,11 @@ class Tape:
                 return
             called = kwargs
             if not kwargs and len(args) == 1 and isinstance(args[0], Tensor):
-                given, inputs = [args[0]], [args[0].detach()]
+                given, inputs = [args[0]], seen(args)
                 own: tuple[Any, ...] = (inputs[0],)
             else:
                 given = [*tensors_in(args), *tensors_in(kwargs)]
-                inputs = [t.detach() for t in given]
+                inputs = seen(given)
                 pieces = iter(inputs)
                 own = map_tensors(args, lambda _: next(pieces))
                 kwargs = map_tensors(kwargs, lambda _: next(pieces))
@@ -251,6 +227,7 @@ class Tape:
             inside: tuple[Place, ...] = ()
             if watched.finder is not None:
                 inside = watched.finder(module, args, called, outputs)
+                inside = own_memory(inside, given, inputs)
             keep = watched.keep or (watched.replays and not inside)
             self.uses.append(
                 Use(

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from riemannian_modules.layout import Layout
+from riemannian_modules.nested import map_tensors, tensors_in
 from riemannian_modules.reverse import reverse_pass
 from riemannian_modules.rules import Call, Rule, entry_of
-from riemannian_modules.tape import Tape, Watched, map_tensors, tensors_in
+from riemannian_modules.tape import Tape, Watched
 
 N, STEPS = 3, 4
 

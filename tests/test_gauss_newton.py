@@ -505,6 +505,26 @@ def test_it_asks_for_what_it_needs():
         GaussNewton(bare).step(outputs, loss)
 
 
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda z: z.square().mean().item(),
+        lambda z: None,
+        lambda z: z.square(),
+        lambda z: z.detach().square().mean(),
+    ],
+)
+def test_it_says_what_a_loss_is(loss):
+    model = nn.Linear(2, 1)
+    metric = rm.LayerwiseMetric(model, rm.output.Euclidean())
+    x = torch.randn(3, 2)
+    with metric.record():
+        outputs = model(x)
+    metric.pull_back(outputs)
+    with pytest.raises(TypeError, match="the loss function returned"):
+        rm.optim.GaussNewton(metric).step(lambda: model(x), loss)
+
+
 def test_functions_of_a_model_step_too():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(1, 6), nn.Tanh(), nn.Linear(6, 1))

@@ -412,3 +412,18 @@ def test_the_mass_stops_where_the_small_matrix_loses_its_digits(precision, known
     assert lowest >= 0.99 * bound
     assert shrunk >= (1 if precision is None else 0)
     assert lowest < 1e4 * bound or precision is not None
+
+
+def test_an_interrupted_step_leaves_the_mass_bit_for_bit():
+    torch.manual_seed(0)
+    x, model = torch.randn(5, 3), torch.nn.Linear(3, 1)
+    metric = rm.LayerwiseMetric(model, rm.output.Euclidean(2.0), mass=3e-3)
+    optimizer = rm.optim.LevenbergMarquardt(metric, grow=3.0)
+    with metric.record():
+        outputs = model(x)
+    metric.backward(outputs.square().mean(), outputs)
+    losses = iter([100.0])
+    with pytest.raises(StopIteration):
+        optimizer.step(lambda: next(losses))
+    assert {d.mass.scalar for d in metric.parameters} == {3e-3}
+    assert optimizer.param_groups[0]["scale"] == 1.0

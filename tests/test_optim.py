@@ -739,6 +739,25 @@ def test_the_predicted_decrease_is_the_slope_of_the_loss(blocks: str) -> None:
     assert decrease == pytest.approx(predicted, rel=1e-4)
 
 
+@pytest.mark.parametrize("options", [{}, {"dampening": 0.5}, {"nesterov": True}])
+def test_the_predicted_decrease_of_a_step_with_momentum(
+    options: dict[str, Any],
+) -> None:
+    metric = layer_metric(model := chain())
+    optimizer = rm.optim.RiemannianSGD(metric, lr=1e-5, momentum=0.9, **options)
+    for _ in range(4):
+        backward(metric)
+        before = values(model)
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+        optimizer.step()
+        after = values(model)
+        slope = sum(
+            float((g * (after[n] - before[n])).sum()) for n, g in gradients.items()
+        )
+        predicted = sum(block.predicted_decrease for block in optimizer.report)
+        assert predicted == pytest.approx(-slope, rel=1e-3)
+
+
 def test_the_report_is_a_table() -> None:
     model = chain()
     metric = layer_metric(model)
@@ -982,3 +1001,62 @@ def test_a_scheduler_that_cycles_momentum_is_told_of() -> None:
     with pytest.raises(ValueError, match="cycle_momentum=False"):
         optimizer.step()
     assert all(torch.equal(v, before[n]) for n, v in values(model).items())
+
+
+@pytest.mark.parametrize("unscaled", [False, True])
+def test_a_scaler_is_refused_and_leaves_nothing_behind(unscaled: bool) -> None:
+    model = chain()
+    metric = layer_metric(model)
+    optimizer = rm.optim.RiemannianSGD(metric, lr=0.1)
+    scaler = torch.amp.GradScaler("cpu")
+    with metric.record():
+        outputs = model(X)
+    metric.backward(scaler.scale(cross_entropy(outputs)), outputs)
+    before = values(model)
+    if unscaled:
+        scaler.unscale_(optimizer)
+    with pytest.raises(TypeError, match="GradScaler"):
+        scaler.step(optimizer)
+    assert_same(values(model), before)
+    metric.natural_gradient()
+    backward(metric)
+    optimizer.step()
+    off = torch.amp.GradScaler("cpu", enabled=False)
+    backward(metric)
+    off.step(optimizer)
+
+
+def test_one_of_two_optimizers_misses_its_gradients() -> None:
+    model = chain()
+    metric = layer_metric(model)
+    first = rm.optim.RiemannianSGD(metric, model[0].parameters(), lr=0.1)
+    second = rm.optim.RiemannianSGD(metric, model[2].parameters(), lr=0.1)
+    backward(metric)
+    first.zero_grad()
+    with pytest.raises(rm.errors.NotRecordedError, match="grad is None"):
+        first.step()
+    second.step()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"momentum": 1.5}, {"lr": -1.0}, {"weight_decay": -1.0}, {"nesterov": True}],
+)
+def test_numbers_of_groups_are_checked(options: dict[str, Any]) -> None:
+    metric = layer_metric(model := chain())
+    groups = [{"params": list(model.parameters()), **options}]
+    with pytest.raises(ValueError, match=next(iter(options))):
+        rm.optim.RiemannianSGD(metric, groups, lr=0.1)
+
+
+@pytest.mark.parametrize("options", [{"lr": 1e39}, {"lr": 1.0, "weight_decay": 1e39}])
+def test_numbers_beyond_the_data_type_change_nothing(options: dict[str, Any]) -> None:
+    metric = layer_metric(model := chain().float())
+    optimizer = rm.optim.RiemannianSGD(metric, **options)
+    backward(metric, X.float())
+    before = values(model)
+    with pytest.raises(rm.errors.NonFiniteError, match="learning rate"):
+        optimizer.step()
+    assert_same(values(model), before)
+    with pytest.raises(ValueError, match="finite"):
+        rm.optim.RiemannianSGD(metric, lr=0.1, weight_decay=float("inf"))

@@ -31,7 +31,7 @@ LAYERS = (
         "strategy",
     },
     {"output"},
-    {"layout", "place", "tape"},
+    {"layout", "nested", "place", "tape"},
     {"rules"},
     {"model_checks", "module_tree"},
     {"declared", "reverse"},

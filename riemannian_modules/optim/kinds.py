@@ -5,11 +5,21 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from riemannian_modules.errors import NotRecordedError
 from riemannian_modules.model_metric import ModelMetric
 from riemannian_modules.retractions import Retraction
 
-__all__ = ["require_kinds", "require_numbers", "require_pass", "require_ready"]
+__all__ = [
+    "refuse_scaler",
+    "require_kinds",
+    "require_numbers",
+    "require_pass",
+    "require_ready",
+    "require_scalar",
+]
 
 _REPLACED = (
     "this step knows the last metric.backward only: another one at the same point, "
@@ -43,6 +53,50 @@ def require_kinds(call: str, metric: object, retraction: object) -> None:
             f"retraction={retraction!r}; pass an instance of a Retraction, such as "
             "riemannian_modules.retractions.Exponential()"
         )
+
+
+def refuse_scaler(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse a step that a ``torch.amp.GradScaler`` asks for.
+
+    It says so by attributes, since ``_step_supports_amp_scaling`` is set: otherwise it
+    would divide ``.grad`` behind the metric's back, which knows the scaled loss.
+
+    Args:
+        optimizer: whose step it is.
+
+    Raises:
+        TypeError: it is a scaler's.
+    """
+    if vars(optimizer).pop("found_inf", None) is not None:
+        vars(optimizer).pop("grad_scale", None)
+        raise TypeError(
+            "a GradScaler calls this step, but metric.backward keeps float16 from "
+            "underflow itself, and the metric would belong to another loss than the "
+            "scaled one: call metric.backward(loss, outputs) and optimizer.step() "
+            "without a scaler. Nothing was changed"
+        )
+
+
+def require_scalar(loss: object) -> None:
+    """Refuse what a loss function returned if it is no loss of the outputs.
+
+    Args:
+        loss: what it returned.
+
+    Raises:
+        TypeError: no scalar tensor, or one without a graph.
+    """
+    if isinstance(loss, Tensor) and loss.ndim == 0 and loss.requires_grad:
+        return
+    what = f"a {type(loss).__name__}"
+    if isinstance(loss, Tensor):
+        what = f"a tensor of shape {tuple(loss.shape)}"
+        what += "" if loss.requires_grad else " that does not depend on the outputs"
+    raise TypeError(
+        f"the loss function returned {what}; it must return the scalar tensor that it "
+        "computes from the outputs, not detached: optimizer.step(lambda: model(x), "
+        "lambda outputs: loss_function(outputs, y))"
+    )
 
 
 def require_pass(metric: ModelMetric, stepped: int) -> None:
@@ -82,7 +136,10 @@ def require_ready(metric: ModelMetric, groups: Sequence[Mapping[str, Any]]) -> N
     found = metric.linearization
     if found is None or not found.gradient:
         return
-    if all(metric.parameters[name].tensor.grad is None for name in found.gradient):
+    own = {id(tensor) for group in groups for tensor in group["params"]}
+    reached = [metric.parameters[name].tensor for name in found.gradient]
+    mine = [tensor for tensor in reached if id(tensor) in own]
+    if mine and all(tensor.grad is None for tensor in mine):
         raise NotRecordedError(
             "every .grad is None: zero_grad() after metric.backward(loss, outputs) "
             "takes away what the step is made of. Call it before, or not at all: "
@@ -102,10 +159,11 @@ def require_numbers(options: Mapping[str, Any]) -> None:
     lr, momentum, spring = options["lr"], options["momentum"], options["spring"]
     weight_decay, nesterov = options["weight_decay"], options["nesterov"]
     automatic = lr is None
-    if not ((automatic or lr >= 0.0) and weight_decay >= 0.0 and 0.0 <= momentum < 1.0):
+    decays = 0.0 <= weight_decay < math.inf
+    if not ((automatic or lr >= 0.0) and decays and 0.0 <= momentum < 1.0):
         raise ValueError(
             f"lr={lr}, momentum={momentum}, weight_decay={weight_decay}: lr and "
-            "weight_decay must not be negative, momentum lies in [0, 1)"
+            "weight_decay must be finite and not negative, momentum lies in [0, 1)"
         )
     if nesterov and (momentum == 0.0 or options["dampening"] != 0.0):
         raise ValueError("nesterov needs a momentum and no dampening")

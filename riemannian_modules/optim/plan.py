@@ -1,6 +1,5 @@
 """One parameter's part of a step, worked out before anything is changed."""
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,11 +63,12 @@ class Plan:
         Raises:
             NonFiniteError: the step length is not finite.
         """
-        lr = group["lr"]
-        if isinstance(lr, float) and not math.isfinite(lr):
+        lr, largest = group["lr"], torch.finfo(declared.tensor.dtype).max
+        decay = lr * group["weight_decay"]
+        if isinstance(lr, float) and not max(abs(lr), abs(decay)) <= largest:
             raise NonFiniteError(
-                f"the learning rate of '{declared.name}' is {lr}; lower the learning "
-                "rate or check its scheduler. Nothing was changed"
+                f"the learning rate of '{declared.name}' is {lr}, its decay {decay}; "
+                "lower the learning rate or check its scheduler. Nothing was changed"
             )
         gradient = declared.tensor.grad
         assert gradient is not None
@@ -88,7 +88,6 @@ class Plan:
                 scale = 1.0 + momentum * scale
                 extra = None if extra is None else momentum * extra
         sign = -1.0 if group["maximize"] else 1.0
-        decay = lr * group["weight_decay"]
         return cls(declared, scale, extra, buffer, sign * lr, decay, old, last)
 
     def kept(self, healthy: Tensor | None) -> Tensor | None:
@@ -132,6 +131,11 @@ class Plan:
             decay = self.decay if length is None else self.decay * length.to(step.dtype)
             step = step - decay * space.project(space.point)
         return step
+
+    @property
+    def is_gradient(self) -> bool:
+        """Whether the direction is that of the gradient alone."""
+        return self.scale == 1.0 and self.extra is None
 
     @property
     def gradient(self) -> Tensor:

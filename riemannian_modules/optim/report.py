@@ -281,7 +281,8 @@ def block_reports(
         lr = plans[own[0]].lr
         moves = {name: steps[name] for name in own}
         slope = None
-        if motion is not None:
+        # Where the direction is not the gradient's own, its norm does not tell.
+        if motion is not None or not all(plans[name].is_gradient for name in own):
             found = [
                 rate * torch.dot(plans[n].gradient.reshape(-1), u.reshape(-1))
                 for n, (rate, u) in moves.items()

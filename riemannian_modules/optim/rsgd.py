@@ -21,6 +21,7 @@ from riemannian_modules.errors import (
 from riemannian_modules.layerwise import LayerwiseMetric
 from riemannian_modules.model_metric import ModelMetric
 from riemannian_modules.optim.kinds import (
+    refuse_scaler,
     require_kinds,
     require_numbers,
     require_pass,
@@ -103,6 +104,9 @@ class RiemannianSGD(torch.optim.Optimizer):
     ['model']
     """
 
+    # A scaler then hands over its scale in the place of dividing the gradients.
+    _step_supports_amp_scaling = True
+
     def __init__(
         self,
         metric: ModelMetric,
@@ -166,9 +170,12 @@ class RiemannianSGD(torch.optim.Optimizer):
             param_group: as in torch.optim.Optimizer.
 
         Raises:
-            ValueError: a parameter is not in the metric, or the group wants another
-                rule for the length of steps, which all groups share.
+            ValueError: a parameter is not in the metric, a number is out of its range,
+                or the group wants another rule for steps than all others.
         """
+        options = {**self.defaults, **param_group}
+        if options["lr"] is not None:
+            require_numbers(options | ({"lr": None} if options["automatic"] else {}))
         super().add_param_group(param_group)
         new, first = self.param_groups[-1], self.param_groups[0]
         differ = [name for name in _COMMON if new[name] != first[name]]
@@ -179,7 +186,7 @@ class RiemannianSGD(torch.optim.Optimizer):
                 f"a group has its own {what}, but one step moves all groups; give it "
                 "to the optimizer (a group's lr is a number, a factor without an lr)"
             )
-        for tensor in self.param_groups[-1]["params"]:
+        for tensor in new["params"]:
             if self.metric.parameters.name_of(tensor) is None:
                 self.param_groups.pop()
                 raise ValueError(
@@ -286,6 +293,7 @@ class RiemannianSGD(torch.optim.Optimizer):
             NotPositiveDefiniteError: a block's small matrix could not be factorised.
             NonFiniteError: a step is not finite.
         """
+        refuse_scaler(self)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -308,9 +316,8 @@ class RiemannianSGD(torch.optim.Optimizer):
         if motion is not None:
             vectors |= motion.vectors
             length = motion.along * motion.share if rule.automatic else None
-        updates = {
-            n: p.update(vectors[n], sign * p.lr, length) for n, p in plans.items()
-        }
+        rates = {n: sign * p.lr for n, p in plans.items()}
+        updates = {n: p.update(vectors[n], rates[n], length) for n, p in plans.items()}
         points = {n: p.retract(self.retraction, updates[n]) for n, p in plans.items()}
         healthy = self.metric.succeeded()
         if healthy is not None:
@@ -325,7 +332,7 @@ class RiemannianSGD(torch.optim.Optimizer):
                 for n, p in plans.items()
             }
         steps = {
-            n: (sign * plans[n].lr, vectors[n]) if u is None else (1.0, u)
+            n: (rates[n], vectors[n]) if u is None else (1.0, u)
             for n, u in updates.items()
         }
         reports = block_reports(self.metric, plans, solutions, steps, motion)

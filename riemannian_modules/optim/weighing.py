@@ -43,11 +43,15 @@ class WeighingOptimizer(WholeModelOptimizer):
     @contextmanager
     def _undone(self) -> Iterator[None]:
         """Put the mass back if an error is raised inside this scope."""
-        before = self.param_groups[0]["scale"]
+        group, metric = self.param_groups[0], self.metric
+        scale, masses = group["scale"], {d.name: d.mass for d in metric.parameters}
         try:
             yield
         except BaseException:
-            self._weigh(before / self.param_groups[0]["scale"])
+            # The blocks are multiplied back, the masses themselves are what they were.
+            self._weigh(scale / group["scale"])
+            metric.set_mass(masses)
+            group["scale"] = scale
             raise
 
     def _accepted(self) -> None:

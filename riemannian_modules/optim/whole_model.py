@@ -10,7 +10,7 @@ from torch import Tensor
 
 from riemannian_modules.declared import Declared
 from riemannian_modules.model_metric import ModelMetric
-from riemannian_modules.optim.kinds import require_pass, require_ready
+from riemannian_modules.optim.kinds import refuse_scaler, require_pass, require_ready
 from riemannian_modules.retractions import Default, Retraction
 
 __all__ = ["WholeModelOptimizer"]
@@ -24,6 +24,9 @@ class WholeModelOptimizer(torch.optim.Optimizer):
         retraction: how a tangent step becomes a point; None: the default one.
         defaults: hyperparameters and state of the group.
     """
+
+    # As in RiemannianSGD.
+    _step_supports_amp_scaling = True
 
     def __init__(
         self,
@@ -67,6 +70,7 @@ class WholeModelOptimizer(torch.optim.Optimizer):
             TypeError: no closure.
             NotRecordedError: no ``metric.backward`` since the last step.
         """
+        refuse_scaler(self)
         if closure is None:
             raise TypeError(
                 "step() needs the loss as a function, to try points: "

@@ -19,9 +19,9 @@ from torch.func import vjp, vmap
 from riemannian_modules.errors import LinearizationError
 from riemannian_modules.factors import DenseFactor, MetricFactor
 from riemannian_modules.layout import Layout, candidates
+from riemannian_modules.nested import map_tensors, tensors_in
 from riemannian_modules.rules.base import Call, Entry
 from riemannian_modules.rules.stand_in import StandIn
-from riemannian_modules.tape import map_tensors, tensors_in
 
 __all__ = ["GENERIC", "agree", "generic"]
 

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from riemannian_modules.factors import BiasFactor, LinearFactor, MetricFactor
 from riemannian_modules.factors.stacked import StackedFactor
+from riemannian_modules.nested import tensors_in
 from riemannian_modules.place import Place
 from riemannian_modules.rules.base import Call
 from riemannian_modules.rules.inside import linear_maps
 from riemannian_modules.rules.replay import positions, weight
-from riemannian_modules.tape import tensors_in
 
 __all__ = [
     "NAMES",

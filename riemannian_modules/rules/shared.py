@@ -16,11 +16,11 @@ from torch.autograd.graph import GradientEdge, Node
 
 from riemannian_modules.errors import LinearizationError
 from riemannian_modules.factors import DenseFactor, MetricFactor, joined
+from riemannian_modules.nested import tensors_in
 from riemannian_modules.place import Place
 from riemannian_modules.rules.base import Call, Entry, Inside
 from riemannian_modules.rules.inside import saved, saved_as_they_are
 from riemannian_modules.rules.job import UnexplainedError
-from riemannian_modules.tape import tensors_in
 
 __all__ = ["SHARED", "find_shared", "shared", "shared_places"]
 

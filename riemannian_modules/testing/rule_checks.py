@@ -18,10 +18,10 @@ from riemannian_modules.factors import MetricFactor
 from riemannian_modules.layerwise import LayerwiseMetric
 from riemannian_modules.manifolds import PoincareBall, Sphere, Stiefel
 from riemannian_modules.metric import LayerMetric, Part
+from riemannian_modules.nested import tensors_in
 from riemannian_modules.output import Euclidean
 from riemannian_modules.rules import GENERIC, entry_of
 from riemannian_modules.tangent import TangentSpace
-from riemannian_modules.tape import tensors_in
 from riemannian_modules.testing.factor_checks import factor_laws
 from riemannian_modules.testing.guarded import guarded, worst
 from riemannian_modules.testing.metric_probe import MetricProbe, relative_gap

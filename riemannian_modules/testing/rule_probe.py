@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from riemannian_modules.layerwise import LayerwiseMetric
-from riemannian_modules.tape import map_tensors
+from riemannian_modules.nested import map_tensors
 
 __all__ = ["WIDTH", "Around", "RuleCase", "Select", "dense_rows"]
 
