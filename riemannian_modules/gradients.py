@@ -9,6 +9,9 @@ from riemannian_modules.declared import DeclaredParameters
 
 __all__ = ["Gradients"]
 
+# What tensors in .grad are marked with that a metric has put there.
+_MARK = "_filled_by"
+
 
 @final
 class Gradients:
@@ -38,6 +41,8 @@ class Gradients:
         self.replaced = self.unused and not (frozen or self._parameters.moved())
         self.unused = True
         self._own = gradient
+        for covector in gradient.values():
+            setattr(covector, _MARK, True)
         self._versions = {name: g._version for name, g in gradient.items()}
         for declared in self._parameters:
             declared.linearised = declared.tensor._version
@@ -47,6 +52,14 @@ class Gradients:
         """Something is made of the last pass; return whether it replaced another."""
         found, self.unused, self.replaced = self.replaced, False, False
         return found
+
+    def another(self) -> bool:
+        """Whether the pass of another metric has put its gradient in the place."""
+        for name, covector in self._own.items():
+            grad = self._parameters[name].tensor.grad
+            if grad is not covector and getattr(grad, _MARK, False):
+                return True
+        return False
 
     def untouched(self, names: Collection[str] | None = None) -> bool:
         """Whether ``.grad`` is still what the last pass put there.

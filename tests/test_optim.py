@@ -1060,3 +1060,18 @@ def test_numbers_beyond_the_data_type_change_nothing(options: dict[str, Any]) ->
     assert_same(values(model), before)
     with pytest.raises(ValueError, match="finite"):
         rm.optim.RiemannianSGD(metric, lr=0.1, weight_decay=float("inf"))
+
+
+def test_a_step_warns_of_the_gradient_of_another_metric() -> None:
+    model = chain()
+    one, other = layer_metric(model), layer_metric(model)
+    optimizer = rm.optim.RiemannianSGD(one, lr=0.1)
+    backward(one)
+    backward(other)
+    with pytest.warns(UserWarning, match="another metric"):
+        optimizer.step()
+    backward(other)
+    backward(one)
+    for p in model.parameters():
+        p.grad = 0.5 * p.grad
+    optimizer.step()

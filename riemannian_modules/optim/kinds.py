@@ -27,6 +27,11 @@ _REPLACED = (
     "one with accumulate=True"
 )
 
+_ANOTHER = (
+    "in .grad is the gradient of another metric's backward pass, and this step is made "
+    "of that: call this metric's backward last, directly before its step"
+)
+
 
 def require_kinds(call: str, metric: object, retraction: object) -> None:
     """Check the arguments that other optimizers have in other places.
@@ -133,6 +138,8 @@ def require_ready(metric: ModelMetric, groups: Sequence[Mapping[str, Any]]) -> N
     metric.parameters.require_unmoved([p for group in groups for p in group["params"]])
     if metric.gradients.use():
         warnings.warn(_REPLACED, stacklevel=4)
+    if metric.gradients.another():
+        warnings.warn(_ANOTHER, stacklevel=4)
     found = metric.linearization
     if found is None or not found.gradient:
         return
