@@ -150,6 +150,53 @@ def test_projection_on_stiefel_is_polar() -> None:
     torch.testing.assert_close(Projection()(manifold, x, u), polar)
 
 
+@pytest.mark.parametrize("spread", [0.0, 1.0], ids=["equal", "random"])
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("Stiefel", (4, 2)),
+        ("CanonicalStiefel", (2, 2, 3)),
+        ("Stiefel", (3, 3)),
+        ("Grassmann", (4, 2)),
+        ("SpecialOrthogonal", (2, 3, 3)),
+    ],
+)
+def test_projections_have_derivatives(
+    name: str, shape: tuple[int, ...], spread: float
+) -> None:
+    """Also where singular values coincide, as they do on the manifold."""
+    manifold = build(name)
+    x = 2.0 * plain(manifold.random(*shape)) + spread * torch.randn(shape)
+    project = manifold.projx
+    moving = x.clone().requires_grad_()
+    assert torch.autograd.gradcheck(
+        project,
+        moving,
+        check_forward_ad=True,
+        check_batched_grad=True,
+        check_batched_forward_grad=True,
+    )
+    assert torch.autograd.gradgradcheck(project, moving, check_fwd_over_rev=True)
+    jacfwd, jacrev = torch.func.jacfwd, torch.func.jacrev
+    hessian = jacrev(jacrev(project))(x)
+    torch.testing.assert_close(jacfwd(jacfwd(project))(x), hessian)
+    u, v = torch.randn(2, *shape)
+
+    def bend(x: Tensor) -> Tensor:
+        return torch.func.jvp(lambda y: jacrev(project)(y), (x,), (u,))[1]
+
+    exact = torch.func.jvp(bend, (x,), (v,))[1]
+    near = (bend(x + 1e-5 * v) - bend(x - 1e-5 * v)) / 2e-5
+    torch.testing.assert_close(exact, near, rtol=1e-5, atol=1e-6)
+
+
+def test_rotations_near_singular_matrices_and_reflections_have_derivatives() -> None:
+    for least in (0.0, -0.5):
+        x = torch.tensor([2.0, 1.0, least]).diag().requires_grad_()
+        assert torch.autograd.gradcheck(manifolds.SpecialOrthogonal().projx, x)
+        assert torch.autograd.gradgradcheck(manifolds.SpecialOrthogonal().projx, x)
+
+
 @pytest.mark.parametrize("retraction", [Cayley(), QR()])
 def test_stiefel_rules_refuse_other_manifolds(retraction: Retraction) -> None:
     sphere, x = manifolds.Sphere(), torch.eye(3)[0]

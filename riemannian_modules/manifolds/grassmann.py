@@ -14,12 +14,12 @@ import geoopt
 import torch
 from torch import Tensor
 
+from riemannian_modules.manifolds.polar import polar
 from riemannian_modules.manifolds.riesz import dimension, flat, root, root_adjoint
 from riemannian_modules.manifolds.stiefel import (
     Stiefel,
     _is_wide,
     _orthonormalise,
-    _polar,
     _upright,
     qr_step,
 )
@@ -45,11 +45,11 @@ def _parallel(x: Tensor, u: Tensor, v: Tensor) -> Tensor:
 
 
 def _projected(x: Tensor, y: Tensor, v: Tensor) -> Tensor:
-    return _horizontal_part(y, v) @ _polar(x.mT @ y)
+    return _horizontal_part(y, v) @ polar(x.mT @ y)
 
 
 def _log(x: Tensor, y: Tensor) -> Tensor:
-    y = y @ _polar(y.mT @ x)
+    y = y @ polar(y.mT @ x)
     cosines = x.mT @ y
     w, sines, vh = torch.linalg.svd(y - x @ cosines, full_matrices=False)
     # Column norms, not singular values: these belong to the same vectors as the sines.

@@ -10,24 +10,17 @@ import torch
 from geoopt.utils import size2shape
 from torch import Tensor
 
+from riemannian_modules.manifolds.polar import handedness, polar, rotation
 from riemannian_modules.manifolds.riesz import dimension, flat, root, root_adjoint
 from riemannian_modules.manifolds.stiefel import (
     Stiefel,
     _orthonormalise,
-    _polar,
     _rotation,
     _skew,
     cayley_step,
 )
 
 __all__ = ["SpecialOrthogonal"]
-
-
-def _handedness(q: Tensor) -> Tensor:
-    """Return the sign of the determinant, ``(*batch, 1)``."""
-    determinant = torch.linalg.det(q.to(torch.promote_types(q.dtype, torch.float32)))
-    sign = torch.where(determinant < 0, -torch.ones_like(determinant), 1.0)
-    return sign.unsqueeze(-1).to(q.dtype)
 
 
 def _arc_ratio(cosine: Tensor) -> Tensor:
@@ -37,12 +30,12 @@ def _arc_ratio(cosine: Tensor) -> Tensor:
     return torch.where(inside, c.acos() / ((1.0 - c) * (1.0 + c)).sqrt(), 1.0)
 
 
-def _logarithm(rotation: Tensor) -> Tensor:
+def _logarithm(turn: Tensor) -> Tensor:
     # The polar factor of 1 + Q is the square root of Q: half the angles, at most a
     # right angle each. There the logarithm is a smooth function of the symmetric part
     # times the skew part, which commute.
-    eye = torch.eye(rotation.shape[-1], dtype=rotation.dtype, device=rotation.device)
-    half = _polar(eye + rotation)
+    eye = torch.eye(turn.shape[-1], dtype=turn.dtype, device=turn.device)
+    half = polar(eye + turn)
     cosines, vectors = torch.linalg.eigh(0.5 * (half + half.mT))
     ratio = (vectors * _arc_ratio(cosines).unsqueeze(-2)) @ vectors.mT
     return 2.0 * _skew(ratio @ _skew(half))
@@ -82,9 +75,7 @@ class SpecialOrthogonal(geoopt.Manifold):  # type: ignore[misc]
 
     def projx(self, x: Tensor) -> Tensor:
         """Return the nearest rotation, from the singular vectors of ``x``."""
-        u, _, vh = torch.linalg.svd(x)
-        sign = _handedness(u @ vh)
-        return torch.cat((u[..., :-1], u[..., -1:] * sign.unsqueeze(-1)), -1) @ vh
+        return rotation(x)
 
     def retr(self, x: Tensor, u: Tensor) -> Tensor:
         """Return the Cayley map of ``u``; second order, O(n^3)."""
@@ -149,7 +140,7 @@ class SpecialOrthogonal(geoopt.Manifold):  # type: ignore[misc]
         """
         self._assert_check_shape(size2shape(*size), "x")
         q = _orthonormalise(torch.randn(*size, dtype=dtype, device=device))
-        sign = _handedness(q).unsqueeze(-1)
+        sign = handedness(q).unsqueeze(-1)
         return geoopt.ManifoldTensor(
             torch.cat((q[..., :-1], q[..., -1:] * sign), -1), manifold=self
         )
@@ -170,7 +161,7 @@ class SpecialOrthogonal(geoopt.Manifold):  # type: ignore[misc]
         eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
         if not torch.allclose(x.mT @ x, eye.expand_as(x), atol=atol, rtol=rtol):
             return False, f"`X^T X != I` with atol={atol}, rtol={rtol}"
-        if bool((_handedness(x) < 0).any()):
+        if bool((handedness(x) < 0).any()):
             return False, "`det X = -1`: a reflection, not a rotation"
         return True, None
 

@@ -18,6 +18,8 @@ import torch
 from geoopt.utils import size2shape
 from torch import Tensor
 
+from riemannian_modules.manifolds.polar import polar
+
 __all__ = ["CanonicalStiefel", "Stiefel", "cayley_step", "qr_step"]
 
 
@@ -47,12 +49,6 @@ def _orthonormalise(a: Tensor) -> Tensor:
 def _signs(r: Tensor) -> Tensor:
     diagonal = r.diagonal(dim1=-2, dim2=-1)
     return torch.where(diagonal < 0, -torch.ones_like(diagonal), 1.0)
-
-
-def _polar(x: Tensor) -> Tensor:
-    u, _, vh = torch.linalg.svd(x, full_matrices=False)
-    nearest: Tensor = u @ vh
-    return nearest
 
 
 def _tangent_part(x: Tensor, u: Tensor) -> Tensor:
@@ -159,7 +155,7 @@ class _EitherOrientation(geoopt.Stiefel):  # type: ignore[misc]
 
     def projx(self, x: Tensor) -> Tensor:
         """Return the nearest point of the manifold: the polar factor of ``x``."""
-        return _upright(_polar, x)
+        return _upright(polar, x)
 
     def proju(self, x: Tensor, u: Tensor) -> Tensor:
         """Return the orthogonal projection of ``u`` on the tangent space at ``x``."""
