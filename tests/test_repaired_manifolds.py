@@ -1037,6 +1037,21 @@ def test_scaling_is_of_the_metric_alone(name: str) -> None:
         close(manifold.dist2(x, y), s**2 * base.dist2(x, y))
 
 
+def test_batches_of_scaled_balls_have_a_number_for_each_point() -> None:
+    base = manifolds.PoincareBall()
+    x, u, v = 0.1 * torch.randn(3, 4, 2)
+    for manifold in (
+        manifolds.Scaled(base, 1.7),
+        manifolds.MetricManifold(manifolds.Scaled(base, 1.7)),
+    ):
+        inner = 1.7**2 * base.inner(x, u, v, keepdim=True)
+        length = 1.7 * base.norm(x, u, keepdim=True)
+        torch.testing.assert_close(manifold.inner(x, u, v, keepdim=True), inner)
+        torch.testing.assert_close(manifold.inner(x, u, v), inner.squeeze(-1))
+        torch.testing.assert_close(manifold.norm(x, u, keepdim=True), length)
+        torch.testing.assert_close(manifold.norm(x, u), length.squeeze(-1))
+
+
 @pytest.mark.parametrize("name", BASES)
 @pytest.mark.parametrize("scale", [0.2, 3.0])
 def test_a_scale_is_a_mass(name: str, scale: float) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from riemannian_modules.errors import ShapeError
 
-__all__ = ["batch_of", "for_each_point"]
+__all__ = ["batch_of", "drop_kept", "for_each_point"]
 
 
 def batch_of(tensor: Tensor, shape: Sequence[int], remedy: str) -> tuple[int, ...]:
@@ -36,6 +36,26 @@ def batch_of(tensor: Tensor, shape: Sequence[int], remedy: str) -> tuple[int, ..
             f"{tuple(tensor.shape)}: {remedy}"
         )
     return tuple(tensor.shape[:batch])
+
+
+def drop_kept(value: Tensor, ndim: int, keepdim: bool) -> Tensor:
+    """Return what a method returned with keepdim, without these dimensions.
+
+    geoopt's stereographic classes are only right with keepdim: without it they
+    multiply the factor of every point with the products of all.
+
+    Args:
+        value: ``(*batch, 1, ..., 1)``.
+        ndim: number of dimensions that were kept.
+        keepdim: whether to leave them.
+
+    Returns:
+        ``(*batch)``, or the argument.
+
+    >>> drop_kept(torch.zeros(5, 1), 1, False).shape
+    torch.Size([5])
+    """
+    return value if keepdim else value.reshape(value.shape[: value.ndim - ndim])
 
 
 def for_each_point(

@@ -11,7 +11,7 @@ from geoopt.manifolds.base import ScalingStorage
 from torch import Tensor
 
 from riemannian_modules.errors import ManifoldContractError
-from riemannian_modules.manifolds.batches import for_each_point
+from riemannian_modules.manifolds.batches import drop_kept, for_each_point
 from riemannian_modules.manifolds.contract import ensure_contract
 from riemannian_modules.manifolds.delegating import Delegating
 from riemannian_modules.manifolds.quotient import Quotient
@@ -197,12 +197,7 @@ class MetricManifold(Delegating):
             w = v if v is not None or self._mass.is_one else u
             base = self._at(x)
             value: Tensor = base.inner(x, self._mass.multiply(u), w, keepdim=True)
-            kept = value.ndim - base.ndim
-            if keepdim or base.ndim == 0:
-                return value
-            # geoopt's stereographic classes are only right with keepdim: without it
-            # they multiply the factor of every point with the products of all.
-            return value.reshape(value.shape[:kept])
+            return drop_kept(value, base.ndim, keepdim)
         total = self._each("inner", False, metric, x, u, u if v is None else v)
         return total.view((*total.shape, *(1,) * self.ndim)) if keepdim else total
 
@@ -220,8 +215,8 @@ class MetricManifold(Delegating):
     def norm(self, x: Tensor, u: Tensor, *, keepdim: bool = False) -> Tensor:
         """Return the root of ``inner(x, u)``."""
         if self._coupled is None and self._mass.is_one:
-            length: Tensor = self._at(x).norm(x, u, keepdim=keepdim)
-            return length
+            base = self._at(x)
+            return drop_kept(base.norm(x, u, keepdim=True), base.ndim, keepdim)
         return self.inner(x, u, keepdim=keepdim).sqrt()
 
     def egrad2rgrad(self, x: Tensor, u: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import geoopt
 from torch import Tensor
 
 from riemannian_modules.errors import ManifoldContractError, MassError
+from riemannian_modules.manifolds.batches import drop_kept
 from riemannian_modules.manifolds.contract import base_of, ensure_contract
 from riemannian_modules.manifolds.quotient import Quotient
 from riemannian_modules.manifolds.riesz import (
@@ -74,7 +75,8 @@ class Scaled(geoopt.Manifold):  # type: ignore[misc]
         self, x: Tensor, u: Tensor, v: Tensor | None = None, *, keepdim: bool = False
     ) -> Tensor:
         """Return ``scale^2 g0(u, v)``."""
-        return self.scale**2 * self.base.inner(x, u, v, keepdim=keepdim)
+        value = self.scale**2 * self.base.inner(x, u, v, keepdim=True)
+        return drop_kept(value, self.ndim, keepdim)
 
     def component_inner(self, x: Tensor, u: Tensor, v: Tensor | None = None) -> Tensor:
         """Return ``scale^2`` times that of the base."""
