@@ -11,6 +11,7 @@ the distance is that of the points, however the tensors differ that stand for th
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import geoopt
 from torch import Tensor
@@ -23,6 +24,7 @@ from riemannian_modules.manifolds.log_euclidean import LogEuclideanSPD
 from riemannian_modules.manifolds.lorentz import Lorentz
 from riemannian_modules.manifolds.oblique import Oblique
 from riemannian_modules.manifolds.positive import Positive
+from riemannian_modules.manifolds.reshaped import Reshaped, innermost
 from riemannian_modules.manifolds.rotations import SpecialOrthogonal
 from riemannian_modules.manifolds.scaled import Scaled
 from riemannian_modules.manifolds.stiefel import (
@@ -102,24 +104,34 @@ _SURROUNDING_METRIC = (
 )
 
 
-def _unscaled(manifold: geoopt.Manifold) -> geoopt.Manifold:
-    """Return the manifold below a metric and below scales, which change no curve."""
+def _moved(
+    step: Callable[[Tensor, Tensor], Tensor],
+    manifold: geoopt.Manifold,
+    point: Tensor,
+    tangent: Tensor,
+) -> Tensor:
+    """Return ``step(point, tangent)``, taken where the innermost manifold has both."""
     base = base_of(manifold)
-    return _unscaled(base.base) if isinstance(base, Scaled) else base
+    if isinstance(base, Scaled):
+        return _moved(step, base.base, point, tangent)
+    if isinstance(base, Reshaped):
+        point, tangent = base._in(point), base._in(tangent)
+        return base._out(_moved(step, base.base, point, tangent))
+    return step(point, tangent)
 
 
 def _lowest_order(
     manifold: geoopt.Manifold, order: Callable[[geoopt.Manifold], int]
 ) -> int:
     """Return the order on a manifold or, for a product, on its worst part."""
-    base = _unscaled(manifold)
+    base = innermost(manifold)
     if isinstance(base, geoopt.ProductManifold):
         return min(_lowest_order(part, order) for part in base.manifolds)
     return order(base)
 
 
 def _orthonormal(manifold: geoopt.Manifold, rule: str) -> geoopt.Manifold:
-    base = _unscaled(manifold)
+    base = innermost(manifold)
     if not isinstance(base, geoopt.Stiefel | Grassmann | SpecialOrthogonal):
         raise ManifoldContractError(
             f"retractions.{rule} needs a manifold of orthonormal matrices (Stiefel, "
@@ -129,7 +141,7 @@ def _orthonormal(manifold: geoopt.Manifold, rule: str) -> geoopt.Manifold:
 
 
 def _fixed_rank(manifold: geoopt.Manifold) -> FixedRank:
-    base = _unscaled(manifold)
+    base = innermost(manifold)
     if not isinstance(base, FixedRank):
         raise ManifoldContractError(
             f"retractions.Orthographic needs a FixedRank manifold, got {base.name}; "
@@ -249,7 +261,7 @@ class Cayley(Retraction):
     ) -> Tensor:
         """Return :func:`riemannian_modules.manifolds.stiefel.cayley_step`."""
         _orthonormal(manifold, "Cayley")
-        return cayley_step(point, tangent)
+        return _moved(cayley_step, manifold, point, tangent)
 
     def order(self, manifold: geoopt.Manifold) -> int:
         """Return 1 with the Euclidean metric on Stiefel manifolds, else 2."""
@@ -276,7 +288,7 @@ class QR(Retraction):
     ) -> Tensor:
         """Return :func:`riemannian_modules.manifolds.stiefel.qr_step`."""
         _orthonormal(manifold, "QR")
-        return qr_step(point, tangent)
+        return _moved(qr_step, manifold, point, tangent)
 
     def order(self, manifold: geoopt.Manifold) -> int:
         """Return 2 on subspaces, else 1."""
@@ -298,7 +310,9 @@ class Orthographic(Retraction):
         self, manifold: geoopt.Manifold, point: Tensor, tangent: Tensor
     ) -> Tensor:
         """Return :func:`riemannian_modules.manifolds.fixed_rank.orthographic_step`."""
-        return orthographic_step(point, tangent, _fixed_rank(manifold).rank)
+        rank = _fixed_rank(manifold).rank
+        step = partial(orthographic_step, rank=rank)
+        return _moved(step, manifold, point, tangent)
 
     def order(self, manifold: geoopt.Manifold) -> int:
         """Return 2 on matrices of fixed rank."""

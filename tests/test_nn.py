@@ -268,3 +268,31 @@ def test_declaring_a_shape_that_does_not_fit() -> None:
     module = Scale(3)
     with pytest.raises(ValueError, match="matrices"):
         module.declare("frame", torch.ones(3), rm.manifolds.Stiefel())
+
+
+@pytest.mark.parametrize(
+    "manifold",
+    [
+        geoopt.PoincareBall(),
+        geoopt.Stereographic(-1.0),
+        rm.manifolds.Scaled(geoopt.PoincareBall(), 2.0),
+        rm.manifolds.Reshaped(geoopt.PoincareBall(), (2, 3), (3, 2)),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_curved_weights_have_the_data_type_of_their_layer(
+    manifold: geoopt.Manifold, dtype: torch.dtype
+) -> None:
+    """The tests' default, of which the curvatures are, is one of the two."""
+    layer = rm.nn.Linear(3, 2, manifold=manifold, dtype=dtype)
+    layer.reset_parameters()
+    state = rm.nn.InitialState((2, 3), manifold, dtype=dtype)
+    for point in (
+        layer.weight,
+        state.value,
+        MetricManifold(manifold).random(2, 3, dtype=dtype),
+    ):
+        assert point.dtype == dtype
+        assert point.manifold.check_point_on_manifold(point)
+    assert float(layer.weight.detach().norm()) < 0.3

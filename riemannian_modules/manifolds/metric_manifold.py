@@ -14,6 +14,7 @@ from riemannian_modules.errors import ManifoldContractError
 from riemannian_modules.manifolds.batches import drop_kept, for_each_point
 from riemannian_modules.manifolds.contract import ensure_contract
 from riemannian_modules.manifolds.delegating import Delegating
+from riemannian_modules.manifolds.drawing import drawn
 from riemannian_modules.manifolds.quotient import Quotient
 from riemannian_modules.manifolds.riesz import dimension, flat, root, root_adjoint
 from riemannian_modules.mass import Mass
@@ -258,19 +259,22 @@ class MetricManifold(Delegating):
 
     def random(self, *size: int, **kwargs: Any) -> geoopt.ManifoldTensor:
         """Return a random point of the base manifold."""
-        return self._own(self.base.random(*size, **kwargs))
+        return self._own("random", size, kwargs)
 
     def origin(self, *size: int, **kwargs: Any) -> geoopt.ManifoldTensor:
         """Return the origin of the base manifold."""
-        return self._own(self.base.origin(*size, **kwargs))
+        return self._own("origin", size, kwargs)
 
     def extra_repr(self) -> str:
         """Return what the base says, and the rank of the factor if there is one."""
         own = "" if self._metric is None else f"metric rank={self._metric.rank}"
         return ", ".join(filter(None, (self.base.extra_repr(), own)))
 
-    def _own(self, point: geoopt.ManifoldTensor) -> geoopt.ManifoldTensor:
-        return geoopt.ManifoldTensor(point.data, manifold=self)
+    def _own(
+        self, verb: str, size: tuple[int, ...], kwargs: dict[str, Any]
+    ) -> geoopt.ManifoldTensor:
+        point = drawn(self.base, verb, size, **kwargs)
+        return geoopt.ManifoldTensor(point, manifold=self)
 
     def _refuse(self, verb: str, *arguments: object, **options: object) -> None:
         raise NotImplementedError(

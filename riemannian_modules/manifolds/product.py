@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from riemannian_modules.errors import ShapeError
 from riemannian_modules.manifolds.contract import base_of
+from riemannian_modules.manifolds.drawing import drawn
 from riemannian_modules.manifolds.nested import Nested, flattened, nested
 from riemannian_modules.manifolds.parts import require_part
 from riemannian_modules.manifolds.quotient import Quotient
@@ -289,11 +290,7 @@ class Product(geoopt.ProductManifold):  # type: ignore[misc]
         self._assert_check_shape(shape, "x")
         found = []
         for manifold, own in zip(self.manifolds, self.shapes, strict=True):
-            # Curved geoopt classes draw in the data type of their curvature only.
-            typed = {} if manifold.dtype is None else {"dtype": manifold.dtype}
-            point = getattr(manifold, verb)((*shape[:-1], *own), **(kwargs | typed))
-            dtype = kwargs.get("dtype") or point.dtype
-            found.append(point.detach().as_subclass(Tensor).to(dtype))
+            found.append(drawn(manifold, verb, (*shape[:-1], *own), **kwargs))
         return geoopt.ManifoldTensor(self.pack_point(*found), manifold=self)
 
     def __repr__(self) -> str:

@@ -13,6 +13,7 @@ from riemannian_modules.errors import ManifoldContractError, ShapeError
 from riemannian_modules.manifolds.boundary import on_boundary
 from riemannian_modules.manifolds.contract import base_of, ensure_contract
 from riemannian_modules.manifolds.declaring import shape_problem
+from riemannian_modules.manifolds.drawing import drawn
 from riemannian_modules.manifolds.quotient import Quotient
 from riemannian_modules.manifolds.riesz import (
     dimension,
@@ -22,8 +23,9 @@ from riemannian_modules.manifolds.riesz import (
     root,
     root_adjoint,
 )
+from riemannian_modules.manifolds.scaled import Scaled
 
-__all__ = ["Reshaped"]
+__all__ = ["Reshaped", "innermost"]
 
 
 class Reshaped(geoopt.Manifold):  # type: ignore[misc]
@@ -207,25 +209,24 @@ class Reshaped(geoopt.Manifold):  # type: ignore[misc]
 
     def random(self, *size: int, **kwargs: Any) -> geoopt.ManifoldTensor:
         """Return a random point of the base, ``(*batch, *shape)``."""
-        return self._own(self.base.random, size, kwargs)
+        return self._own("random", size, kwargs)
 
     def origin(self, *size: int, **kwargs: Any) -> geoopt.ManifoldTensor:
         """Return the origin of the base, ``(*batch, *shape)``."""
-        return self._own(self.base.origin, size, kwargs)
+        return self._own("origin", size, kwargs)
 
     def extra_repr(self) -> str:
         """Return both shapes."""
         return f"{self.shape} as {self.view}"
 
     def _own(
-        self, draw: Callable[..., Tensor], size: tuple[int, ...], kwargs: dict[str, Any]
+        self, verb: str, size: tuple[int, ...], kwargs: dict[str, Any]
     ) -> geoopt.ManifoldTensor:
         size = tuple(size2shape(*size))
         self._assert_check_shape(size, "x")
-        point = draw(*size[: len(size) - self.ndim], *self.view, **kwargs)
-        return geoopt.ManifoldTensor(
-            self._out(point.detach().as_subclass(Tensor)), manifold=self
-        )
+        view = (*size[: len(size) - self.ndim], *self.view)
+        point = drawn(self.base, verb, view, **kwargs)
+        return geoopt.ManifoldTensor(self._out(point), manifold=self)
 
     def _check_shape(
         self, shape: tuple[int, ...], name: str
@@ -248,6 +249,16 @@ class Reshaped(geoopt.Manifold):  # type: ignore[misc]
         return self.base._check_vector_on_tangent(
             self._in(x), self._in(u), atol=atol, rtol=rtol
         )
+
+
+def innermost(manifold: geoopt.Manifold) -> geoopt.Manifold:
+    """Return the manifold below metrics, scales and views, which change no curve.
+
+    >>> innermost(Reshaped(geoopt.Sphere(), (6,), (2, 3)))
+    Sphere manifold
+    """
+    base = base_of(manifold)
+    return innermost(base.base) if isinstance(base, Reshaped | Scaled) else base
 
 
 def _resolved(shape: tuple[int, ...], view: tuple[int, ...]) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from riemannian_modules.errors import ManifoldContractError, MassError
 from riemannian_modules.manifolds.batches import drop_kept
 from riemannian_modules.manifolds.contract import base_of, ensure_contract
+from riemannian_modules.manifolds.drawing import drawn
 from riemannian_modules.manifolds.quotient import Quotient
 from riemannian_modules.manifolds.riesz import (
     dimension,
@@ -136,11 +137,11 @@ class Scaled(geoopt.Manifold):  # type: ignore[misc]
 
     def random(self, *size: int, **kwargs: Any) -> geoopt.ManifoldTensor:
         """Return a random point of the base."""
-        return self._own(self.base.random(*size, **kwargs))
+        return self._own("random", size, kwargs)
 
     def origin(self, *size: int, **kwargs: Any) -> geoopt.ManifoldTensor:
         """Return the origin of the base."""
-        return self._own(self.base.origin(*size, **kwargs))
+        return self._own("origin", size, kwargs)
 
     def unpack_tensor(self, tensor: Tensor) -> Any:
         """Return what the base makes of a tensor."""
@@ -154,8 +155,11 @@ class Scaled(geoopt.Manifold):  # type: ignore[misc]
         """Return the scale."""
         return f"scale={self.scale:g}"
 
-    def _own(self, point: Tensor) -> geoopt.ManifoldTensor:
-        return geoopt.ManifoldTensor(point.data, manifold=self)
+    def _own(
+        self, verb: str, size: tuple[int, ...], kwargs: dict[str, Any]
+    ) -> geoopt.ManifoldTensor:
+        point = drawn(self.base, verb, size, **kwargs)
+        return geoopt.ManifoldTensor(point, manifold=self)
 
     def _check_shape(
         self, shape: tuple[int, ...], name: str

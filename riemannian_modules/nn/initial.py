@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from riemannian_modules.factors import DenseFactor, MetricFactor
 from riemannian_modules.manifolds import Euclidean, MetricManifold
+from riemannian_modules.manifolds.drawing import drawn
 from riemannian_modules.nn.base import RiemannianModule
 from riemannian_modules.rules import Call, register_rule
 
@@ -47,7 +48,7 @@ class InitialState(RiemannianModule):
             self.declare("value", start, Euclidean())
         else:
             base = manifold.base if isinstance(manifold, MetricManifold) else manifold
-            point = base.random(*shape, device=device, dtype=dtype)
+            point = drawn(base, "random", shape, device=device, dtype=dtype)
             self.declare("value", point, manifold)
 
     def forward(self, x: Tensor) -> Tensor:

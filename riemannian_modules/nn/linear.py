@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from riemannian_modules.errors import ShapeError
 from riemannian_modules.manifolds import Euclidean, MetricManifold
+from riemannian_modules.manifolds.drawing import drawn
+from riemannian_modules.manifolds.reshaped import innermost
 from riemannian_modules.nn.base import RiemannianModule
 
 __all__ = ["Linear"]
@@ -93,7 +95,7 @@ def _initial(base: geoopt.Manifold, empty: Tensor) -> Tensor:
     if isinstance(base, geoopt.Euclidean):
         nn.init.kaiming_uniform_(empty, a=math.sqrt(5.0))
         return empty
-    if isinstance(base, geoopt.PoincareBall):
+    if isinstance(innermost(base), geoopt.Stereographic):
         # Near the origin, where the ball is flat: far out the conformal factor
         # makes every step tiny.
         return torch.as_tensor(base.projx(1e-2 * torch.randn_like(empty)))
@@ -102,5 +104,4 @@ def _initial(base: geoopt.Manifold, empty: Tensor) -> Tensor:
         return torch.linalg.matrix_exp(0.25 * (noise + noise.mT))
     if isinstance(base, geoopt.Sphere):
         return torch.as_tensor(base.projx(torch.randn_like(empty)))
-    point: Tensor = base.random(*empty.shape, device=empty.device, dtype=empty.dtype)
-    return point
+    return drawn(base, "random", empty.shape, device=empty.device, dtype=empty.dtype)
