@@ -5,6 +5,7 @@ import math
 import pickle
 import re
 from collections.abc import Callable
+from functools import partial
 
 import geoopt
 import pytest
@@ -790,6 +791,18 @@ def test_the_manifolds_own_precision_does_not_matter() -> None:
     assert x.dtype == torch.float64
     assert manifold.check_point_on_manifold(x, atol=1e-12, rtol=1e-12)
     raise_failures(check_base_manifold(manifold, x))
+
+
+@pytest.mark.parametrize("k", [0.5, 0.3])
+def test_a_curvature_in_single_precision_is_a_number_like_any_other(k: float) -> None:
+    torch.set_default_dtype(torch.float32)
+    manifold = manifolds.Lorentz(k)
+    torch.set_default_dtype(torch.float64)
+    x = draw(manifold, (2, 4))
+    u, e = manifold.proju(x, torch.randn(2, 4)), torch.randn(2, 4)
+    close = partial(torch.testing.assert_close, rtol=1e-13, atol=1e-13)
+    close(manifold.dist(x, manifold.expmap(x, u)), manifold.norm(x, u))
+    close(root(manifold, x, root_adjoint(manifold, x, e)), riesz(manifold, x, e))
 
 
 @pytest.mark.parametrize("k", [0.0, -1.0, math.nan])

@@ -79,7 +79,7 @@ class Lorentz(geoopt.Lorentz):  # type: ignore[misc]
         v = u if v is None else v[..., 1:]
         along, other = _pair(direction, u), _pair(direction, v)
         across = _pair(u - along * direction, v - other * direction)
-        total = across + (self.k / time.square()) * along * other
+        total = across + (self._k(x) / time.square()) * along * other
         return total if keepdim else total.squeeze(-1)
 
     def norm(self, x: Tensor, u: Tensor, *, keepdim: bool = False) -> Tensor:
@@ -88,7 +88,7 @@ class Lorentz(geoopt.Lorentz):  # type: ignore[misc]
 
     def egrad2rgrad(self, x: Tensor, u: Tensor) -> Tensor:
         """Return the tangent vector that represents the covector ``u``."""
-        return self._tangent(x, u[..., 1:] + x[..., 1:] * (_pair(x, u) / self.k))
+        return self._tangent(x, u[..., 1:] + x[..., 1:] * (_pair(x, u) / self._k(x)))
 
     def proju(self, x: Tensor, v: Tensor) -> Tensor:
         """Return the part of ``v`` that is Minkowski-orthogonal to ``x``.
@@ -103,7 +103,7 @@ class Lorentz(geoopt.Lorentz):  # type: ignore[misc]
         noise = 4.0 * torch.finfo(v.dtype).eps * sizes
         rounding = torch.where(normal.abs() <= noise, normal, 0.0)
         normal = normal - rounding.detach()  # whose derivative is no rounding
-        return self._tangent(x, v[..., 1:] + x[..., 1:] * (normal / self.k))
+        return self._tangent(x, v[..., 1:] + x[..., 1:] * (normal / self._k(x)))
 
     def projx(self, x: Tensor) -> Tensor:
         """Return the point with the spatial part of ``x``."""
@@ -111,7 +111,7 @@ class Lorentz(geoopt.Lorentz):  # type: ignore[misc]
 
     def expmap(self, x: Tensor, u: Tensor) -> Tensor:
         """Follow the geodesic; exact."""
-        cosh, sinhc = _sinhc(self.inner(x, u, keepdim=True) / self.k)
+        cosh, sinhc = _sinhc(self.inner(x, u, keepdim=True) / self._k(x))
         return self._point(cosh * x[..., 1:] + sinhc * u[..., 1:])
 
     def retr(self, x: Tensor, u: Tensor) -> Tensor:
@@ -132,14 +132,14 @@ class Lorentz(geoopt.Lorentz):  # type: ignore[misc]
         the haversine formula for k = 1, distances a and b from the origin and the
         angle phi there, in which nothing cancels.
         """
-        distance: Tensor = self.k.sqrt() * _half_angle(self._haversine(x, y))
+        distance: Tensor = self._k(x).sqrt() * _half_angle(self._haversine(x, y))
         return distance if keepdim else distance.squeeze(-1)
 
     def transp(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
         """Transport ``v`` in parallel along the geodesic from ``x`` to ``y``; exact."""
         ahead = y - x
         normal = _pair(ahead[..., 1:], v[..., 1:]) - ahead[..., :1] * v[..., :1]
-        share = normal / (2.0 * self.k * (1.0 + self._haversine(x, y)))
+        share = normal / (2.0 * self._k(x) * (1.0 + self._haversine(x, y)))
         return self._tangent(y, v[..., 1:] + share * (x + y)[..., 1:])
 
     def transp_follow_expmap(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
@@ -218,11 +218,15 @@ class Lorentz(geoopt.Lorentz):  # type: ignore[misc]
         std = (float(self.k) / (shape[-1] - 1)) ** 0.5
         return self.random_normal(*size, std=std, dtype=dtype, device=device)
 
+    def _k(self, x: Tensor) -> Tensor:
+        # Before any root of it, which would be rounded to k's own data type.
+        return self.k.to(x.dtype)
+
     def _zero(self, x: Tensor) -> Tensor:
         return self._point(torch.zeros_like(x[..., 1:]))
 
     def _time(self, space: Tensor) -> Tensor:
-        return (self.k + space.square().sum(-1, keepdim=True)).sqrt()
+        return (self._k(space) + space.square().sum(-1, keepdim=True)).sqrt()
 
     def _point(self, space: Tensor) -> Tensor:
         return torch.cat((self._time(space), space), dim=-1)
@@ -248,9 +252,9 @@ class Lorentz(geoopt.Lorentz):  # type: ignore[misc]
         angle = torch.where(
             (a > 0) & (b > 0), 0.5 * a * b * turn.square().sum(-1, True), -_pair(s, t)
         )
-        scale = self.k.sqrt()
+        scale = self._k(x).sqrt()
         radial = torch.sinh(0.5 * (torch.asinh(a / scale) - torch.asinh(b / scale)))
-        return radial.square() + angle / (2.0 * self.k)
+        return radial.square() + angle / (2.0 * self._k(x))
 
     def _check_shape(
         self, shape: tuple[int, ...], name: str
@@ -281,14 +285,14 @@ def _(manifold: Lorentz, x: Tensor, u: Tensor) -> Tensor:
     direction, time = manifold._frame(x)
     along = _pair(direction, u[..., 1:])
     across = u[..., 1:] - along * direction
-    space = across + (manifold.k / time.square()) * along * direction
+    space = across + (manifold._k(x) / time.square()) * along * direction
     return torch.cat((torch.zeros_like(along), space), dim=-1)
 
 
 @root.register(Lorentz)
 def _(manifold: Lorentz, x: Tensor, z: Tensor) -> Tensor:
     # The boost that moves the origin to x, applied to tangent vectors there.
-    scale, s = manifold.k.sqrt(), x[..., 1:]
+    scale, s = manifold._k(x).sqrt(), x[..., 1:]
     along = _pair(s, z[..., 1:]) / scale
     space = z[..., 1:] + s * (along / (scale + manifold._time(s)))
     return torch.cat((along, space), dim=-1)
@@ -296,7 +300,7 @@ def _(manifold: Lorentz, x: Tensor, z: Tensor) -> Tensor:
 
 @root_adjoint.register(Lorentz)
 def _(manifold: Lorentz, x: Tensor, e: Tensor) -> Tensor:
-    scale, s = manifold.k.sqrt(), x[..., 1:]
+    scale, s = manifold._k(x).sqrt(), x[..., 1:]
     share = _pair(s, e[..., 1:]) / (scale + manifold._time(s)) + e[..., :1]
     space = e[..., 1:] + s * (share / scale)
     return torch.cat((torch.zeros_like(share), space), dim=-1)
