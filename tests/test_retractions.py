@@ -225,6 +225,20 @@ def test_stiefel_rules_refuse_other_manifolds(retraction: Retraction) -> None:
         retraction.order(sphere)
 
 
+@pytest.mark.parametrize("length", [1.0, 1e3, 1e6])
+@pytest.mark.parametrize("name", ["Stiefel", "CanonicalStiefel", "SpecialOrthogonal"])
+def test_long_geodesics_stay_on_the_manifold(name: str, length: float) -> None:
+    manifold = build(name)
+    x = plain(manifold.random(5, 4, 4, dtype=torch.float32))
+    u = manifold.proju(x, torch.randn_like(x))
+    u = u * (length / torch.linalg.matrix_norm(u, keepdim=True))
+    y = Exponential()(manifold, x, u.requires_grad_())
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y.mT @ y, torch.eye(4).expand(5, 4, 4).float())
+    (slope,) = torch.autograd.grad(y.square().sum(), u)
+    assert bool(slope.isfinite().all())
+
+
 def test_exponential_without_expmap_names_the_remedy() -> None:
     manifold = geoopt.UpperHalf()
     x = manifold.random(2, 2)
