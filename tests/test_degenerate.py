@@ -155,6 +155,28 @@ def test_a_mass_alone_scales_the_base(case: Case) -> None:
             torch.testing.assert_close(found[name], factor * value, msg=name)
 
 
+@pytest.mark.parametrize("make", [geoopt.PoincareBall, rm.manifolds.Lorentz])
+def test_a_mass_scales_what_else_a_base_measures(make: Any) -> None:
+    base = make()
+    mass, t = 4.0, torch.tensor([[0.7], [0.2]])
+    x = base.random(2, 3).data
+    view = MetricManifold(base)
+    space = rm.TangentSpace(view.base, x, rm.Mass(scalar=mass), "w")
+    view.bind(rm.LayerMetric([rm.Part("w", space)]))
+    u = base.proju(x, torch.randn(2, 3))
+    y = view.geodesic_unit(t, x, u / view.norm(x, u).unsqueeze(-1))
+    torch.testing.assert_close(view.dist(x, y, keepdim=True), t)
+    torch.testing.assert_close(view.dist0(x), 2.0 * base.dist0(x))
+    if isinstance(base, geoopt.PoincareBall):
+        p = 0.1 * torch.randn(3)
+        torch.testing.assert_close(
+            view.dist2plane(x, p, u), 2.0 * base.dist2plane(x, p, u)
+        )
+        assert torch.equal(view.geodesic(t, x, y), base.geodesic(t, x, y))
+    else:
+        torch.testing.assert_close(view.inner0(u), mass * base.inner0(u))
+
+
 def test_a_diagonal_mass_is_another_flat_metric() -> None:
     diagonal = torch.tensor([[1.0, 4.0], [9.0, 2.0]])
     x, u, v = torch.randn(3, 2, 2).unbind()

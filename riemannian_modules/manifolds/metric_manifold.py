@@ -15,6 +15,7 @@ from riemannian_modules.manifolds.batches import drop_kept, for_each_point
 from riemannian_modules.manifolds.contract import ensure_contract
 from riemannian_modules.manifolds.delegating import Delegating
 from riemannian_modules.manifolds.drawing import drawn
+from riemannian_modules.manifolds.massed import massed
 from riemannian_modules.manifolds.quotient import Quotient
 from riemannian_modules.manifolds.riesz import dimension, flat, root, root_adjoint
 from riemannian_modules.mass import Mass
@@ -140,7 +141,7 @@ class MetricManifold(Delegating):
                 raise
         if self._coupled is not None and name.startswith(_GEODESIC):
             return partial(self._refuse, name)
-        return getattr(base, name)
+        return massed(base, name, self._mass)
 
     # --- the metric that it carries
 
