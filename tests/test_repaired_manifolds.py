@@ -860,6 +860,19 @@ def test_projection_scales_rows_and_columns() -> None:
     torch.testing.assert_close(other, x, rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("dtype", PRECISIONS)
+def test_projection_is_blind_to_scales_of_rows_and_columns(dtype: torch.dtype) -> None:
+    manifold = manifolds.BirkhoffPolytope()
+    known = torch.tensor([[1.0, 1e-8], [1.0, 4e-8]], dtype=dtype)
+    wanted = torch.tensor([[2.0, 1.0], [1.0, 2.0]], dtype=dtype) / 3.0
+    torch.testing.assert_close(manifold.projx(known), wanted)
+    x = torch.rand(5, 5, dtype=dtype) + 0.1
+    rows = 10.0 ** torch.linspace(-12.0, 12.0, 5, dtype=dtype).roll(2)
+    columns = torch.finfo(dtype).eps ** torch.linspace(0.0, 1.5, 5, dtype=dtype)
+    scaled = rows[:, None] * x * columns
+    torch.testing.assert_close(manifold.projx(scaled), manifold.projx(x))
+
+
 def test_a_matrix_in_a_batch_is_projected_as_if_alone() -> None:
     manifold = manifolds.BirkhoffPolytope()
     easy, hard = torch.rand(4, 4), hard_matrices(4)["sparse"]

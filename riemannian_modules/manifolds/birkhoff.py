@@ -59,8 +59,9 @@ def _scaled(logs: Tensor, steps: int) -> Tensor:
     ``log(1 + t) / t`` for the largest change t of a logarithm.
     """
     eps = torch.finfo(logs.dtype).eps
-    # Below this floor the system of the multipliers is singular to rounding.
-    logs = torch.log_softmax(logs, dim=-1).clamp_min(math.log(32.0 * eps))
+    # Below this floor, which only means anything where the scales of rows and columns
+    # are taken out, the system of the multipliers is singular to rounding.
+    logs = _log_normalised(logs).clamp_min(math.log(32.0 * eps))
     logs = _log_normalised(_log_normalised(logs))
     tiny = torch.finfo(logs.dtype).tiny
     for _ in range(steps):
