@@ -654,6 +654,47 @@ def test_distances_of_known_angles() -> None:
     torch.testing.assert_close(manifolds.Positive().dist(ones, (-t).exp()), t)
 
 
+NEAR: list[tuple[Callable[[], geoopt.Manifold], Shape]] = [
+    (manifolds.Oblique, (4, 3)),
+    (lambda: manifolds.Oblique("rows"), (2, 3)),
+    (manifolds.Positive, (3,)),
+    (lambda: manifolds.Positive(ndim=1), (2, 3)),
+    (lambda: manifolds.Lorentz(0.3), (2, 4)),
+]
+
+
+@pytest.mark.parametrize(("make", "shape"), NEAR)
+def test_derivatives_where_two_points_are_one(
+    make: Callable[[], geoopt.Manifold], shape: Shape
+) -> None:
+    manifold = make()
+    x = manifold.projx(draw(manifold, shape))
+    u, v = torch.randn(2, *shape)
+    jvp, jacrev, jacfwd = torch.func.jvp, torch.func.jacrev, torch.func.jacfwd
+
+    def square(y: Tensor) -> Tensor:
+        return manifold.dist2(x, manifold.projx(y)).sum()
+
+    def log(y: Tensor) -> Tensor:
+        return manifold.logmap(x, manifold.projx(y))
+
+    def along(t: Tensor, s: Tensor) -> Tensor:
+        return square(x + t * u + s * v)
+
+    moved, turned = (jvp(manifold.projx, (x,), (w,))[1] for w in (u, v))
+    torch.testing.assert_close(jvp(log, (x,), (u,))[1], moved)
+    torch.testing.assert_close(torch.autograd.functional.jvp(log, x, u)[1], moved)
+    assert float(jacrev(square)(x).abs().max()) < 1e-14
+    expected = 2.0 * manifold.inner(x, moved, turned, keepdim=True).sum()
+    zero = torch.tensor(0.0)
+    for outer, inner in ((jacrev, jacrev), (jacfwd, jacrev), (jacfwd, jacfwd)):
+        found = outer(inner(along, 0), 1)(zero, zero)
+        torch.testing.assert_close(found, expected)
+    bend = jvp(lambda y: jvp(log, (y,), (u,))[1], (x,), (v,))[1]
+    near = jvp(log, (x + 1e-5 * v,), (u,))[1] - jvp(log, (x - 1e-5 * v,), (u,))[1]
+    torch.testing.assert_close(bend, near / 2e-5, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("angle", [1e-12, 1e-8, 1e-4, 1.0, 3.0, math.pi - 1e-6])
 def test_rotations_about_an_axis(angle: float) -> None:
     # Rodrigues' formula, written out.

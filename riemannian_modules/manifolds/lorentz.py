@@ -135,6 +135,15 @@ class Lorentz(geoopt.Lorentz):  # type: ignore[misc]
         distance: Tensor = self._k(x).sqrt() * _half_angle(self._haversine(x, y))
         return distance if keepdim else distance.squeeze(-1)
 
+    def dist2(self, x: Tensor, y: Tensor, *, keepdim: bool = False) -> Tensor:
+        """Return the squared distance, with two derivatives where ``x`` is ``y``.
+
+        Where a point is the origin of the space its second ones are not available.
+        """
+        q = self._haversine(x, y)
+        square = torch.where(q > 0, _half_angle(q).square(), 4.0 * q) * self._k(x)
+        return square if keepdim else square.squeeze(-1)
+
     def transp(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
         """Transport ``v`` in parallel along the geodesic from ``x`` to ``y``; exact."""
         ahead = y - x

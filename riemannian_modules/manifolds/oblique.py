@@ -78,15 +78,25 @@ class Oblique(geoopt.Manifold):  # type: ignore[misc]
         Unique unless a vector of ``y`` is the opposite of that of ``x``.
         """
         across = self.proju(x, y - x)
-        sine = torch.linalg.vector_norm(across, dim=self.dim, keepdim=True)
-        tiny = torch.finfo(x.dtype).tiny
-        return across * (self._angles(x, y) / sine.clamp_min(tiny))
+        square, cosine = self._dot(across, across), self._dot(x, y)
+        # Nearby the ratio of angle and sine has lost the digits of its derivatives.
+        near = (square < torch.finfo(x.dtype).eps ** 0.5) & (cosine > 0)
+        sine = torch.where(near | (square == 0), 1.0, square).sqrt()
+        series = 1.0 + square / 6.0 + 3.0 / 40.0 * square.square()
+        return across * torch.where(near, series, torch.atan2(sine, cosine) / sine)
 
     def dist(self, x: Tensor, y: Tensor, *, keepdim: bool = False) -> Tensor:
         """Return the root of the sum of the squared angles between the vectors."""
         return torch.linalg.vector_norm(
             self._angles(x, y), dim=(-1, -2), keepdim=keepdim
         )
+
+    def dist2(self, x: Tensor, y: Tensor, *, keepdim: bool = False) -> Tensor:
+        """Return the squared distance, with two derivatives where ``x`` is ``y``."""
+        # Of every order away from there; the second ones are those of the chord.
+        chord = (y - x).square().sum(self.dim, keepdim=True)
+        square = torch.where(chord > 0, self._angles(x, y).square(), chord)
+        return square.sum((-1, -2), keepdim=keepdim)
 
     def transp(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
         """Transport ``v`` in parallel along the great circles from ``x`` to ``y``.
@@ -150,9 +160,11 @@ class Oblique(geoopt.Manifold):  # type: ignore[misc]
 
     def _angles(self, x: Tensor, y: Tensor) -> Tensor:
         # Accurate at every angle, unlike the arc cosine (Kahan).
-        sine = torch.linalg.vector_norm(y - x, dim=self.dim, keepdim=True)
+        chord = (y - x).square().sum(self.dim, keepdim=True)
+        apart = chord > 0
+        sine = torch.where(apart, chord, 1.0).sqrt()
         cosine = torch.linalg.vector_norm(y + x, dim=self.dim, keepdim=True)
-        return 2.0 * torch.atan2(sine, cosine)
+        return torch.where(apart, 2.0 * torch.atan2(sine, cosine), 0.0)
 
     def _check_shape(
         self, shape: tuple[int, ...], name: str

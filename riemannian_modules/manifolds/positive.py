@@ -79,6 +79,10 @@ class Positive(geoopt.Manifold):  # type: ignore[misc]
             return logs.abs()
         return torch.linalg.vector_norm(logs, dim=self._dims, keepdim=keepdim)
 
+    def dist2(self, x: Tensor, y: Tensor, *, keepdim: bool = False) -> Tensor:
+        """Return the squared distance, smooth also where ``x`` is ``y``."""
+        return self._sum((y / x).log().square(), keepdim)
+
     def transp(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
         """Transport ``v`` in parallel: ``v y / x``, an isometry."""
         return v * (y / x)
