@@ -118,7 +118,8 @@ def as_mass(value: MassLike, shape: Sequence[int], name: str) -> Mass:
         return _checked(value, shape, name)
     if isinstance(value, tuple | list) and len(value) == 2:
         row, column = (torch.as_tensor(v) for v in value)
-        if len(shape) != 2 or (*row.shape, *column.shape) != shape:
+        vectors = row.ndim == column.ndim == 1
+        if not vectors or (*row.shape, *column.shape) != shape:
             raise MassError(
                 f"mass of '{name}': (row, column) of shapes {tuple(row.shape)} and "
                 f"{tuple(column.shape)} do not fit a parameter of shape {shape}; "
@@ -167,11 +168,13 @@ def as_masses(
     """
     if not isinstance(mass, Mapping):
         return {name: as_mass(mass, shape, name) for name, shape in shapes.items()}
-    unused = [key for key in mass if not any(fnmatchcase(n, key) for n in shapes)]
+    # A name with brackets is no pattern, which would not match it.
+    patterns = [key for key in mass if key not in shapes]
+    unused = [key for key in patterns if not any(fnmatchcase(n, key) for n in shapes)]
     keys = {
         name: name
         if name in mass
-        else next((key for key in mass if fnmatchcase(name, key)), None)
+        else next((key for key in patterns if fnmatchcase(name, key)), None)
         for name in shapes
     }
     missing = [name for name, key in keys.items() if key is None]
@@ -192,11 +195,12 @@ def as_masses(
 def _checked(mass: Mass, shape: tuple[int, ...], name: str) -> Mass:
     as_mass(mass.scalar, shape, name)
     if mass.diagonal is not None:
-        as_mass(mass.diagonal, shape, name)
+        return as_mass(mass.diagonal, shape, name)
     if (mass.row is None) != (mass.column is None):
         raise MassError(f"mass of '{name}' has a row or a column; it needs both")
     if mass.row is not None and mass.column is not None:
-        as_mass((mass.row, mass.column), shape, name)
+        pair = as_mass((mass.row, mass.column), shape, name)
+        return pair.times(mass.scalar)
     return mass
 
 

@@ -132,3 +132,18 @@ def test_a_manifold_of_numbers_with_a_factor() -> None:
     found = manifold.inner(x, batch, batch)
     torch.testing.assert_close(found[1], block.inner(batch[1], batch[1]))
     torch.testing.assert_close(manifold.egrad2rgrad(x, u), block.sharp(u))
+
+
+def test_a_pair_is_of_vectors() -> None:
+    with pytest.raises(MassError, match="do not fit"):
+        as_mass((torch.ones(2, 3), torch.tensor(1.0)), (2, 3), "a")
+
+
+def test_masses_are_copies() -> None:
+    own = torch.ones(2, 3)
+    kept = as_mass(rm.Mass(diagonal=own), (2, 3), "a")
+    pair = as_mass(rm.Mass(2.0, own[:, 0], own[0]), (2, 3), "a")
+    own.mul_(5.0)
+    ones = torch.ones(2, 3)
+    torch.testing.assert_close(kept.elementwise(ones), ones)
+    torch.testing.assert_close(pair.elementwise(ones), 2.0 * ones)
