@@ -26,6 +26,7 @@ from riemannian_modules.errors import (
 from riemannian_modules.factors import DenseFactor
 from riemannian_modules.manifolds import MetricManifold, Reshaped
 from riemannian_modules.manifolds.riesz import dimension, flat, root, root_adjoint
+from riemannian_modules.mass import as_masses
 from riemannian_modules.retractions import Default, Exponential, Projection
 from riemannian_modules.testing import (
     check_base_manifold,
@@ -665,6 +666,24 @@ def test_bases_and_groups_that_are_refused() -> None:
             Reshaped.filters(manifolds.Sphere(), (4, 2, 3), groups)
     with pytest.raises(ShapeError, match="filters"):
         Reshaped.filters(manifolds.Sphere(), (4,))
+
+
+def test_a_view_as_a_number() -> None:
+    manifold = Reshaped(manifolds.Positive(), (1,), ())
+    x, y, u = torch.rand(3, 4, 1) + 0.5
+    torch.testing.assert_close(manifold.inner(x, u), (u / x).square().squeeze(-1))
+    torch.testing.assert_close(manifold.dist(x, y), (y / x).log().abs().squeeze(-1))
+
+
+def test_names_with_brackets_match_themselves() -> None:
+    model = nn.ModuleDict({"a[0]": nn.Linear(3, 2), "a0": nn.Linear(3, 2)})
+    rm.geometrize(model, {"a[0].weight": manifolds.Sphere()})
+    assert isinstance(base(model, "a[0].weight"), manifolds.Sphere)
+    assert type(model["a0"].weight) is nn.Parameter
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    masses = as_masses({"a[0].weight": 2.0, "*": 1.0}, shapes)
+    assert masses["a[0].weight"].scalar == 2.0
+    assert masses["a0.weight"].scalar == 1.0
 
 
 def test_shapes_of_points_are_checked() -> None:

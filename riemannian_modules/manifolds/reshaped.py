@@ -133,6 +133,10 @@ class Reshaped(geoopt.Manifold):  # type: ignore[misc]
     def _keep(self, value: Tensor, keepdim: bool) -> Tensor:
         return value.reshape(*value.shape, *(1,) * self.ndim) if keepdim else value
 
+    def _flat(self, parts: Tensor) -> Tensor:
+        batch = parts.ndim - len(self.view)
+        return parts.reshape(*parts.shape[:batch], math.prod(parts.shape[batch:]))
+
     def _invariant(self, x: Tensor) -> Tensor:
         assert isinstance(self.base, Quotient)
         return self.base.invariant(self._in(x))
@@ -144,7 +148,7 @@ class Reshaped(geoopt.Manifold):  # type: ignore[misc]
         w = None if v is None else self._in(v)
         # With keepdim, because not every geoopt class is right without.
         parts = self.base.inner(self._in(x), self._in(u), w, keepdim=True)
-        return self._keep(parts.flatten(-len(self.view)).sum(-1), keepdim)
+        return self._keep(self._flat(parts).sum(-1), keepdim)
 
     def component_inner(self, x: Tensor, u: Tensor, v: Tensor | None = None) -> Tensor:
         """Return the inner product of the part of the view that an entry is in."""
@@ -180,7 +184,7 @@ class Reshaped(geoopt.Manifold):  # type: ignore[misc]
     def dist(self, x: Tensor, y: Tensor, *, keepdim: bool = False) -> Tensor:
         """Return the root of the sum of the base's squared distances."""
         parts = self.base.dist(self._in(x), self._in(y), keepdim=True)
-        total = torch.linalg.vector_norm(parts.flatten(-len(self.view)), dim=-1)
+        total = torch.linalg.vector_norm(self._flat(parts), dim=-1)
         return self._keep(total, keepdim)
 
     def transp(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
@@ -241,6 +245,8 @@ class Reshaped(geoopt.Manifold):  # type: ignore[misc]
     def _check_point_on_manifold(
         self, x: Tensor, *, atol: float = 1e-5, rtol: float = 1e-5
     ) -> tuple[bool, str | None]:
+        if not x.numel():
+            return True, None  # geoopt's SPD looks for the least of no eigenvalues
         return self.base._check_point_on_manifold(self._in(x), atol=atol, rtol=rtol)
 
     def _check_vector_on_tangent(

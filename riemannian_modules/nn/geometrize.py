@@ -169,11 +169,17 @@ def _choose(
     """
     chosen = []
     idle = set(manifolds)
+    known = {name for found in parameters for name in found.names}
     for found in parameters:
         patterns = [
             pattern
             for pattern in manifolds
-            if any(fnmatchcase(name, pattern) for name in found.names)
+            # A name with brackets is no pattern, which would not match it.
+            if pattern in found.names
+            or (
+                pattern not in known
+                and any(fnmatchcase(n, pattern) for n in found.names)
+            )
         ]
         idle -= set(patterns)
         if len(patterns) > 1:
