@@ -727,6 +727,23 @@ def test_nothing_breaks_where_geodesics_meet(kind: str) -> None:
         assert bool(found.isfinite().all())
 
 
+@pytest.mark.parametrize("n", [2, 3, 4, 5])
+@pytest.mark.parametrize("dtype", PRECISIONS)
+def test_logarithms_at_half_turns_are_among_the_shortest(
+    n: int, dtype: torch.dtype
+) -> None:
+    manifold = manifolds.SpecialOrthogonal()
+    signs = torch.ones(2, n, dtype=dtype)
+    signs[0, :2], signs[1, : 2 * (n // 2)] = -1.0, -1.0
+    x, q = draw(manifold, (2, 2, n, n), dtype=dtype)
+    y = x @ q @ signs.diag_embed() @ q.mT
+    u = manifold.logmap(x, y)
+    assert manifold.check_vector_on_tangent(x, u)
+    torch.testing.assert_close(manifold.norm(x, u), manifold.dist(x, y))
+    close = {"atol": 1e-12, "rtol": 1e-12} if dtype == torch.float64 else {}
+    torch.testing.assert_close(manifold.expmap(x, u), y, **close)
+
+
 # ---- points ----------------------------------------------------------------------
 
 
@@ -804,6 +821,17 @@ def test_reasons_say_what_is_wrong() -> None:
     low = torch.stack([torch.eye(3), torch.ones(3, 3)])
     assert "rank is 1, 3, expected 2" in reason(manifolds.FixedRank(2), low)
     assert "X X^T" in reason(manifolds.Grassmann(), torch.ones(2, 3))
+
+
+def test_a_small_matrix_has_a_rank_like_any_other() -> None:
+    manifold = manifolds.FixedRank(2)
+    x = draw(manifold, (5, 4))
+    for scale in (1e-12, 1e-5, 1e5):
+        assert manifold.check_point_on_manifold(scale * x)
+        assert not manifolds.FixedRank(1).check_point_on_manifold(scale * x)
+    assert not manifold.check_point_on_manifold(torch.zeros(5, 4))
+    dropped = x + 1e-7 * torch.randn(5, 4)
+    assert manifold.check_point_on_manifold(dropped)
 
 
 def test_nearest_rotation_is_nearest() -> None:

@@ -207,7 +207,8 @@ class FixedRank(geoopt.Manifold):  # type: ignore[misc]
         self, x: Tensor, *, atol: float = 1e-5, rtol: float = 1e-5
     ) -> tuple[bool, str | None]:
         values = torch.linalg.svdvals(x)
-        ranks = (values > atol + rtol * values[..., :1]).sum(-1)
+        # Relative: a small matrix has a rank like any other.
+        ranks = (values > (atol + rtol) * values[..., :1]).sum(-1)
         if not bool((ranks == self.rank).all()):
             found = sorted(set(ranks.reshape(-1).tolist()))
             return False, (

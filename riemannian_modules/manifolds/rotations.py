@@ -10,7 +10,7 @@ import torch
 from geoopt.utils import size2shape
 from torch import Tensor
 
-from riemannian_modules.manifolds.polar import handedness, polar, rotation
+from riemannian_modules.manifolds.polar import handedness, rotation
 from riemannian_modules.manifolds.riesz import dimension, flat, root, root_adjoint
 from riemannian_modules.manifolds.stiefel import (
     Stiefel,
@@ -30,12 +30,34 @@ def _arc_ratio(cosine: Tensor) -> Tensor:
     return torch.where(inside, c.acos() / ((1.0 - c) * (1.0 + c)).sqrt(), 1.0)
 
 
+def _square_root(double: Tensor) -> Tensor:
+    """Return the polar factor of ``1 + Q``, a right angle for every half turn in Q.
+
+    Its singular values belong to the planes of Q, two each, and the largest to the axis
+    if there is one. In a plane of half turns, where both are zero, any rotation by a
+    right angle will do.
+    """
+    u, values, vh = torch.linalg.svd(double)
+    n = double.shape[-1]
+    axis, left, right = (
+        u.mT[..., : n % 2, :],
+        u.mT[..., n % 2 :, :],
+        vh[..., n % 2 :, :],
+    )
+    turned = torch.stack((right[..., 1::2, :], -right[..., ::2, :]), -2).flatten(-3, -2)
+    noise = 8.0 * n * torch.finfo(double.dtype).eps
+    opposite = (values[..., n % 2 :: 2] < noise).repeat_interleave(2, dim=-1)
+    left = torch.where(opposite.unsqueeze(-1), turned, left)
+    root: Tensor = torch.cat((axis, left), dim=-2).mT @ vh
+    return root
+
+
 def _logarithm(turn: Tensor) -> Tensor:
     # The polar factor of 1 + Q is the square root of Q: half the angles, at most a
     # right angle each. There the logarithm is a smooth function of the symmetric part
     # times the skew part, which commute.
     eye = torch.eye(turn.shape[-1], dtype=turn.dtype, device=turn.device)
-    half = polar(eye + turn)
+    half = _square_root(eye + turn)
     cosines, vectors = torch.linalg.eigh(0.5 * (half + half.mT))
     ratio = (vectors * _arc_ratio(cosines).unsqueeze(-2)) @ vectors.mT
     return 2.0 * _skew(ratio @ _skew(half))
@@ -88,9 +110,9 @@ class SpecialOrthogonal(geoopt.Manifold):  # type: ignore[misc]
     def logmap(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the shortest tangent vector at ``x`` that leads to ``y``.
 
-        Unique if ``x^T y`` turns no plane by a half turn; accurate up to about
-        ``eps / d``, for the least distance d of its angles from a half turn. Its
-        derivatives are not available, those of :meth:`dist` are.
+        Unique if ``x^T y`` turns no plane by a half turn, else one of the shortest;
+        accurate up to about ``eps / d``, for the least distance d of its angles from a
+        half turn. Its derivatives are not available, those of :meth:`dist` are.
         """
         return x @ _logarithm(x.mT @ y)
 
