@@ -296,3 +296,22 @@ def test_curved_weights_have_the_data_type_of_their_layer(
         assert point.dtype == dtype
         assert point.manifold.check_point_on_manifold(point)
     assert float(layer.weight.detach().norm()) < 0.3
+
+
+@pytest.mark.parametrize(
+    "manifold", [rm.manifolds.SPD(), rm.manifolds.Scaled(rm.manifolds.SPD())], ids=repr
+)
+def test_positive_definite_parameters_must_be_square(manifold: Any) -> None:
+    with pytest.raises(ShapeError, match="square"):
+        rm.nn.Linear(3, 2, manifold=manifold)
+    with pytest.raises(ShapeError, match="square"):
+        rm.nn.InitialState((2, 3), manifold)
+    with pytest.raises(ShapeError, match="square"):
+        rm.manifolds.Product({"a": (manifold, (2, 3))})
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors is a no-op")
+def test_a_layer_without_inputs_is_reset() -> None:
+    layer = rm.nn.Linear(0, 3)
+    layer.reset_parameters()
+    assert torch.equal(layer.bias.detach(), torch.zeros(3))

@@ -313,6 +313,24 @@ def test_a_part_without_a_distance() -> None:
         product.dist(x, x)
 
 
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_batches_without_points(case: Case) -> None:
+    product, _ = build(([case, CASES["Sphere"]], [2.0, 1.0]))
+    size = product.n_elements
+    x, u = torch.empty(2, 0, size), torch.empty(size)
+    for verb in ("projx", "proju", "egrad2rgrad", "retr", "logmap", "component_inner"):
+        arguments = (x,) if verb == "projx" else (x, u)
+        assert getattr(product, verb)(*arguments).shape == (2, 0, size), verb
+    assert product.expmap(x, u).shape == product.transp(x, x, u).shape == x.shape
+    for verb in ("inner", "norm", "dist", "dist2"):
+        call = getattr(product, verb)
+        assert call(x, u).shape == (2, 0)
+        assert call(x, u, keepdim=True).shape == (2, 0, 1)
+    assert [part.shape for part in product.retr_transp(x, u, u)] == [x.shape] * 2
+    assert product.check_point_on_manifold(x)
+    assert product.check_vector_on_tangent(x, x)
+
+
 @FEW
 @given(found=products(3), seed=SEEDS)
 def test_random_points_and_origins(found: Any, seed: int) -> None:

@@ -1019,6 +1019,19 @@ def test_birkhoff_points_and_vectors_are_checked() -> None:
         assert reason in found
 
 
+@pytest.mark.parametrize("make", [manifolds.BirkhoffPolytope, manifolds.SPD])
+def test_there_is_nothing_wrong_with_no_points(make: Make) -> None:
+    x = torch.empty(0, 3, 3)
+    for manifold in (
+        manifolds.MetricManifold(make()),
+        manifolds.Scaled(make()),
+        manifolds.Reshaped(make(), (9,), (3, 3)),
+    ):
+        none = x.view(0, 9) if isinstance(manifold, manifolds.Reshaped) else x
+        assert manifold.check_point_on_manifold(none)
+        assert manifold.check_vector_on_tangent(none, none)
+
+
 # ---- Scaled ----------------------------------------------------------------------
 
 BASES: dict[str, tuple[Make, Shape]] = {

@@ -199,6 +199,8 @@ class BirkhoffPolytope(geoopt.BirkhoffPolytope):  # type: ignore[misc]
     def _check_point_on_manifold(
         self, x: Tensor, *, atol: float = 1e-5, rtol: float = 1e-5
     ) -> tuple[bool, str | None]:
+        if not x.numel():
+            return True, None
         least = float(x.detach().min())
         if not least > 0.0:
             return False, f"not all entries are positive, the least is {least}"

@@ -4,6 +4,7 @@ import geoopt
 
 from riemannian_modules.errors import MassError, ShapeError
 from riemannian_modules.manifolds.contract import ensure_contract
+from riemannian_modules.manifolds.declaring import shape_problem
 from riemannian_modules.manifolds.riesz import require_own_formulas
 from riemannian_modules.mass import Mass
 
@@ -28,8 +29,8 @@ def require_part(
     """
     ensure_contract(manifold, name)
     require_own_formulas(manifold, name)
-    ok, reason = manifold._check_shape(shape, name)
-    if not ok:
+    reason = shape_problem(manifold, shape)
+    if reason is not None:
         raise ShapeError(
             f"'{name}' of shape {shape} does not fit {manifold.name}: {reason}; choose "
             "another manifold"

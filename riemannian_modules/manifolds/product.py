@@ -14,6 +14,7 @@ from riemannian_modules.errors import ShapeError
 from riemannian_modules.manifolds.contract import base_of
 from riemannian_modules.manifolds.drawing import drawn
 from riemannian_modules.manifolds.nested import Nested, flattened, nested
+from riemannian_modules.manifolds.no_points import PossiblyEmpty
 from riemannian_modules.manifolds.parts import require_part
 from riemannian_modules.manifolds.quotient import Quotient
 from riemannian_modules.manifolds.riesz import (
@@ -28,7 +29,7 @@ from riemannian_modules.mass import Mass
 __all__ = ["Product"]
 
 
-class Product(geoopt.ProductManifold):  # type: ignore[misc]
+class Product(PossiblyEmpty):
     """A product of named manifolds, each with a mass.
 
     Points and vectors are flat, ``(*batch, size)``; :meth:`pack` and :meth:`unpack`
@@ -217,6 +218,8 @@ class Product(geoopt.ProductManifold):  # type: ignore[misc]
     def _weighted(self, verb: str, x: Tensor, u: Tensor, v: Tensor) -> list[Tensor]:
         """Return the parts' inner products times their masses, ``(*batch, size)``."""
         batch = torch.broadcast_shapes(x.shape[:-1], u.shape[:-1], v.shape[:-1])
+        if 0 in batch:
+            return [u.new_empty((*batch, self.n_elements))]
         terms = []
         for manifold, mass, shape, (p, a, b) in self._parts(x, u, v):
             if mass.is_scalar and verb == "inner":
@@ -232,6 +235,8 @@ class Product(geoopt.ProductManifold):  # type: ignore[misc]
     def _by_part(self, verb: Callable[..., Tensor], *flat_tensors: Tensor) -> Tensor:
         """Return ``verb(manifold, mass, *tensors)`` of every part as one tensor."""
         batch = torch.broadcast_shapes(*(t.shape[:-1] for t in flat_tensors))
+        if 0 in batch:
+            return flat_tensors[0].new_empty((*batch, self.n_elements))
         found = []
         for manifold, mass, shape, tensors in self._parts(*flat_tensors):
             value = verb(manifold, mass, *tensors).expand((*batch, *shape))
@@ -268,6 +273,8 @@ class Product(geoopt.ProductManifold):  # type: ignore[misc]
     def dist(self, x: Tensor, y: Tensor, *, keepdim: bool = False) -> Tensor:
         """Return the root of the massed sum of squares, where every part has one."""
         batch = torch.broadcast_shapes(x.shape[:-1], y.shape[:-1])
+        if 0 in batch:
+            return x.new_empty((*batch, 1) if keepdim else batch)
         found = []
         for manifold, mass, _, (p, q) in self._parts(x, y):
             own = manifold.dist(p, q, keepdim=True) if mass.is_scalar else p - q

@@ -169,6 +169,8 @@ class Scaled(geoopt.Manifold):  # type: ignore[misc]
     def _check_point_on_manifold(
         self, x: Tensor, *, atol: float = 1e-5, rtol: float = 1e-5
     ) -> tuple[bool, str | None]:
+        if not x.numel():
+            return True, None  # geoopt's SPD looks for the least of no eigenvalues
         return self.base._check_point_on_manifold(x, atol=atol, rtol=rtol)
 
     def _check_vector_on_tangent(

@@ -4,8 +4,10 @@ import geoopt
 import torch
 from torch import Tensor, nn
 
+from riemannian_modules.errors import ShapeError
 from riemannian_modules.factors import DenseFactor, MetricFactor
 from riemannian_modules.manifolds import Euclidean, MetricManifold
+from riemannian_modules.manifolds.declaring import shape_problem
 from riemannian_modules.manifolds.drawing import drawn
 from riemannian_modules.nn.base import RiemannianModule
 from riemannian_modules.rules import Call, register_rule
@@ -24,6 +26,9 @@ class InitialState(RiemannianModule):
             starts at a random point.
         device: device of the parameter.
         dtype: floating point type of the parameter.
+
+    Raises:
+        ShapeError: no point of the manifold has the shape of the state.
 
     Shapes: any batch of n examples to ``(n, *size)``.
 
@@ -48,6 +53,11 @@ class InitialState(RiemannianModule):
             self.declare("value", start, Euclidean())
         else:
             base = manifold.base if isinstance(manifold, MetricManifold) else manifold
+            problem = shape_problem(base, shape)
+            if problem is not None:
+                raise ShapeError(
+                    f"no state of shape {shape} lives on {base.name}: {problem}"
+                )
             point = drawn(base, "random", shape, device=device, dtype=dtype)
             self.declare("value", point, manifold)
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from riemannian_modules.errors import ShapeError
 from riemannian_modules.manifolds import Euclidean, MetricManifold
+from riemannian_modules.manifolds.declaring import shape_problem
 from riemannian_modules.manifolds.drawing import drawn
 from riemannian_modules.manifolds.reshaped import innermost
 from riemannian_modules.nn.base import RiemannianModule
@@ -57,18 +58,15 @@ class Linear(RiemannianModule, nn.Linear):
         view = MetricManifold(Euclidean() if manifold is None else manifold)
         base = view.base
         empty = torch.empty(out_features, in_features, device=device, dtype=dtype)
-        ok, reason = base._check_shape(empty.shape, "weight")
-        if not ok or (
-            base.name == "SymmetricPositiveDefinite" and out_features != in_features
-        ):
+        problem = shape_problem(base, empty.shape)
+        if problem is not None:
             raise ShapeError(
                 f"no weight of shape {tuple(empty.shape)} lives on {base.name}: "
-                f"{reason or 'it must be square'}"
+                f"{problem}"
             )
         self.declare("weight", _initial(base, empty), view)
         if bias:
-            bound = 1.0 / math.sqrt(in_features) if in_features else 0.0
-            start = empty.new_empty(out_features).uniform_(-bound, bound)
+            start = _uniform(empty.new_empty(out_features), in_features)
             self.declare("bias", start, Euclidean())
         else:
             self.register_parameter("bias", None)
@@ -82,13 +80,17 @@ class Linear(RiemannianModule, nn.Linear):
             )
             self.weight.copy_(start.as_subclass(torch.Tensor))
             if self.bias is not None:
-                bound = 1.0 / math.sqrt(self.in_features)
-                self.bias.uniform_(-bound, bound)
+                _uniform(self.bias, self.in_features)
 
     def extra_repr(self) -> str:
         """Say the sizes and where the weight lives."""
         base = self.declared_manifolds["weight"]
         return f"{nn.Linear.extra_repr(self)}, manifold={base.name}"
+
+
+def _uniform(bias: Tensor, inputs: int) -> Tensor:
+    bound = 1.0 / math.sqrt(inputs) if inputs else 0.0
+    return bias.uniform_(-bound, bound)
 
 
 def _initial(base: geoopt.Manifold, empty: Tensor) -> Tensor:
