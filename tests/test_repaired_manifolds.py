@@ -734,9 +734,12 @@ def test_lorentz_against_sixty_digits(radius: float, size: float, radial: bool) 
         )
         assert error(y, y, true["expmap"]) < unsure * math.cosh(size)
         assert error(x, manifold.logmap(x, y), true["logmap"]) < unsure * (1 + size)
-        assert error(y, manifold.transp(x, y, v), true["transp"]) < unsure * math.cosh(
-            size
-        )
+        # Also for vectors whose coordinates are about e^radius times their length.
+        outward = unit(x, x[1:])
+        for w in (v, outward, v + outward):
+            true = reference(X, Y, exact(u[1:], X), exact(w[1:], X))
+            off = error(y, manifold.transp(x, y, w), true["transp"])
+            assert off < unsure * math.cosh(size)
 
 
 @pytest.mark.parametrize("radius", [3.0, 6.0, 10.0])

@@ -146,9 +146,7 @@ class Lorentz(geoopt.Lorentz):  # type: ignore[misc]
 
     def transp(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
         """Transport ``v`` in parallel along the geodesic from ``x`` to ``y``; exact."""
-        ahead = y - x
-        normal = _pair(ahead[..., 1:], v[..., 1:]) - ahead[..., :1] * v[..., :1]
-        share = normal / (2.0 * self._k(x) * (1.0 + self._haversine(x, y)))
+        share = self._form(x, y, v) / (2.0 * self._k(x) * (1.0 + self._haversine(x, y)))
         return self._tangent(y, v[..., 1:] + share * (x + y)[..., 1:])
 
     def transp_follow_expmap(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
@@ -249,6 +247,23 @@ class Lorentz(geoopt.Lorentz):  # type: ignore[misc]
         s = x[..., 1:]
         radius = torch.linalg.vector_norm(s, dim=-1, keepdim=True)
         return s / radius.clamp_min(torch.finfo(s.dtype).tiny), self._time(s)
+
+    def _form(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
+        """Return the Minkowski form of ``y`` and a tangent vector at ``x``.
+
+        From the radii and directions of the points, in which nothing cancels.
+        """
+        (n, time), (m, _), w = self._frame(x), self._frame(y), v[..., 1:]
+        a = torch.linalg.vector_norm(x[..., 1:], dim=-1, keepdim=True)
+        b = torch.linalg.vector_norm(y[..., 1:], dim=-1, keepdim=True)
+        k, turn, along = self._k(x), m - n, _pair(n, w)
+        outward = torch.sinh(torch.asinh(b / k.sqrt()) - torch.asinh(a / k.sqrt()))
+        radial = k * outward / time - 0.5 * b * turn.square().sum(-1, keepdim=True)
+        form = along * radial + b * _pair(turn, w - along * n)
+        # As in the haversine: at the origin there is no direction.
+        ahead = y - x
+        plain = _pair(ahead[..., 1:], w) - ahead[..., :1] * v[..., :1]
+        return torch.where((a > 0) & (b > 0), form, plain)
 
     def _haversine(self, x: Tensor, y: Tensor) -> Tensor:
         """Return ``sinh^2(d / 2 sqrt(k))`` for the distance d."""
