@@ -422,3 +422,15 @@ def test_cross_entropy_of_a_float32_model() -> None:
     assert abs(found.value - expected.value) <= 1e-8
     for word in ("true", str(found.verdict), "layerwise Categorical", "at this point"):
         assert word in str(found)
+
+
+@pytest.mark.parametrize("kind", ["true", "frozen"])
+@pytest.mark.parametrize("method", ["dense", "lanczos"])
+def test_a_metric_without_a_derivative_is_named(kind: str, method: str) -> None:
+    """torch has none of eigenvectors where eigenvalues coincide."""
+    model = rm.nn.Linear(2, 2, manifold=rm.manifolds.LogEuclideanSPD())
+    with torch.no_grad():
+        model.weight.copy_(torch.eye(2))
+    metric = rm.LayerwiseMetric(model, output=rm.output.Euclidean())
+    with pytest.raises(ContractionError, match=r"'weight' on LogEuclideanSPD.*use SPD"):
+        rate(metric, lambda z: z.sum(), torch.randn(3, 2), kind=kind, method=method)

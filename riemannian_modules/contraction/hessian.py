@@ -108,10 +108,11 @@ class Hessian:
             H before it was removed. Cost: ``size`` products of each.
 
         Raises:
-            ContractionError: the second derivatives do not commute.
+            ContractionError: the second derivatives are not finite, or do not commute.
         """
         eye = torch.eye(self.size, dtype=torch.float64, device=self.gradient.device)
         H = self._rows(eye) if len(eye) > 1 else self.product(eye[0]).unsqueeze(0)
+        self.require_finite(H)
         G = torch.stack([self.metric(e) for e in eye])
         skew = float(torch.linalg.matrix_norm(0.5 * (H - H.mT), 2))
         size = float(torch.linalg.matrix_norm(H, 2))
@@ -123,6 +124,29 @@ class Hessian:
                 "(differentiated twice in forward mode) or custom autograd functions"
             )
         return 0.5 * (H + H.mT), 0.5 * (G + G.mT), skew
+
+    def require_finite(self, H: Tensor) -> None:
+        """Refuse derivatives that are not finite, and name where.
+
+        Args:
+            H: ``(size, size)``, or a product ``(size,)``.
+
+        Raises:
+            ContractionError: an entry is NaN or infinite.
+        """
+        if bool(H.isfinite().all()):
+            return
+        chart = self.geometry.chart
+        where = [
+            f"'{name}' on {chart.spaces[name].manifold.name}"
+            for name, at in chart.slices.items()
+            if not bool(H[(at,) * H.ndim].isfinite().all())
+        ]
+        raise ContractionError(
+            f"the Hessian is not finite in {', '.join(where)}: the model, the loss or "
+            "the metric has no second derivative here. LogEuclideanSPD has none where "
+            "eigenvalues coincide: move the point, or use SPD"
+        )
 
     def _rows(self, eye: Tensor) -> Tensor:
         """Return ``H e`` for every row e, all at once where the model allows it."""

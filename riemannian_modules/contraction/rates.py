@@ -246,7 +246,9 @@ def _ritz(
         start = kept * hessian.sharp(lowered)
 
     def product(v: Tensor) -> Tensor:
-        return kept * hessian.product(kept * v)
+        found = hessian.product(kept * v)
+        hessian.require_finite(found)
+        return kept * found
 
     return eigen.lanczos(
         product,
