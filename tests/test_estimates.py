@@ -315,3 +315,32 @@ def test_audits_that_are_refused() -> None:
     metric = rm.LayerwiseMetric(network(), rm.output.Euclidean())
     with pytest.raises(NotRecordedError):
         c.frozen_curvature(metric, x, t, F.mse_loss)
+
+
+@pytest.mark.parametrize(("seed", "dtype"), [(28, torch.float32), (45, torch.float64)])
+def test_frozen_curvature_of_a_singular_hessian_certifies_nothing(seed, dtype) -> None:
+    torch.manual_seed(seed)
+    model = nn.Linear(6, 1, bias=False).to(dtype)
+    metric = rm.LayerwiseMetric(model, rm.output.Euclidean(), mass=1e-6)
+    x, t = torch.randn(3, 6).to(dtype), torch.randn(3, 1).to(dtype)
+    with metric.record():
+        z = model(x)
+    metric.pull_back(z)
+
+    def half(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return 0.5 * (z - t).square().mean()
+
+    rate, smoothness = c.frozen_curvature(metric, x, t, half)
+    assert rate.verdict is Verdict.NOT_CERTIFIED
+    assert rate.value <= 0.0
+    assert smoothness.value >= 1.0 - 1e-3
+    decays, _ = c.frozen_curvature(metric, x, t, half, weight_decay=0.1)
+    assert decays.verdict is Verdict.CERTIFIED
+    assert decays.value <= 0.1
+
+
+def test_frozen_curvature_wants_a_scalar_loss() -> None:
+    output, losses = OUTPUTS["euclidean"]
+    metric, x, t, _ = recorded(output, losses, model=nn.Linear(3, 2), mass=0.5, n=7)
+    with pytest.raises(ContractionError, match="one finite number"):
+        c.frozen_curvature(metric, x, t, losses)

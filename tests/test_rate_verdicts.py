@@ -185,6 +185,88 @@ def test_rounding_is_bounded() -> None:
     assert abs(found.value) <= found.noise
 
 
+def classified(d: int, k: int, n: int, mass: float, scale: float):
+    model = nn.Linear(d, k)
+    metric = rm.LayerwiseMetric(model, rm.output.Categorical(), mass=mass)
+    y = torch.randint(k, (n,))
+    return metric, (lambda z: F.cross_entropy(z, y)), scale * torch.randn(n, d)
+
+
+@pytest.mark.parametrize("method", ["dense", "lanczos", "inertia"])
+@pytest.mark.parametrize(
+    ("d", "k", "n", "mass", "scale"), [(12, 3, 4, 1e-6, 1.0), (2, 2, 4, 1e-3, 100.0)]
+)
+def test_rounding_does_not_refute_a_convex_loss(d, k, n, mass, scale, method) -> None:
+    """The Hessian is singular: the truth is zero, for both kinds of the first."""
+    for seed in range(4):
+        torch.manual_seed(seed)
+        problem_ = classified(d, k, n, mass, scale)
+        found = rate(*problem_, kind="frozen", method=method)
+        assert found.verdict not in {Verdict.REFUTED, Verdict.CERTIFIED}
+        if found.side is Side.UPPER:
+            assert found.value >= 0.0
+        else:
+            assert found.value <= 0.0
+
+
+def test_saturated_outputs_do_not_blame_the_output_metric() -> None:
+    torch.manual_seed(8)
+    found = rate(*classified(2, 2, 6, 1e-3, 100.0))
+    assert found.verdict is not Verdict.CERTIFIED
+
+
+def test_lanczos_sees_what_moves_no_output_at_a_small_mass() -> None:
+    torch.manual_seed(1)
+    model, x = nn.Linear(12, 3), 10.0 * torch.randn(4, 12)
+    metric = rm.LayerwiseMetric(model, rm.output.Euclidean(), mass=1e-6)
+    for kind in ("true", "frozen"):
+        seen = rate(metric, halves(0.0), x, kind=kind, method="lanczos")
+        assert 0.0 <= seen.value < 0.1
+        assert seen.verdict is Verdict.NOT_CERTIFIED
+
+
+def test_a_rate_is_exact_only_where_rounding_is_small() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 10), nn.Tanh(), nn.Linear(10, 1))
+    x, t = torch.randn(20, 4), torch.randn(20, 1)
+    values = []
+    for mass in (1e-9, 1e-7):
+        metric = rm.LayerwiseMetric(
+            model, rm.output.Euclidean(), mass=mass, blocks="model"
+        )
+        found = rate(metric, halves(t), x)
+        assert (found.side, found.verdict) == (Side.EXACT, Verdict.REFUTED)
+        values.append(found.value)
+    assert abs(values[0] / values[1] - 1.0) <= 1e-2
+    line = nn.Linear(6, 1)
+    metric = rm.LayerwiseMetric(line, rm.output.Euclidean(), mass=1e-6)
+    x = torch.randn(3, 6)
+    flat = rate(metric, halves(0.0), x)
+    assert (flat.side, flat.verdict) == (Side.LOWER, Verdict.NOT_CERTIFIED)
+
+
+def test_small_blocks_of_a_large_model_are_dense() -> None:
+    model = nn.Sequential(nn.Linear(24, 10), nn.Tanh(), nn.Linear(10, 1))
+    metric = rm.LayerwiseMetric(model, rm.output.Euclidean(), mass=0.1)
+    x, loss = torch.randn(20, 24), halves(torch.randn(20, 1))
+    found = block_rates(metric, loss, x)
+    assert {each.side for each in found.values()} == {Side.EXACT}
+    seen = block_rates(metric, loss, x, method="lanczos", products=60)
+    for name, each in found.items():
+        assert each.value <= seen[name].value + 1e-9
+        assert abs(seen[name].value - each.value) <= 1e-2 * abs(each.value)
+    mixed = block_rates(metric, loss, x, dense_limit=100)
+    assert [each.side for each in mixed.values()] == [Side.UPPER, Side.EXACT]
+
+
+def test_lanczos_in_a_singular_metric_is_refused_or_bounds() -> None:
+    H, G = torch.eye(20), torch.zeros(20, 20)
+    with pytest.raises(ContractionError, match="ARPACK"):
+        eigen.lanczos(
+            lambda v: H @ v, lambda v: G @ v, lambda e: G @ e, torch.zeros(20)
+        )
+
+
 @pytest.mark.parametrize("base", ["stiefel-wide", "canonical-tall", "spd", "poincare"])
 def test_lanczos_stays_in_the_tangent_space(base) -> None:
     metric, loss, x = problem(base, "euclidean", "layer", 3)

@@ -1,17 +1,22 @@
 """The curvature of a small training loss in its metric, held fixed: dense matrices."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import geoopt
-import scipy.linalg
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
+from riemannian_modules.contraction import eigen
+from riemannian_modules.contraction.autodiff import exact_derivatives
 from riemannian_modules.contraction.constants import Constant
+from riemannian_modules.contraction.rates import pencil, prepare
+from riemannian_modules.contraction.replica import Blocks, Replica
 from riemannian_modules.contraction.result import Rate, Side
+from riemannian_modules.contraction.verdicts import SMALL, judge
 from riemannian_modules.errors import ContractionError, NotRecordedError
 from riemannian_modules.layerwise import LayerwiseMetric
+from riemannian_modules.metric import LayerMetric
 
 __all__ = ["frozen_curvature"]
 
@@ -19,6 +24,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 HERE = "at this point"
 
 
+@exact_derivatives
 def frozen_curvature(
     metric: LayerwiseMetric,
     inputs: Tensor,
@@ -32,6 +38,8 @@ def frozen_curvature(
 
     The metric is held fixed, so this is the rate of ``w' = -G^-1 dloss - decay w`` in
     the constant metric G, at the present parameters. Implements :eq:`frozen-curvature`.
+    The Hessian is that of a copy of the model in float64; the metric is the recorded
+    one.
 
     Args:
         metric: The metric after a pull-back; all parameters Euclidean.
@@ -42,12 +50,14 @@ def frozen_curvature(
         limit: Most parameters for which dense matrices are formed.
 
     Returns:
-        The rate, exact at this point and of the kind "frozen", and the smoothness.
-        Cost: p Hessian products and O(p^3).
+        The rate at this point, of the kind "frozen" and with the verdicts of
+        :func:`rate`, and the smoothness; a bound on rounding is on the safe side of
+        both. Cost: p Hessian products and O(p^3).
 
     Raises:
         NotRecordedError: There was no pull-back yet.
-        ContractionError: Too many parameters, or some are not Euclidean.
+        ContractionError: Too many parameters, or some are not Euclidean; a loss that
+            is no scalar; inputs that reach other parameters than the last pass.
 
     Example:
         >>> import riemannian_modules as rm
@@ -78,31 +88,50 @@ def frozen_curvature(
             f"model has {p}, on other manifolds: {curved}. Give the rate as a number "
             "or as a Rate"
         )
-    names = [part.name for block in metric.blocks.values() for part in block.parts]
-    point = {d.name: d.tensor.detach().as_subclass(Tensor) for d in metric.parameters}
-    sizes = [shapes[name].numel() for name in names]
-
-    def value(flat: Tensor) -> Tensor:
-        pieces = flat.split(sizes)
-        own = {
-            name: piece.view(shapes[name])
-            for name, piece in zip(names, pieces, strict=True)
-        }
-        outputs = functional_call(metric.model, {**point, **own}, (inputs,))
-        return loss(outputs, targets)
-
-    flat = torch.cat([point[name].reshape(-1) for name in names])
-    H = torch.func.hessian(value)(flat).double()
-    G = torch.block_diag(*[b.to_dense().double() for b in metric.blocks.values()])
-    values = scipy.linalg.eigh(
-        (0.5 * (H + H.mT)).cpu().numpy(),
-        (0.5 * (G + G.mT)).cpu().numpy(),
-        eigvals_only=True,
-    )
-    low, high = float(values[0]) + weight_decay, float(values[-1]) + weight_decay
+    wide = targets.double() if targets.is_floating_point() else targets
+    replica = Replica(metric, lambda z: loss(z, wide), [inputs])
+    if _names(replica.blocks) != _names(metric.blocks):
+        raise ContractionError(
+            f"the last pass reached {_names(metric.blocks)}, and these inputs reach "
+            f"{_names(replica.blocks)}: record a pass with them first"
+        )
+    H, _, error = pencil(*prepare(replica, "frozen", basis=True))
+    G = torch.block_diag(*[_recorded(block) for block in metric.blocks.values()])
+    least, most = eigen.dense(H, G, error), eigen.dense(-H, G, error)
     source = "dense eigenvalues of the Hessian in the metric held fixed"
-    rate = Rate(low, "frozen", "layer", HERE, Side.EXACT, source=source)
+    low = replace(least, value=least.value + weight_decay, how=source)
+    known = judge(low, replica, decays=weight_decay > 0.0)
+    rate = Rate(
+        known.value, "frozen", "layer", HERE, known.side, known.verdict, known.source
+    )
+    high = weight_decay - most.value
+    clear = most.noise <= SMALL * abs(high)
     smoothness = Constant(
-        "Lambda", high, "smoothness", Side.EXACT, where=HERE, source=source
+        "Lambda",
+        high + most.noise,
+        "smoothness",
+        Side.EXACT if clear else Side.UPPER,
+        where=HERE,
+        source=f"{source}, rounding within {most.noise:.1e}",
     )
     return rate, smoothness
+
+
+def _names(blocks: Blocks) -> list[str]:
+    return [part.name for block in blocks.values() for part in block.parts]
+
+
+def _recorded(block: LayerMetric) -> Tensor:
+    """Return the metric of a block of Euclidean parameters, summed up in float64."""
+    rows, masses = [], []
+    for part in block.parts:
+        point = part.space.point.detach().as_subclass(Tensor)
+        masses.append(
+            part.space.mass.multiply(torch.ones_like(point)).double().reshape(-1)
+        )
+        found = None if part.factor is None else part.factor.to_dense().double()
+        rows.append(
+            masses[-1].new_zeros(block.rank, point.numel()) if found is None else found
+        )
+    K = torch.cat(rows, 1)
+    return torch.cat(masses).diag() + K.mT @ K

@@ -217,6 +217,7 @@ class _Step:
             v / v.norm(),
             tolerance=1e-4,
             products=products,
+            project=lambda v: chart.coordinates(chart.embed(v)),
         )
         return max(-found.value - found.noise, 0.0) ** 0.5
 

@@ -7,6 +7,7 @@ Dense eigenvalues are exact up to a bound on rounding. A Cholesky factorisation 
 ``lambda_min``: it can refute that a rate is positive, and never prove it.
 """
 
+import math
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,17 +16,18 @@ import numpy as np
 import scipy.linalg
 import torch
 from numpy.typing import NDArray
-from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
+from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 from torch import Tensor
 
 from riemannian_modules.contraction.result import Side
+from riemannian_modules.errors import ContractionError
 
-__all__ = ["Smallest", "dense", "inertia", "lanczos"]
+__all__ = ["UNIT", "Smallest", "dense", "inertia", "lanczos"]
 
 Product = Callable[[Tensor], Tensor]
 Vector = NDArray[np.float64]
 
-_ROUNDING = 16.0
+UNIT = 16.0 * float(np.finfo(np.float64).eps)
 # ARPACK looks for convergence each time that it has so many vectors.
 _KRYLOV = 12
 
@@ -37,7 +39,10 @@ class Smallest:
     Attributes:
         value: the number found.
         side: exact, a lower or an upper bound of the smallest eigenvalue.
-        noise: bound on rounding in the value.
+        noise: bound on rounding in the value, downward: the truth is not below the
+            value by more, unless the value is an upper bound.
+        above: how far the value may lie below its own vector's quotient
+            ``v^T H v / v^T G v``, and so below an upper bound.
         vector: coordinates of the direction, or None.
         how: the computation, in words.
     """
@@ -45,6 +50,7 @@ class Smallest:
     value: float
     side: Side
     noise: float
+    above: float
     vector: Tensor | None
     how: str
 
@@ -58,14 +64,25 @@ def dense(H: Tensor, G: Tensor, error: float = 0.0) -> Smallest:
         error: bound on the norm of an error in H.
 
     Returns:
-        The value, exact up to ``noise``: with d rows,
-        ``(16 d eps (|H| + |lambda| |G|) + error) / lambda_min(G)``, the backward error
-        of the solver and of the assembly, in the norm that the metric sees.
+        The value, exact up to ``noise``: with d rows and ``u = 16 d eps``,
+        ``(u (|H| + |lambda| |G|) + error) / (lambda_min(G) - u |G|)``, the backward
+        error of the solver and of the assembly, in the norm that the metric sees
+        (Anderson et al. 1999, section 4.10).
+
+    Raises:
+        ContractionError: G is not positive definite in float64.
     """
-    values, vectors = scipy.linalg.eigh(H.cpu().numpy(), G.cpu().numpy())
-    noise = _noise(H, G, float(np.abs(values).max()), error)
-    vector = torch.from_numpy(vectors[:, 0]).to(H)
-    return Smallest(float(values[0]), Side.EXACT, noise, vector, "dense eigenvalues")
+    try:
+        values, vectors = scipy.linalg.eigh(H.cpu().numpy(), G.cpu().numpy())
+    except np.linalg.LinAlgError as error_:
+        raise ContractionError(
+            "the metric is not positive definite in float64: its smallest mass is lost "
+            "against its rows; raise the mass"
+        ) from error_
+    value, vector = float(values[0]), torch.from_numpy(vectors[:, 0]).to(H)
+    length = float(vector @ (G @ vector) / vector.square().sum())
+    noise, above = _noise(H, G, value, error), _noise(H, G, value, error, length)
+    return Smallest(value, Side.EXACT, noise, above, vector, "dense eigenvalues")
 
 
 def inertia(
@@ -92,17 +109,40 @@ def inertia(
         s = above - gap
         _, info = torch.linalg.cholesky_ex(H - s * G)
         if int(info) == 0:
-            noise = _noise(H, G, abs(s), error)
-            return Smallest(s, Side.LOWER, noise, None, "inertia of H - s G")
+            noise = _noise(H, G, s, error)
+            return Smallest(s, Side.LOWER, noise, math.inf, None, "inertia of H - s G")
         gap *= 2.0
-    return Smallest(-float("inf"), Side.LOWER, 0.0, None, "inertia of H - s G")
+    how = "inertia of H - s G"
+    return Smallest(-math.inf, Side.LOWER, 0.0, math.inf, None, how)
 
 
-def _noise(H: Tensor, G: Tensor, largest: float, error: float) -> float:
-    d, eps = len(H), torch.finfo(torch.float64).eps
+def _noise(
+    H: Tensor, G: Tensor, value: float, error: float, length: float | None = None
+) -> float:
     scale = torch.linalg.eigvalsh(G)
-    size = float(torch.linalg.matrix_norm(H, 2)) + largest * float(scale[-1])
-    return (_ROUNDING * d * eps * size + error) / float(scale[0].clamp_min(0.0))
+    least = float(scale[0]) if length is None else length
+    size = float(torch.linalg.matrix_norm(H, 2))
+    return _slip(len(H), size, float(scale[-1]), value, error, least)
+
+
+def _slip(
+    d: int, H: float, G: float, value: float, error: float, least: float
+) -> float:
+    """Return the error of a quotient ``v^T H v / v^T G v`` with ``v^T G v`` at least.
+
+    Args:
+        d: number of rows.
+        H: norm of H.
+        G: norm of G.
+        value: the quotient.
+        error: norm of another error in H.
+        least: ``v^T G v`` for v of length one.
+    """
+    unit = UNIT * d
+    room = least - unit * G
+    if not room > 0.0:
+        return math.inf
+    return (unit * (H + abs(value) * G) + error) / room
 
 
 class _ExhaustedError(Exception):
@@ -117,6 +157,9 @@ def lanczos(
     *,
     tolerance: float = 1e-2,
     products: int = 60,
+    error: float = 0.0,
+    known: tuple[Tensor, Tensor] | None = None,
+    project: Product | None = None,
 ) -> Smallest:
     """Return a Ritz value of (H, G) by Lanczos' method in the metric.
 
@@ -132,21 +175,33 @@ def lanczos(
         tolerance: relative size of the residual to stop at; the error of the value
             is of the order of its square.
         products: how many products with H are allowed.
+        error: bound on the norm of an error in H.
+        known: a vector and its product, which counts as one of them.
+        project: onto the tangent space, if the coordinates are ambient.
 
     Returns:
-        The value, an upper bound of the smallest eigenvalue.
+        The value, an upper bound of the smallest eigenvalue but for ``above``.
+
+    Raises:
+        ContractionError: ARPACK gave up before it had seen anything.
     """
-    seen: list[tuple[Tensor, Tensor]] = []
+    seen = [] if known is None else [known]
+    left = max(products - 1, 1) - len(seen)  # one is for the Ritz vector
 
     def lift(array: Vector) -> Tensor:
         return torch.from_numpy(np.array(array).reshape(-1)).to(start)
 
     def multiply(array: Vector) -> Vector:
-        if len(seen) >= max(products - 1, 1):  # one is for the Ritz vector
+        nonlocal left
+        if left <= 0:
             raise _ExhaustedError
+        left -= 1
         v = lift(array)
-        Hv = product(v)
-        seen.append((v, Hv))
+        inside = v if project is None else project(v)
+        Hv = product(inside)
+        # Else the vector is across the tangent space, nothing but rounding.
+        if float(inside.norm()) > 1e-8 * float(v.norm()):
+            seen.append((inside, Hv))
         return Hv.cpu().numpy()
 
     n = len(start)
@@ -154,14 +209,14 @@ def lanczos(
         # ARPACK wants more coordinates than eigenvalues.
         eye = torch.eye(n, dtype=start.dtype, device=start.device)
         seen += [(v, product(v)) for v in eye]
-        return _ritz(seen, product, metric)
+        return _ritz(seen, product, metric, error)
     shape = {"shape": (n, n), "dtype": np.float64}
     operators = [
         LinearOperator(matvec=lambda a: metric(lift(a)).cpu().numpy(), **shape),
         LinearOperator(matvec=lambda a: solve(lift(a)).cpu().numpy(), **shape),
     ]
     # What was seen is an upper bound, converged or not.
-    with suppress(_ExhaustedError, ArpackNoConvergence):
+    with suppress(_ExhaustedError, ArpackError):
         eigsh(
             LinearOperator(matvec=multiply, **shape),
             k=1,
@@ -172,11 +227,19 @@ def lanczos(
             ncv=min(n, _KRYLOV),
             tol=tolerance,
         )
-    return _ritz(seen, product, metric)
+    if not seen:
+        raise ContractionError(
+            "ARPACK gave up at its first vector: the metric is singular in float64; "
+            "raise the mass, or ask for method='dense'"
+        )
+    return _ritz(seen, product, metric, error)
 
 
 def _ritz(
-    seen: list[tuple[Tensor, Tensor]], product: Product, metric: Product
+    seen: list[tuple[Tensor, Tensor]],
+    product: Product,
+    metric: Product,
+    error: float,
 ) -> Smallest:
     """Return the smallest Ritz value in the span of the vectors seen.
 
@@ -187,18 +250,22 @@ def _ritz(
     HV = torch.stack([Hv for _, Hv in seen])
     GV = torch.stack([metric(v) for v, _ in seen])
     squares = (V * GV).sum(1)
-    # Vectors without length: across the tangent space, or nothing but rounding.
+    # Vectors without length are nothing but rounding.
     ratios = squares / V.square().sum(1)
-    long = ratios > 1e-8 * ratios.max()
+    size = float((GV.norm(dim=1) / V.norm(dim=1)).max())
+    long = ratios > UNIT * size
+    sizes = float((HV.norm(dim=1) / V.norm(dim=1)).max()), size
     scale = squares[long].rsqrt().unsqueeze(1)
     V, HV, GV = scale * V[long], scale * HV[long], scale * GV[long]
     H, G = V @ HV.mT, V @ GV.mT
     weights, mix = torch.linalg.eigh(0.5 * (G + G.mT))
     kept = weights > 1e-8 * weights[-1]
     T = mix[:, kept] * weights[kept].rsqrt()
-    values, turns = torch.linalg.eigh(T.mT @ (0.5 * (H + H.mT)) @ T)
+    _, turns = torch.linalg.eigh(T.mT @ (0.5 * (H + H.mT)) @ T)
     vector = V.mT @ (T @ turns[:, 0])
-    value = float(vector @ product(vector)) / float(vector @ metric(vector))
-    noise = 1e-10 * float(values.abs().max())
+    vector = vector / vector.norm()
+    square = float(vector @ metric(vector))
+    value = float(vector @ product(vector)) / square
+    above = _slip(len(vector), *sizes, value, error, square)
     how = f"Ritz value of {len(seen)} products"
-    return Smallest(value, Side.UPPER, noise, vector, how)
+    return Smallest(value, Side.UPPER, above, above, vector, how)

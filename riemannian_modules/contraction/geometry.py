@@ -22,6 +22,7 @@ from riemannian_modules.contraction.autodiff import jvp, vjp
 from riemannian_modules.contraction.chart import Chart
 from riemannian_modules.contraction.smooth import base_inner
 from riemannian_modules.heads import Head, OutputLike, OutputMetricLike, Reduction, pair
+from riemannian_modules.output import OutputMetric
 from riemannian_modules.twice import DifferentiableTwice
 
 __all__ = ["Geometry", "Loss"]
@@ -123,10 +124,14 @@ class Geometry:
             if metric is None:
                 found.append(torch.zeros_like(velocity))
                 continue
-            mean = self._reduction == "mean"
-            weight = 1.0 / metric.terms(outputs) if mean else 1.0
+            weight = self._weight(outputs, metric)
             found.append(weight * metric.apply(outputs, velocity))
         return tuple(found)
+
+    def weight(self, z: Tensors) -> float:
+        """Return the largest weight that the loss gives to a term of a head."""
+        heads = [(outputs, m) for outputs, m in self._like(z) if m is not None]
+        return max((self._weight(*head) for head in heads), default=0.0)
 
     # --- the metric
 
@@ -210,6 +215,9 @@ class Geometry:
         return self.base(u, v) + self.pullback(u, v)
 
     # --- private
+
+    def _weight(self, outputs: Tensor, metric: OutputMetric) -> float:
+        return 1.0 / metric.terms(outputs) if self._reduction == "mean" else 1.0
 
     def _run(self, u: Tensor) -> OutputLike:
         values = self.chart.point(u)

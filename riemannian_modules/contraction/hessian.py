@@ -74,11 +74,15 @@ class Hessian:
         geometry.cost["Hessian products"] += 1
         if self.kind == "frozen":
             return frozen_product(geometry, v, X)
-        if len(geometry.masks) > 1:
-            return hessian_product(geometry, v, X)
-        if self._image is None:
+        if len(geometry.masks) == 1 and self._image is None:
             self._image = image(geometry, X)
-        return joint_product(geometry, v, X, self._image)
+        return self.along(v, X, self._image)
+
+    def along(self, v: Tensor, X: Tensor, known: Image | None = None) -> Tensor:
+        """Return what a true ``H v`` would be if the gradient as a vector were X."""
+        if len(self.geometry.masks) > 1:
+            return hessian_product(self.geometry, v, X)
+        return joint_product(self.geometry, v, X, known)
 
     def metric(self, v: Tensor) -> Tensor:
         """Return ``G v`` at the point, from the factors of the recorded pass."""
@@ -100,20 +104,29 @@ class Hessian:
 
     # --- matrices
 
-    def dense(self) -> tuple[Tensor, Tensor, float]:
+    def dense(self, mask: Tensor | None = None) -> tuple[Tensor, Tensor, float]:
         """Return H, G and the largest rounding error seen in H.
 
+        Args:
+            mask: of the coordinates of one block, ``(size,)``; None: all.
+
         Returns:
-            Two symmetric matrices ``(size, size)``, and the norm of the skew part of
-            H before it was removed. Cost: ``size`` products of each.
+            Two symmetric matrices ``(size, size)``, or smaller for a block, and the
+            norm of the skew part of H before it was removed. Cost: as many products of
+            each as rows.
 
         Raises:
             ContractionError: the second derivatives are not finite, or do not commute.
         """
         eye = torch.eye(self.size, dtype=torch.float64, device=self.gradient.device)
+        kept = eye.diagonal() if mask is None else mask
+        kept = kept.nonzero()[:, 0]
+        eye = eye[kept]
         H = self._rows(eye) if len(eye) > 1 else self.product(eye[0]).unsqueeze(0)
-        self.require_finite(H)
+        whole = torch.zeros(self.size, self.size, dtype=H.dtype, device=H.device)
+        self.require_finite(whole.index_copy(0, kept, H))
         G = torch.stack([self.metric(e) for e in eye])
+        H, G = H[:, kept], G[:, kept]
         skew = float(torch.linalg.matrix_norm(0.5 * (H - H.mT), 2))
         size = float(torch.linalg.matrix_norm(H, 2))
         if not skew <= _SYMMETRY * (size + float(self.gradient.norm())):

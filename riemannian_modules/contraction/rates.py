@@ -1,5 +1,6 @@
 """The rate of contraction of a model's training at one point."""
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -8,20 +9,23 @@ from torch import Tensor
 from riemannian_modules.contraction import eigen
 from riemannian_modules.contraction.agreement import require_agreement
 from riemannian_modules.contraction.autodiff import exact_derivatives
-from riemannian_modules.contraction.derivatives import curvature
 from riemannian_modules.contraction.geometry import Loss
 from riemannian_modules.contraction.hessian import Hessian
 from riemannian_modules.contraction.output_rate import output_rate
 from riemannian_modules.contraction.replica import Replica, is_sampled
-from riemannian_modules.contraction.result import Rate, Side, Verdict
+from riemannian_modules.contraction.result import Rate
+from riemannian_modules.contraction.rounding import rounding
+from riemannian_modules.contraction.verdicts import judge
 from riemannian_modules.errors import ContractionError
 from riemannian_modules.heads import output_rows, pair
 from riemannian_modules.layerwise import LayerwiseMetric
 
-__all__ = ["Kind", "Method", "block_rates", "rate"]
+__all__ = ["Kind", "Method", "block_rates", "pencil", "prepare", "rate"]
 
 Kind = Literal["true", "frozen", "output"]
 Method = Literal["dense", "inertia", "lanczos"]
+
+Probe = tuple[Tensor, Tensor]
 
 DENSE_LIMIT = 256
 
@@ -97,9 +101,10 @@ def rate(
     if kind == "output":
         return _output(metric, loss, inputs)
     replica = Replica(metric, loss, inputs)
-    hessian, how = _prepare(replica, kind, method, weight_decay, dense_limit)
-    found = _smallest(hessian, how, None, tolerance, products, seed)
-    return _verdict(found, hessian, replica)
+    how = _how(method, replica.dim, dense_limit)
+    hessian, probe = prepare(replica, kind, how != "lanczos", weight_decay)
+    found = _smallest(hessian, how, probe, None, tolerance, products, seed)
+    return _told(found, hessian, replica)
 
 
 @exact_derivatives
@@ -128,7 +133,7 @@ def block_rates(
         kind: ``"true"`` or ``"frozen"``.
         method: how the eigenvalues are found.
         weight_decay: a quadratic term of the loss.
-        dense_limit: largest number of dimensions of the model for dense matrices.
+        dense_limit: largest number of dimensions of a block for dense matrices.
         tolerance: where Lanczos stops.
         products: how many products with the Hessian Lanczos may use, for each block.
         seed: of its first vector.
@@ -141,67 +146,68 @@ def block_rates(
     """
     _check(kind, method, weight_decay)
     replica = Replica(metric, loss, inputs)
-    hessian, how = _prepare(replica, kind, method, weight_decay, dense_limit)
-    matrices = None if how == "lanczos" else hessian.dense()
+    hessians: dict[bool, tuple[Hessian, Probe]] = {}
     rates = {}
-    for name, mask in hessian.geometry.masks.items():
-        found = _smallest(
-            hessian, how, mask, tolerance, products, seed, matrices=matrices
-        )
-        own = _verdict(found, hessian, replica)
-        rates[name] = Rate(
-            own.value,
-            kind=own.kind,
-            metric=own.metric,
-            where=f"{own.where}, block '{name}'",
-            side=own.side,
-            verdict=own.verdict,
-            source=own.source,
-            cost=own.cost,
-        )
+    for name, block in replica.blocks.items():
+        how = _how(method, block.dim, dense_limit)
+        basis = how != "lanczos"
+        if basis not in hessians:
+            hessians[basis] = prepare(replica, kind, basis, weight_decay)
+        hessian, probe = hessians[basis]
+        mask = hessian.geometry.masks[name]
+        found = _smallest(hessian, how, probe, mask, tolerance, products, seed)
+        own = _told(found, hessian, replica)
+        rates[name] = replace(own, where=f"{own.where}, block '{name}'")
     return rates
 
 
 # --- how it is found
 
 
-def _prepare(
+def _how(method: Method | None, dim: int, dense_limit: int) -> Method:
+    return method or ("dense" if dim <= dense_limit else "lanczos")
+
+
+def prepare(
     replica: Replica,
     kind: Literal["true", "frozen"],
-    method: Method | None,
-    weight_decay: float,
-    dense_limit: int,
-) -> tuple[Hessian, Method]:
-    small = replica.dim <= dense_limit
-    how: Method = method or ("dense" if small else "lanczos")
-    geometry = replica.geometry(basis=how != "lanczos", weight_decay=weight_decay)
+    basis: bool,
+    weight_decay: float = 0.0,
+) -> tuple[Hessian, Probe]:
+    """Return the Hessian of a model, checked, and what is known along one direction.
+
+    Args:
+        replica: model and data.
+        kind: ``"true"`` or ``"frozen"``.
+        basis: whether the coordinates belong to a basis of the tangent space.
+        weight_decay: a quadratic term of the loss.
+
+    Raises:
+        ContractionError: the loss is no finite scalar, or derivatives do not agree.
+    """
+    geometry = replica.geometry(basis=basis, weight_decay=weight_decay)
     value = geometry.loss(geometry.origin)
     if value.ndim or not bool(value.isfinite()):
         raise ContractionError(
             f"the loss has shape {tuple(value.shape)} and is {value.tolist()}; it must "
             "be one finite number"
         )
-    require_agreement(geometry, replica, kind)
-    return Hessian(geometry, replica.blocks, kind), how
+    probe = require_agreement(geometry, replica, kind)
+    return Hessian(geometry, replica.blocks, kind), probe
 
 
 def _smallest(
     hessian: Hessian,
     how: Method,
+    probe: Probe,
     mask: Tensor | None,
     tolerance: float,
     products: int,
     seed: int,
-    matrices: tuple[Tensor, Tensor, float] | None = None,
 ) -> eigen.Smallest:
     if how == "lanczos":
-        return _ritz(hessian, mask, tolerance, products, seed)
-    H, G, skew = hessian.dense() if matrices is None else matrices
-    # What the solve for the gradient loses enters H by the derivative of G.
-    error = skew + _lost(hessian, G)
-    if mask is not None:
-        kept = mask.nonzero()[:, 0]
-        H, G = H[kept][:, kept], G[kept][:, kept]
+        return _ritz(hessian, probe, mask, tolerance, products, seed)
+    H, G, error = pencil(hessian, probe, mask)
     if how == "dense":
         return eigen.dense(H, G, error)
     generator = torch.Generator().manual_seed(seed)
@@ -218,80 +224,92 @@ def _smallest(
     return eigen.inertia(H, G, above.value, error)
 
 
-def _lost(hessian: Hessian, G: Tensor) -> float:
-    if hessian.kind == "frozen":
-        return 0.0
-    X = hessian.velocity
-    residual = float((G @ X - hessian.gradient).norm())
-    smallest = float(torch.linalg.eigvalsh(G)[0])
-    bend = hessian.product(X) - curvature(hessian.geometry, X)
-    length = float(X.norm())
-    if length == 0.0 or smallest <= 0.0:
-        return 0.0
-    return residual / smallest / length * float(bend.norm()) / length
+def pencil(
+    hessian: Hessian, probe: Probe, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, float]:
+    """Return H, G and a bound on the norm of the error in H.
+
+    Args:
+        hessian: H and G as products.
+        probe: what :func:`prepare` returns.
+        mask: of the coordinates of one block; None: all.
+    """
+    H, G, skew = hessian.dense(mask)
+    return H, G, skew + _lost(hessian, probe, mask)[2]
+
+
+def _lost(
+    hessian: Hessian, probe: Probe, mask: Tensor | None
+) -> tuple[Tensor, Tensor, float]:
+    """Return a tangent vector v, ``H v`` and a bound on the error in H."""
+    v, flat = probe
+    v, known = (v, flat) if mask is None else (mask * v, None)
+    Hv = hessian.product(v)
+    hessian.require_finite(Hv)
+    return v, Hv, rounding(hessian, v, Hv, known)
 
 
 def _ritz(
-    hessian: Hessian, mask: Tensor | None, tolerance: float, products: int, seed: int
+    hessian: Hessian,
+    probe: Probe,
+    mask: Tensor | None,
+    tolerance: float,
+    products: int,
+    seed: int,
 ) -> eigen.Smallest:
     chart = hessian.geometry.chart
+    v, Hv, error = _lost(hessian, probe, mask)
+    whole = torch.ones_like(v) if mask is None else mask
+    kept = whole.nonzero()[:, 0]
+
+    def wide(own: Tensor) -> Tensor:
+        return torch.zeros_like(v).index_copy(0, kept, own)
+
+    def tangent(own: Tensor) -> Tensor:
+        return chart.coordinates(chart.embed(wide(own)))[kept]
+
     generator = torch.Generator().manual_seed(seed)
-    start = torch.randn(hessian.size, generator=generator, dtype=torch.float64)
-    kept = torch.ones_like(hessian.gradient) if mask is None else mask
-    start = kept * chart.coordinates(chart.embed(start.to(hessian.gradient)))
+    drawn = torch.randn(hessian.size, generator=generator, dtype=torch.float64)
+    start = whole * chart.coordinates(chart.embed(drawn.to(v)))
     # Twice through the metric: what moves no output gets more of it, which is where
     # the smallest eigenvalues are.
     for _ in range(2):
         lowered = hessian.geometry.base(hessian.geometry.origin, start)
-        start = kept * hessian.sharp(lowered)
+        start = whole * hessian.sharp(lowered)
 
-    def product(v: Tensor) -> Tensor:
-        found = hessian.product(kept * v)
+    def product(own: Tensor) -> Tensor:
+        found = hessian.product(wide(own))
         hessian.require_finite(found)
-        return kept * found
+        return found[kept]
 
     return eigen.lanczos(
         product,
-        lambda v: kept * hessian.metric(kept * v),
-        lambda e: kept * hessian.sharp(kept * e),
-        start / start.norm(),
+        lambda own: hessian.metric(wide(own))[kept],
+        lambda own: hessian.sharp(wide(own))[kept],
+        (start / start.norm())[kept],
         tolerance=tolerance,
         products=products,
+        error=error,
+        known=(v[kept], Hv[kept]),
+        project=tangent,
     )
 
 
 # --- what it means
 
 
-def _verdict(found: eigen.Smallest, hessian: Hessian, replica: Replica) -> Rate:
-    value, side = found.value, found.side
-    proves = side is not Side.UPPER
-    source = f"{found.how}, rounding within {found.noise:.1e}"
-    if value < -found.noise and side is not Side.LOWER:
-        verdict = Verdict.REFUTED
-    elif value > found.noise:
-        verdict = Verdict.CERTIFIED if proves else Verdict.EVIDENCE
-        if not hessian.geometry.has_decay and 0 < (rank := replica.rank) < replica.dim:
-            # True at this point, but in no region around a point that fits exactly.
-            verdict = Verdict.EVIDENCE
-            source += (
-                f"; {replica.dim} dimensions move the outputs in {rank} directions "
-                "only: where all is fitted the rate is zero without weight decay"
-            )
-    else:
-        verdict = Verdict.NOT_CERTIFIED
-    if proves and verdict is not Verdict.REFUTED:
-        value -= found.noise
+def _told(found: eigen.Smallest, hessian: Hessian, replica: Replica) -> Rate:
+    known = judge(found, replica, decays=hessian.geometry.has_decay)
     frozen = "frozen " if hessian.kind == "frozen" else ""
     word = _WORDS[replica.metric.grouping]
     return Rate(
-        value,
+        known.value,
         kind=hessian.kind,
         metric=f"{frozen}{word} {replica.metric.output}",
         where=f"at this point, {replica.examples} examples",
-        side=side,
-        verdict=verdict,
-        source=source,
+        side=known.side,
+        verdict=known.verdict,
+        source=known.source,
         cost=dict(hessian.geometry.cost),
     )
 
