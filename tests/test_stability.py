@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mutants import stability as mutants
 
+import riemannian_modules as rm
 from riemannian_modules import contraction as c
 from riemannian_modules.contraction import Side, Verdict
 from riemannian_modules.contraction.constants import as_constant
@@ -183,6 +184,19 @@ def test_results_of_others_keep_their_verdicts() -> None:
     # A certified lower bound of a rate is no certified upper bound of a smoothness.
     found = as_constant(c.Rate(0.5), "Lambda", "smoothness", "upper")
     assert found.verdict is Verdict.EVIDENCE
+
+
+def test_rates_of_the_residual_bound_no_distance() -> None:
+    output = c.Rate(0.5, kind="output", side=Side.EXACT)
+    for bound in (
+        lambda: c.stability_bound(2.0, output, 100),
+        lambda: c.distance_bound(1.0, output),
+        lambda: c.step_factor(output, 2.0, lr=0.1),
+        lambda: rm.action.tube_bound(1.0, output, 1.0),
+        lambda: c.product([output, 1.0]),
+    ):
+        with pytest.raises(ContractionError, match="output space"):
+            bound()
 
 
 def test_nothing_weak_is_called_certified() -> None:

@@ -9,6 +9,7 @@ from riemannian_modules.contraction.result import (
     Rate,
     Side,
     Verdict,
+    require_trajectories,
     weakest,
 )
 from riemannian_modules.errors import ContractionError
@@ -138,7 +139,13 @@ def as_sensitivity(given: ConstantLike) -> Constant:
 
 
 def as_rate(given: ConstantLike) -> Constant:
-    """Return a rate of contraction, of any sign."""
+    """Return a rate of contraction, of any sign.
+
+    Raises:
+        ContractionError: It is a rate in output space.
+    """
+    if isinstance(given, Rate):
+        require_trajectories(given)
     return as_constant(given, "lambda", "rate of contraction", "lower")
 
 

@@ -10,7 +10,14 @@ import torch
 from numpy.typing import NDArray
 
 from riemannian_modules.contraction.certificate import Certificate, Clock, Norm, Step
-from riemannian_modules.contraction.result import Gain, Rate, Side, Verdict, weakest
+from riemannian_modules.contraction.result import (
+    Gain,
+    Rate,
+    Side,
+    Verdict,
+    require_trajectories,
+    weakest,
+)
 from riemannian_modules.errors import ContractionError
 
 __all__ = [
@@ -56,12 +63,7 @@ def as_rate(value: RateLike) -> Rate:
     rate = value if isinstance(value, Rate) else Rate(float(value))
     if rate.value == math.inf:
         raise ContractionError("an infinite rate; a rate is a finite lower bound")
-    if rate.kind == "output":
-        raise ContractionError(
-            "a rate in output space says how fast a loss falls, not how trajectories "
-            "approach each other: it does not compose; take a 'true' or 'frozen' rate"
-        )
-    return rate
+    return require_trajectories(rate)
 
 
 def as_gain(value: GainLike | None) -> Gain:

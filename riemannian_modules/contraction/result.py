@@ -124,6 +124,22 @@ class Rate:
         return f"{self.value:.6g} ({what}) in the {self.metric} metric, {self.where}"
 
 
+def require_trajectories(rate: Rate) -> Rate:
+    """Return the rate.
+
+    Raises:
+        ContractionError: It is one in output space, which says nothing about two
+            trajectories.
+    """
+    if rate.kind == "output":
+        raise ContractionError(
+            "a rate in output space says how fast a loss falls, not how trajectories "
+            "approach each other: it does not compose and bounds no distance; take a "
+            "'true' or 'frozen' rate"
+        )
+    return rate
+
+
 @dataclass(frozen=True)
 class Gain:
     """How strongly one module acts on another: a bound on a Jacobian's norm.
