@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from riemannian_modules import nn as rnn
-from riemannian_modules.contraction import Rate, Side, Verdict, product
+from riemannian_modules.contraction import (
+    Rate,
+    Side,
+    Verdict,
+    product,
+    register_lipschitz,
+)
+from riemannian_modules.contraction.gains import known
 from riemannian_modules.errors import ContractionError
 
 SEEDS = st.integers(0, 2**31 - 1)
@@ -134,6 +141,38 @@ def test_a_residual_that_attains_its_factor() -> None:
     true = float(torch.linalg.matrix_norm(torch.tensor([[0.8, 0.4], [-0.4, 0.8]]), 2))
     assert found.value == pytest.approx(true, abs=1e-12)
     assert found.contracts
+
+
+def test_a_measured_residual_is_measured_throughout() -> None:
+    """No rule is needed for the branch: norms of operators have no part in it."""
+
+    class Product(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * x
+
+    block, x = rnn.Residual(Product(), scale=-0.25), torch.tensor([[0.5, 1.0]])
+    assert math.isinf(block.certificate().value)
+    seen = block.certificate(bounds="measured", at=x)
+    assert seen.value == pytest.approx(0.75)
+    assert seen.verdict is Verdict.EVIDENCE
+
+
+def test_a_subclass_with_a_forward_of_its_own_does_not_grow_like_its_weight() -> None:
+    class Negative(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return -super().forward(x)
+
+    @register_lipschitz(Negative)
+    def norm(module: Negative, argument: int):
+        return known(2.0, "norm of its weight")
+
+    branch = Negative(2, 2, bias=False)
+    with torch.no_grad():
+        branch.weight.copy_(-2.0 * torch.eye(2))
+    block = rnn.Residual(branch, scale=0.25)
+    x = torch.eye(2)
+    assert torch.equal(block(x), 1.5 * x)
+    assert block.certificate().value >= 1.5
 
 
 def test_residuals_with_shortcuts_and_signs() -> None:

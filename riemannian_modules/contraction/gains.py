@@ -212,8 +212,8 @@ def growth(module: nn.Module) -> Gain | float:
     bound = lipschitz(module)
     if bound.verdict is not Verdict.CERTIFIED:
         return bound
-    square = isinstance(module, nn.Linear) and module.in_features == module.out_features
-    if not square:
+    plain = isinstance(module, nn.Linear) and _untouched(module, nn.Linear, ["forward"])
+    if not plain or module.in_features != module.out_features:
         return bound.value
     weight: Tensor = module.weight.detach().as_subclass(Tensor).double()  # type: ignore[operator]
     # Halving is exact; the sum of two entries is rounded once.

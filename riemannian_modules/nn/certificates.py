@@ -180,6 +180,8 @@ def _residual(module: Residual, question: Question) -> Certificate:
         short = question.gain(module.shortcut, lambda: question.at)
         total = beside(short, branch, module.scale)
         factor = _combined([short, branch], total, "shortcut plus scaled branch")
+    elif question.bounds == "measured" and question.rates is None:
+        factor = question.gain(module, lambda: question.at)
     else:
         factor = _relaxed(module, _flow(module, question), branch)
     return _about(
