@@ -145,6 +145,18 @@ def test_constants_of_activations_are_bounds_and_sharp(layer: nn.Module) -> None
     assert float(slope.abs().max()) >= bound.value * (1 - 1e-3)
 
 
+@pytest.mark.parametrize(
+    ("beta", "threshold", "smooth"),
+    [(1, 20, True), (1, 18, False), (10, 17, True), (1, 0, False), (1, -800, False)],
+)
+def test_a_softplus_that_jumps_is_unknown(beta, threshold, smooth) -> None:
+    layer = nn.Softplus(beta, threshold)
+    at = torch.tensor(threshold / beta)
+    ends = layer(torch.stack([at, torch.nextafter(at, at + 1)]))
+    assert (float(ends.diff().abs()) <= 1e-8) is smooth
+    assert (lipschitz(layer).verdict is Verdict.CERTIFIED) is smooth
+
+
 @given(SEEDS, st.integers(2, 6))
 def test_softmax(seed: int, n: int) -> None:
     torch.manual_seed(seed)
@@ -539,6 +551,13 @@ def test_sums_and_products_contain_the_exact_result(x: float, y: float) -> None:
         (Interval.of(x) ** 3, Fraction(x) ** 3),
     ):
         assert Fraction(float(box.lower)) <= exact <= Fraction(float(box.upper))
+
+
+@pytest.mark.parametrize("x", [-700.0, -709.5, -709.9, -720.0, -745.0, -800.0])
+def test_sigmoids_of_very_negative_numbers(x: float) -> None:
+    found = Interval.of(x).sigmoid()
+    assert float(found.lower) <= math.exp(x) <= float(found.upper)
+    assert float(found.upper) <= max(1e-300, 2 * math.exp(x))
 
 
 def test_intervals_are_tight_and_refuse() -> None:

@@ -137,7 +137,9 @@ class Interval:
     def sigmoid(self) -> "Interval":
         """Return ``1 / (1 + exp(-x))``."""
         wide = self._monotone(torch.sigmoid)
-        return Interval(wide.lower.clamp_min(0.0), wide.upper.clamp_max(1.0))
+        # 1 / (1 + exp(-x)) overflows below -709, where exp(x) is as sharp a bound.
+        high = torch.where(self.upper < -700.0, self.exp().upper, wide.upper)
+        return Interval(wide.lower.clamp_min(0.0), high.clamp_max(1.0))
 
     def cos(self) -> "Interval":
         """Return the cosines."""

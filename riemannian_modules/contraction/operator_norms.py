@@ -13,6 +13,8 @@ __all__ = ["CONSTANTS", "convolution_norm", "layer_constants"]
 
 Constant = Callable[[Any], float]
 
+_JUMP = 1e-8
+
 
 def _double(weight: Tensor) -> Tensor:
     return weight.detach().as_subclass(Tensor).double()
@@ -98,6 +100,13 @@ def gelu(layer: nn.GELU) -> float:
     return 1.1289042 if layer.approximate == "none" else math.inf
 
 
+def softplus(layer: nn.Softplus) -> float:
+    """One, if the jump to the identity at the threshold is below 1e-8."""
+    t = layer.threshold
+    jump = max(-t, 0.0) + math.log1p(math.exp(-abs(t)))
+    return 1.0 if jump <= _JUMP * abs(layer.beta) else math.inf
+
+
 def _always(value: float) -> Constant:
     return lambda layer: value
 
@@ -124,7 +133,7 @@ CONSTANTS: dict[type[nn.Module], Constant] = {
     nn.Tanh: _always(1.0),
     nn.Tanhshrink: _always(1.0),
     nn.Softsign: _always(1.0),
-    nn.Softplus: _always(1.0),
+    nn.Softplus: softplus,
     nn.LogSigmoid: _always(1.0),
     nn.Sigmoid: _always(0.25),
     nn.Hardsigmoid: _always(0.1666667),
