@@ -293,6 +293,52 @@ def test_order_and_units_do_not_matter(seed: int, n: int, speed: float) -> None:
     np.testing.assert_allclose(list(scaled.weights.values()), weights, rtol=1e-7)
 
 
+@pytest.mark.parametrize(("n", "gain"), [(10, 1e6), (22, 1e6), (150, 1.0), (3, 1e-300)])
+def test_long_chains_meet_their_target(n: int, gain: float) -> None:
+    found = hierarchy([1.0] * n, [gain] * (n - 1), target=0.5)
+    assert found.value >= 0.5 - 1e-10
+    assert found.contracts
+    assert all(0.0 < weight < math.inf for weight in found.weights.values())
+
+
+def test_chains_without_couplings_need_no_epsilon() -> None:
+    found = hierarchy([1.0, 2.0, 3.0], [0.0, 0.0], target=0.5)
+    assert (found.value, found.overshoot) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    "gains",
+    [
+        np.float32(4),
+        np.array(4.0),
+        np.array([4.0]),
+        [np.int64(4)],
+        torch.tensor(4.0),
+        torch.tensor([4.0]),
+        [torch.tensor(4.0)],
+        (4,),
+        [Gain(4.0)],
+        Gain(4.0),
+        [[0.0, 0.0], [4.0, 0.0]],
+    ],
+    ids=repr,
+)
+def test_gains_of_a_chain_are_numbers_of_any_library(gains) -> None:
+    wanted = hierarchy([2.0, 3.0], 4.0, epsilon=0.3)
+    assert hierarchy([2.0, 3.0], gains, epsilon=0.3).value == wanted.value
+
+
+def test_tiny_maps_have_tiny_factors() -> None:
+    """Squares of the factor underflow."""
+    found = discrete([1e-200, 1e-200], [[0, 1e-200], [1e-200, 0]])
+    assert 2e-200 <= found.value <= 2e-200 * (1 + 1e-14)
+    for value in (Fraction(1, 10**500), Fraction(3, 10**700), Fraction(2), Fraction(0)):
+        root = root_up(value)
+        assert Fraction(root) ** 2 >= value
+        smaller = Fraction(math.nextafter(math.nextafter(root, 0.0), 0.0))
+        assert smaller**2 <= value
+
+
 @given(SEEDS, st.integers(2, 5), st.floats(0.01, 0.99))
 @example(4096, 5, 0.6875)
 def test_the_inverse_design_meets_its_target(seed: int, n: int, share: float) -> None:
@@ -480,7 +526,10 @@ def test_rates_in_different_metrics_do_not_add_up() -> None:
         (lambda: hierarchy([1.0, 2.0], 1.0, epsilon=1.0, target=1.0), "epsilon or"),
         (lambda: hierarchy([1.0, 2.0], 1.0, epsilon=0.0), "positive"),
         (lambda: hierarchy([1.0, 2.0], 1.0, target=1.0), "cannot reach"),
-        (lambda: hierarchy([1.0, 2.0], 0.0, target=0.5), "any epsilon"),
+        (lambda: hierarchy_epsilon([1.0, 2.0], 0.0, 0.5), "any epsilon"),
+        (lambda: hierarchy([1.0] * 30, [1e6] * 29, target=0.5), "10\\^182"),
+        (lambda: hierarchy([1.0] * 60, [1e3] * 59, target=0.5), "lower target"),
+        (lambda: hierarchy([1.0] * 100, [1.0] * 99, epsilon=0.01), "10\\^198"),
         (lambda: hierarchy([1.0, 2.0], [1.0, 1.0], epsilon=1.0), "1 couplings"),
         (lambda: hierarchy([1.0, 2.0], [[0, 1], [0, 0]], epsilon=1.0), "acts back"),
         (lambda: skew_feedback([1.0]), "two modules"),

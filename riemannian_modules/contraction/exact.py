@@ -26,7 +26,11 @@ def root_up(value: Fraction) -> float:
     """Return a double that is not below the square root of ``value >= 0``."""
     if value > Fraction(1.7e308):
         return math.inf
-    root = math.sqrt(float(value))
+    if value <= 0:
+        return 0.0
+    # A power of four keeps the double next to the value in its range.
+    half = (value.denominator.bit_length() - value.numerator.bit_length()) // 2
+    root = math.ldexp(math.sqrt(float(value * Fraction(4) ** half)), -half)
     while Fraction(root) ** 2 < value:
         root = math.nextafter(root, math.inf)
     return root

@@ -1,9 +1,9 @@
 """Chains of modules, each of which acts only on those after it."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from riemannian_modules.errors import ContractionError
 
 __all__ = ["hierarchy", "hierarchy_epsilon"]
 
+_LARGEST = 700.0
 ChainGains = Gains | Sequence[GainLike] | GainLike
 
 
@@ -43,13 +44,14 @@ def hierarchy(
         epsilon: weight of every module against the one before it. Small: close to
             the slowest rate, and a large overshoot.
         target: instead of epsilon, the rate wanted; see :func:`hierarchy_epsilon`.
+            Without couplings epsilon is one.
 
     Returns:
         The certificate.
 
     Raises:
         ContractionError: a gain points back; not exactly one of epsilon and target; a
-            target that cannot be reached.
+            target that cannot be reached; weights beyond what doubles hold.
 
     >>> chain = hierarchy([2.0, 3.0], 4.0, epsilon=0.3)
     >>> round(chain.value, 6), round(chain.overshoot, 4)
@@ -59,8 +61,8 @@ def hierarchy(
     if (epsilon is None) == (target is None):
         raise ContractionError("a hierarchy takes epsilon or target, one of the two")
     if epsilon is None:
-        epsilon = _epsilon(premises, float(target or 0.0))
-    weights = _powers(require_positive(epsilon, "epsilon"), len(premises.names))
+        epsilon = _epsilon(premises, float(target or 0.0), uncoupled=1.0)
+    weights = _powers(require_positive(float(epsilon), "epsilon"), len(premises.names))
     value = rate_in_weights(premises, weights)
     reason = Step(
         f"scaled by powers of epsilon = {epsilon:.6g} the couplings forward are small: "
@@ -91,7 +93,8 @@ def hierarchy_epsilon(rates: Rates, gains: ChainGains, target: float) -> float:
         target: a rate below the slowest one.
 
     Returns:
-        epsilon. The overshoot is its inverse for two modules.
+        epsilon, at most as large as doubles hold the weights. The overshoot is its
+        inverse for two modules.
 
     Raises:
         ContractionError: the target is not below the slowest rate, or there is no
@@ -103,7 +106,9 @@ def hierarchy_epsilon(rates: Rates, gains: ChainGains, target: float) -> float:
     return _epsilon(_chain(rates, gains), target)
 
 
-def _epsilon(premises: Premises, target: float) -> float:
+def _epsilon(
+    premises: Premises, target: float, uncoupled: float | None = None
+) -> float:
     slowest = min(premises.values)
     if not target < slowest:
         raise ContractionError(
@@ -111,50 +116,67 @@ def _epsilon(premises: Premises, target: float) -> float:
             f"slowest module, {slowest:.6g}"
         )
     k = premises.matrix
+    if not k.any() and uncoupled is not None:
+        return uncoupled
     if not premises.finite or not k.any():
         raise ContractionError(
             f"no epsilon to choose for the gains {k.tolist()}: they must be finite, "
             "and without couplings any epsilon will do"
         )
+    # Weights must be doubles; a smaller epsilon has a larger rate.
+    top = math.exp(0.99 * _LARGEST / (2 * (len(k) - 1)))
     if len(k) == 2:
         one, two = premises.values
-        return 2 * math.sqrt((one - target) * (two - target)) / float(k[1, 0])
-    low, high = 0.0, 1.0
-    while _chain_rate(premises, high) > target:
-        low, high = high, 2 * high
-    while low == 0.0 or high - low > 1e-13 * high:
+        epsilon = 2 * math.sqrt((one - target) * (two - target)) / float(k[1, 0])
+        return min(epsilon, top)
+    # Bisection for log(epsilon), whose powers do not leave the range of doubles.
+    low, high = -1.0, 1.0
+    while _chain_rate(premises, low) < target:
+        low *= 2.0
+    while _chain_rate(premises, high) >= target:
+        high *= 2.0
+    while high - low > 1e-13 * max(1.0, abs(low)):
         middle = (low + high) / 2
         if _chain_rate(premises, middle) >= target:
             low = middle
         else:
             high = middle
-    return low
-
-
-def _chain_rate(premises: Premises, epsilon: float) -> float:
-    return _log_norm_rate(premises, _powers(epsilon, len(premises.names)))
+    return min(math.exp(min(low, _LARGEST)), top)
 
 
 def _powers(epsilon: float, n: int) -> list[float]:
+    """Return ``eps^0, eps^2, ...``.
+
+    Raises:
+        ContractionError: doubles do not hold them.
+    """
+    if abs(2 * (n - 1) * math.log(epsilon)) > _LARGEST:
+        power = (n - 1) * math.log10(epsilon)
+        raise ContractionError(
+            f"with epsilon = {epsilon:.6g} the weights of {n} modules in a chain span "
+            f"powers of ten up to {2 * power:.4g}, more than doubles hold, for an "
+            f"overshoot of 10^{abs(power):.4g}: give a lower target or an epsilon "
+            "nearer to one, or make fewer modules of the chain"
+        )
     return [epsilon ** (2 * index) for index in range(n)]
 
 
-def _log_norm_rate(premises: Premises, weights: Sequence[float]) -> float:
-    """Return the rate in the given weights as the eigen-solver has it."""
-    root = np.sqrt(np.asarray(weights))
-    S = premises.matrix * root[:, None] / root[None, :]
+def _chain_rate(premises: Premises, log_epsilon: float) -> float:
+    """Return the rate as the eigen-solver has it."""
+    each = np.arange(len(premises.names))
+    with np.errstate(divide="ignore", over="ignore"):
+        powers = (each[:, None] - each[None, :]) * log_epsilon
+        S = np.exp(np.log(premises.matrix) + powers)
+    if not np.isfinite(S).all():
+        return -math.inf
     S = (S + S.T) / 2 - np.diag(premises.values)
     return -float(np.linalg.eigvalsh(S)[-1])
 
 
 def _chain(rates: Rates, gains: ChainGains) -> Premises:
     names = Premises.of(rates).names
-    steps: list[GainLike] = []
-    if isinstance(gains, Gain | float | int):
-        steps = [gains]
-    elif isinstance(gains, Sequence):
-        steps = [each for each in gains if isinstance(each, Gain | float | int)]
-    if isinstance(gains, Gain | float | int) or steps:
+    steps = _steps(gains)
+    if steps:
         if len(steps) != len(names) - 1:
             raise ContractionError(
                 f"a chain of {len(names)} modules has {len(names) - 1} couplings from "
@@ -171,3 +193,20 @@ def _chain(rates: Rates, gains: ChainGains) -> Premises:
             "use small_gain or feedback, or give the modules in order"
         )
     return premises
+
+
+def _steps(gains: ChainGains) -> list[GainLike]:
+    """Return the gains from each module to the next, if they are given so."""
+    if isinstance(gains, Mapping):
+        return []
+    if _is_number(gains):
+        return [_number(gains)]
+    return [_number(each) for each in cast("Sequence[Any]", gains) if _is_number(each)]
+
+
+def _is_number(gain: Any) -> bool:
+    return isinstance(gain, Gain) or np.ndim(gain) == 0
+
+
+def _number(gain: Any) -> GainLike:
+    return gain if isinstance(gain, Gain) else float(gain)

@@ -44,9 +44,12 @@ def rate_in_weights(premises: Premises, weights: Sequence[float]) -> float:
     """
     if not premises.finite:
         return -math.inf
-    k, d = premises.matrix, np.asarray(weights, dtype=float)
-    A = (k + k.T * d[None, :] / d[:, None]) / 2 - np.diag(premises.values)
-    return verified_rate(premises.values, k.tolist(), weights, witness(A).tolist())
+    k, root = premises.matrix, np.sqrt(np.asarray(weights, dtype=float))
+    # In these coordinates the form is symmetric, and its vector has moderate entries
+    # even where the weights are far apart.
+    scaled = k * root[:, None] / root[None, :]
+    x = witness((scaled + scaled.T) / 2 - np.diag(premises.values)) / root
+    return verified_rate(premises.values, k.tolist(), weights, x.tolist())
 
 
 def require_positive(value: float, what: str) -> float:
