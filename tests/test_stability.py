@@ -186,6 +186,14 @@ def test_results_of_others_keep_their_verdicts() -> None:
     assert found.verdict is Verdict.EVIDENCE
 
 
+def test_an_infinite_time() -> None:
+    assert c.stability_bound(1.0, 0.0, 100, t=math.inf).value == math.inf
+    assert c.distance_bound(1.0, 0.0, t=math.inf).value == math.inf
+    assert c.distance_bound(1.0, -0.5, t=math.inf).value == math.inf
+    assert c.distance_bound(0.0, 0.0, t=math.inf, start=1.5).value == 1.5
+    assert c.distance_bound(1.0, 0.5, t=math.inf, start=3.0).value == 2.0
+
+
 def test_rates_of_the_residual_bound_no_distance() -> None:
     output = c.Rate(0.5, kind="output", side=Side.EXACT)
     for bound in (

@@ -15,7 +15,7 @@ def memory(rate: float, t: float | None) -> float:
 
     Args:
         rate: The rate, of any sign.
-        t: The time; None: its supremum over all times.
+        t: The time, perhaps infinite; None: its supremum over all times.
 
     Returns:
         The integral of ``exp(-rate s)`` from 0 to t, perhaps infinite.
@@ -27,7 +27,7 @@ def memory(rate: float, t: float | None) -> float:
         >>> memory(0.0, 3.0), memory(0.5, None), memory(-1.0, None)
         (3.0, 2.0, inf)
     """
-    if t is None:
+    if t is None or t == math.inf:
         return 1.0 / rate if rate > 0 else math.inf
     require(t >= 0, f"a time of {t}")
     x = rate * t
@@ -68,6 +68,8 @@ def decay(rate: float, t: float | None) -> float:
     """Return ``exp(-rate t)``, or its supremum over all times for None."""
     if t is None:
         return 1.0 if rate >= 0 else math.inf
+    if rate == 0.0:
+        return 1.0
     return math.inf if -rate * t > _LARGEST else math.exp(-rate * t)
 
 

@@ -134,17 +134,17 @@ class Monitor:
         Raises:
             NotRecordedError: there was no step yet.
         """
-        self._steps += 1
-        if (self._steps - 1) % self._every:
+        step = self._steps + 1
+        if self._steps % self._every:
+            self._steps = step
             return
         lengths = [block.update_norm for block in self._optimizer.report]
         rates: dict[str, dict[str, Rate]] = {}
         for kind in self._kinds:
             given = {} if kind == "output" else self._given()
             rates[kind] = dict(self._optimizer.contraction_rates(kind, **given))
-        self.records.append(
-            Record(self._steps, _number(loss), math.hypot(*lengths), rates)
-        )
+        self.records.append(Record(step, _number(loss), math.hypot(*lengths), rates))
+        self._steps = step
         for writer, prefix in self._writers:
             _write(writer, prefix, self.records[-1])
 
