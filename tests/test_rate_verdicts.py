@@ -656,6 +656,16 @@ def test_monitor_says_what_it_needs(monkeypatch, tmp_path) -> None:
         monitor.plot(tmp_path / "none.png")
 
 
+def test_a_record_that_raises_does_not_count() -> None:
+    optimizer, _, _, step = trained(0)
+    monitor = Monitor(optimizer, every=2)
+    with pytest.raises(NotRecordedError):
+        monitor.record(0.0)
+    for _ in range(3):
+        monitor.record(step())
+    assert [each.step for each in monitor.records] == [1, 3]
+
+
 # ---- manners -------------------------------------------------------------------------
 
 
@@ -702,6 +712,11 @@ def test_what_cannot_be_right_is_refused() -> None:
         rate(metric, lambda z: z, x)
     with pytest.raises(ContractionError, match="one finite number"):
         rate(metric, lambda z: z.sum() * float("nan"), x)
+    for kind in ("true", "frozen", "output"):
+        with pytest.raises(ContractionError, match="one finite number"):
+            rate(metric, lambda z: z, x, kind=kind)
+    with pytest.raises(ContractionError, match="one finite number"):
+        discrete_factor(metric, lambda z: z, x, lr=0.1)
     with pytest.raises(ContractionError, match="lr="):
         discrete_factor(metric, loss, x, lr=-0.1)
     with pytest.raises(ContractionError, match="method="):

@@ -218,6 +218,27 @@ def test_the_plot_is_a_picture(tmp_path: Path) -> None:
 # ---- what is refused ----
 
 
+def test_the_whole_of_couplings_that_are_far_apart() -> None:
+    system = System(
+        {
+            "a": lambda x, others: -2.0 * x + others["b"],
+            "b": lambda x, others: -2.0 * x + 1e-50 * others["a"],
+        },
+        {"a": 1, "b": 1},
+    )
+    region = {"a": (-1.0, 1.0), "b": (-1.0, 1.0)}
+
+    def bounds(x: dict[str, Interval]) -> dict:
+        own = {(name, name): [[-2.0]] for name in ("a", "b")}
+        return {**own, ("a", "b"): [[1.0]], ("b", "a"): [[1e-50]]}
+
+    found = system.certify("whole", region=region, jacobian_bounds=bounds)
+    assert found.verdict is Verdict.CERTIFIED
+    assert 1.99 < found.value <= 2.0
+    with pytest.raises(ContractionError, match="samples=0"):
+        system.certify(region=region, samples=0)
+
+
 def test_wrong_bounds_are_found_by_samples() -> None:
     system = pair()
 

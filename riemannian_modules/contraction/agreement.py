@@ -10,10 +10,23 @@ from riemannian_modules.contraction.geometry import Geometry
 from riemannian_modules.contraction.replica import Replica
 from riemannian_modules.errors import ContractionError
 
-__all__ = ["require_agreement"]
+__all__ = ["require_agreement", "require_scalar"]
 
 _AGREEMENT = 1e-6
 _STEP = 1e-5
+
+
+def require_scalar(value: Tensor) -> None:
+    """Check the value of a loss.
+
+    Raises:
+        ContractionError: it is not one finite number.
+    """
+    if value.ndim or not bool(value.isfinite()):
+        raise ContractionError(
+            f"the loss has shape {tuple(value.shape)} and is {value.tolist()}; it must "
+            "be one finite number"
+        )
 
 
 def require_agreement(

@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 
 from riemannian_modules.contraction import eigen
-from riemannian_modules.contraction.agreement import require_agreement
+from riemannian_modules.contraction.agreement import (
+    require_agreement,
+    require_scalar,
+)
 from riemannian_modules.contraction.autodiff import exact_derivatives, jvp, vjp
 from riemannian_modules.contraction.derivatives import curvature
 from riemannian_modules.contraction.geometry import Geometry, Loss
@@ -62,8 +65,8 @@ def discrete_factor(
         above one, "evidence" for a lower bound below one.
 
     Raises:
-        ContractionError: a step length that is negative or not finite, or an unknown
-            method.
+        ContractionError: a step length that is negative or not finite, an unknown
+            method, or a loss that is no scalar.
 
     Cost: a product with the step's derivative takes a Hessian-vector product and a
     derivative of the metric; as many as dimensions, or one with its transpose for
@@ -125,6 +128,7 @@ class _Step:
         self.lr, self.retraction = lr, retraction
         self.here = replica
         self.geometry = replica.geometry(basis=basis)
+        require_scalar(self.geometry.loss(self.geometry.origin))
         require_agreement(self.geometry, replica, "true")
         u = self.geometry.origin
         slope = torch.func.grad(self.geometry.loss)(u)

@@ -7,7 +7,10 @@ import torch
 from torch import Tensor
 
 from riemannian_modules.contraction import eigen
-from riemannian_modules.contraction.agreement import require_agreement
+from riemannian_modules.contraction.agreement import (
+    require_agreement,
+    require_scalar,
+)
 from riemannian_modules.contraction.autodiff import exact_derivatives
 from riemannian_modules.contraction.geometry import Loss
 from riemannian_modules.contraction.hessian import Hessian
@@ -186,12 +189,7 @@ def prepare(
         ContractionError: the loss is no finite scalar, or derivatives do not agree.
     """
     geometry = replica.geometry(basis=basis, weight_decay=weight_decay)
-    value = geometry.loss(geometry.origin)
-    if value.ndim or not bool(value.isfinite()):
-        raise ContractionError(
-            f"the loss has shape {tuple(value.shape)} and is {value.tolist()}; it must "
-            "be one finite number"
-        )
+    require_scalar(geometry.loss(geometry.origin))
     probe = require_agreement(geometry, replica, kind)
     return Hessian(geometry, replica.blocks, kind), probe
 
@@ -318,9 +316,9 @@ def _output(metric: LayerwiseMetric, loss: Loss, inputs: tuple[Any, ...]) -> Rat
     replica = Replica(metric, loss, inputs)
     heads = pair(replica.metric.output, replica.returned)
     tensors = [tensor for tensor, _ in heads]
-    costates = torch.autograd.grad(
-        loss(replica.returned), tensors, allow_unused=True, retain_graph=True
-    )
+    value = loss(replica.returned)
+    require_scalar(value)
+    costates = torch.autograd.grad(value, tensors, allow_unused=True, retain_graph=True)
     whole = [
         torch.zeros_like(t) if c is None else c
         for t, c in zip(tensors, costates, strict=True)

@@ -122,7 +122,13 @@ class Box:
         return ((states >= self.lower) & (states <= self.upper)).all(-1)
 
     def sample(self, count: int, seed: int) -> Tensor:
-        """Return points ``(count, total)``: the middle, then uniformly random ones."""
+        """Return points ``(count, total)``: the middle, then uniformly random ones.
+
+        Raises:
+            ContractionError: no points.
+        """
+        if count < 1:
+            raise ContractionError(f"samples={count}; at least one point is looked at")
         generator = torch.Generator().manual_seed(seed)
         shape = (count, len(self.lower))
         share = torch.rand(shape, generator=generator, dtype=torch.float64)

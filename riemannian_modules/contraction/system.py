@@ -1,5 +1,6 @@
 """Systems of named modules that act on each other: certified, and simulated."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
@@ -31,6 +32,7 @@ __all__ = ["Field", "Rule", "System"]
 Field = Callable[[Tensor, dict[str, Tensor]], Tensor]
 Rule = Literal["small_gain", "hierarchy", "feedback", "whole"]
 Bounds = Mapping[str, tuple[float | Sequence[float], float | Sequence[float]]]
+_SPAN = 30
 State = Mapping[str, float | Sequence[float] | Tensor]
 
 
@@ -258,11 +260,11 @@ class System:
         gains: Mapping[tuple[str, str], Gain],
     ) -> Certificate:
         proposed = small_gain(rates, gains)
-        # Powers of two, so that d_i P_i is stored without rounding.
-        weights = {
-            name: 2.0 ** round(torch.tensor(weight).log2().item())
-            for name, weight in proposed.weights.items()
-        }
+        # Powers of two, so that d_i P_i is stored without rounding. Any weights will
+        # do, and those too far apart make a metric that cannot be computed with.
+        powers = {n: round(math.log2(w)) for n, w in proposed.weights.items()}
+        floor = max(powers.values()) - _SPAN
+        weights = {name: 2.0 ** max(power, floor) for name, power in powers.items()}
         P = torch.block_diag(*[weights[n] * self.roots[n].P for n in weights])
         rate = J.as_rate(interval_rate(J.lower, J.upper, MetricRoot.of(P)), "whole")
         claim = (
