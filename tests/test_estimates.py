@@ -222,6 +222,18 @@ def test_slopes(module: nn.Module) -> None:
     assert steepest >= 0.9 * slope(module)
 
 
+def test_linear_layers_that_do_more_are_refused_in_chains() -> None:
+    class Twice(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2.0 * super().forward(x)
+
+    hooked = nn.Linear(2, 2)
+    hooked.register_forward_hook(lambda module, args, out: 2.0 * out)
+    for layer in (Twice(2, 2), hooked):
+        with pytest.raises(ContractionError, match="not known"):
+            c.chain_sensitivity([layer], 1.0, 1.0)
+
+
 def test_chains_that_are_refused() -> None:
     with pytest.raises(ContractionError, match="layer 1 of the chain is a Sigmoid"):
         c.chain_sensitivity([nn.Linear(2, 2), nn.Sigmoid()], 1.0, 1.0)

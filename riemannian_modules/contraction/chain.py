@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from riemannian_modules.contraction.constants import Constant, require
+from riemannian_modules.contraction.gains import is_linear
 from riemannian_modules.contraction.result import Side
 from riemannian_modules.errors import ContractionError
 from riemannian_modules.manifolds import Oblique, base_of
@@ -126,7 +127,7 @@ def chain_sensitivity(
     size, entries = input_norm, 0
     sensitivities: list[float] = []
     for index, module in enumerate(chain):
-        if isinstance(module, nn.Linear):
+        if is_linear(module):
             _require_surrounding(module, index)
             stretch = _spectral(module.weight) + radius
             bias = 0.0 if module.bias is None else _length(module.bias) + radius

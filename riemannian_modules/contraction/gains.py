@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ __all__ = [
     "added",
     "chained",
     "growth",
+    "is_linear",
     "known",
     "lipschitz",
     "measured_gain",
@@ -146,6 +147,13 @@ def _untouched(
     )
 
 
+def is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Return whether a module computes what nn.Linear does, and nothing else."""
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    plain = isinstance(module, nn.Linear) and not hooks
+    return plain and _untouched(module, nn.Linear, ["forward"])
+
+
 def chained(gains: Sequence[Gain], what: str) -> Gain:
     """Return the gain of modules one after the other, the product.
 
@@ -212,10 +220,9 @@ def growth(module: nn.Module) -> Gain | float:
     bound = lipschitz(module)
     if bound.verdict is not Verdict.CERTIFIED:
         return bound
-    plain = isinstance(module, nn.Linear) and _untouched(module, nn.Linear, ["forward"])
-    if not plain or module.in_features != module.out_features:
+    if not is_linear(module) or module.in_features != module.out_features:
         return bound.value
-    weight: Tensor = module.weight.detach().as_subclass(Tensor).double()  # type: ignore[operator]
+    weight = module.weight.detach().as_subclass(Tensor).double()
     # Halving is exact; the sum of two entries is rounded once.
     symmetric = (weight + weight.mT) / 2
     slip = float(symmetric.abs().sum(-1).max()) * 2.0**-52
