@@ -28,6 +28,10 @@ Product = Callable[[Tensor], Tensor]
 Vector = NDArray[np.float64]
 
 UNIT = 16.0 * float(np.finfo(np.float64).eps)
+_SINGULAR = (
+    "Lanczos' method saw no vector with a length: the metric is singular in float64; "
+    "raise the mass, or ask for method='dense'"
+)
 # ARPACK looks for convergence each time that it has so many vectors.
 _KRYLOV = 12
 
@@ -183,7 +187,7 @@ def lanczos(
         The value, an upper bound of the smallest eigenvalue but for ``above``.
 
     Raises:
-        ContractionError: ARPACK gave up before it had seen anything.
+        ContractionError: no vector that it saw has a length in G.
     """
     seen = [] if known is None else [known]
     left = max(products - 1, 1) - len(seen)  # one is for the Ritz vector
@@ -227,11 +231,6 @@ def lanczos(
             ncv=min(n, _KRYLOV),
             tol=tolerance,
         )
-    if not seen:
-        raise ContractionError(
-            "ARPACK gave up at its first vector: the metric is singular in float64; "
-            "raise the mass, or ask for method='dense'"
-        )
     return _ritz(seen, product, metric, error)
 
 
@@ -245,7 +244,12 @@ def _ritz(
 
     It is evaluated anew at the Ritz vector, so that what the combination of nearly
     dependent vectors loses costs convergence, but not the side of the value.
+
+    Raises:
+        ContractionError: no vector has a length in the metric.
     """
+    if not seen:
+        raise ContractionError(_SINGULAR)
     V = torch.stack([v for v, _ in seen])
     HV = torch.stack([Hv for _, Hv in seen])
     GV = torch.stack([metric(v) for v, _ in seen])
@@ -254,6 +258,8 @@ def _ritz(
     ratios = squares / V.square().sum(1)
     size = float((GV.norm(dim=1) / V.norm(dim=1)).max())
     long = ratios > UNIT * size
+    if not bool(long.any()):
+        raise ContractionError(_SINGULAR)
     sizes = float((HV.norm(dim=1) / V.norm(dim=1)).max()), size
     scale = squares[long].rsqrt().unsqueeze(1)
     V, HV, GV = scale * V[long], scale * HV[long], scale * GV[long]
