@@ -1,7 +1,7 @@
 """Models that are trained by several processes, and by one with the joined batch."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import riemannian_modules as rm
+from riemannian_modules.functional import DifferentialOperator
 from riemannian_modules.model_metric import ModelMetric
 
 Sizes = tuple[int, ...]
@@ -118,10 +119,12 @@ class Case:
         options: of the metric; what is a function makes the option.
         optimizer: of RiemannianSGD; None: the optimizer below.
         searching: makes an optimizer that looks at the loss anew.
-        functional: a function of the model and one example, for a FunctionalMetric.
+        functional: a function of the model and one example, for a FunctionalMetric; or
+            several, which all get the same examples.
         tokens: positions of each example, which have a number of their own.
         sizes: numbers of examples of the passes that a batch takes; the rest are one
             more pass.
+        even: whether all processes have equally many examples.
         dtype: data type of the model.
         tolerance: what joined steps may differ by, relative to the largest entry.
     """
@@ -133,9 +136,10 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     optimizer: dict[str, Any] | None = field(default_factory=lambda: {"lr": 0.3})
     searching: Callable[[Any], Any] = rm.optim.LevenbergMarquardt
-    functional: Callable[..., Tensor] | None = None
+    functional: Any = None
     tokens: int = 1
     sizes: Sizes = ()
+    even: bool = False
     dtype: torch.dtype = torch.float64
     tolerance: float = 1e-10
 
@@ -156,10 +160,14 @@ class Case:
     def numbers(self, n: int) -> Tensor:
         return torch.arange(n * self.tokens).view(n, -1).squeeze(-1)
 
+    def given(self, x: Tensor) -> Any:
+        """What a FunctionalMetric is called with."""
+        return dict.fromkeys(self.output, x) if isinstance(self.output, dict) else x
+
     def differentiate(self, metric: ModelMetric, x: Tensor, numbers: Tensor) -> None:
         """Record and go backward, in one pass or several."""
         if not isinstance(metric, rm.LayerwiseMetric):
-            outputs = metric(x)  # type: ignore[operator]
+            outputs = metric(self.given(x))  # type: ignore[operator]
             metric.backward(self.loss(outputs, numbers), outputs)  # type: ignore[operator]
             return
         ends = [*accumulate(self.sizes), len(x)]
@@ -181,7 +189,7 @@ class Case:
         def again() -> Tensor:
             if isinstance(metric, rm.LayerwiseMetric):
                 return self.loss(metric.model(x), numbers)
-            return self.loss(metric(x), numbers)  # type: ignore[operator]
+            return self.loss(metric(self.given(x)), numbers)  # type: ignore[operator]
 
         optimizer.step(*([again] if self.optimizer is None else []))
 
@@ -197,6 +205,24 @@ def smooth() -> nn.Module:
 def half_mean(outputs: Any, n: Tensor) -> Tensor:
     return 0.5 * outputs.square().sum(-1).mean()
 
+
+def half_means(outputs: Any, n: Tensor) -> Tensor:
+    return torch.stack([half_mean(each, n) for each in outputs.values()]).sum()
+
+
+# Two rows for each point of one, and one for each of the other.
+SETS = Case(
+    model=lambda: nn.Sequential(nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, 2)),
+    batch=lambda n: features(n, 2),
+    output={"in": rm.output.Euclidean(), "on": rm.output.Euclidean()},
+    loss=half_means,
+    functional={
+        "in": DifferentialOperator(lambda u, z: u.d(0) - u.d(1, 1)),
+        "on": DifferentialOperator(lambda u, z: u.value[:1] - 1.0),
+    },
+    optimizer=None,
+    options={"mass": 1e-2},
+)
 
 CASES: dict[str, Case] = {
     "layer": Case(),
@@ -298,5 +324,7 @@ CASES: dict[str, Case] = {
         optimizer=None,
         options={"mass": 1e-2},
     ),
+    "sets of points": SETS,
+    "sets of points, evenly": replace(SETS, even=True),
     "float32": Case(dtype=torch.float32, tolerance=1e-4),
 }

@@ -27,9 +27,11 @@ PARTS = {2: [5, 3], 4: [1, 4, 2, 2]}
 STEPS = 3
 
 
-def part_of(tensor: Tensor) -> Tensor:
+def part_of(tensor: Tensor, *, even: bool = False) -> Tensor:
     """The examples of this process."""
-    return tensor.split(PARTS[dist.get_world_size()])[dist.get_rank()]
+    size = dist.get_world_size()
+    parts = tensor.chunk(size) if even else tensor.split(PARTS[size])
+    return parts[dist.get_rank()]
 
 
 def bits_of(metric: ModelMetric) -> str:
@@ -79,7 +81,8 @@ def compare(case: Case) -> dict[str, Any]:
     torch.manual_seed(2 + dist.get_rank())
     for _ in range(STEPS):
         case.step(one, optimizers[0], batch, numbers)
-        case.step(other, optimizers[1], part_of(batch), part_of(numbers))
+        own = [part_of(each, even=case.even) for each in (batch, numbers)]
+        case.step(other, optimizers[1], *own)
         grads = [
             {d.name: d.tensor.grad for d in m.parameters if d.tensor.grad is not None}
             for m in (other, one)

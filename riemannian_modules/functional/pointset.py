@@ -153,14 +153,15 @@ def joined(parts: Sequence[Linearization]) -> Linearization:
         return {n: torch.stack([each[n] for each in of]).sum(0) for n in names}
 
     factors = _stacked({name: [p.factors[name] for p in parts] for name in names})
+    ranks = [next(iter(p.factors.values())).rank for p in parts]
+    examples = sum(ranks)  # each row one of its own, as they are stacked
     gradient = total([p.gradient for p in parts]) if parts[0].gradient else {}
     rest = None
     residuals = [p.residual for p in parts]
     if gradient and any(p.rest is not None for p in parts):
         rest = total([p.rest for p in parts if p.rest is not None])
     if all(each is None for each in residuals):
-        return Linearization(names, factors, gradient, None, rest, None, {})
-    ranks = [next(iter(p.factors.values())).rank for p in parts]
+        return Linearization(names, factors, gradient, None, rest, None, {}, examples)
     like = next(each for each in residuals if each is not None)
     residual = torch.cat(
         [
@@ -168,7 +169,7 @@ def joined(parts: Sequence[Linearization]) -> Linearization:
             for each, rank in zip(residuals, ranks, strict=True)
         ]
     )
-    return Linearization(names, factors, gradient, residual, rest, None, {})
+    return Linearization(names, factors, gradient, residual, rest, None, {}, examples)
 
 
 def _stacked(

@@ -77,7 +77,8 @@ def header_of(
     Returns:
         The description, the factors to send, and the tensors that they are made of.
     """
-    examples = size.examples
+    # Not those of the size: rows of several sets of points are an example each.
+    examples = found.examples
     rank = max((factor.rank for factor in found.factors.values()), default=0)
     rows = rank // examples
     apart = any(type(factor) is not DenseFactor for factor in found.factors.values())
