@@ -250,6 +250,28 @@ def test_largest_makes_no_row_of_rounding_errors():
     assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("margin", [25.0, 100.0])
+def test_a_large_residual_leaves_those_of_other_examples(margin):
+    torch.manual_seed(0)
+    model, x = nn.Linear(6, 4).float(), 9.0 * torch.randn(32, 6).float()
+    x[:, 0], x[0] = 0.0, torch.eye(6)[0]
+    with torch.no_grad():
+        model.weight[:, 0] = margin * torch.eye(4)[1] - model.bias
+        labels = model(x).argmax(1)
+    labels[0] = 0
+    metric = rm.LayerwiseMetric(model, Categorical(), rows=Largest(8), blocks="model")
+    with metric.record():
+        z = model(x)
+    assert float((z[0, 1] - z[0, 0]).detach()) == pytest.approx(margin, rel=1e-3)
+    metric.backward(F.cross_entropy(z, labels), z)
+    found = metric.linearization
+    assert found.rest is None
+    for name, factor in found.factors.items():
+        expected = model.get_parameter(name).grad
+        error = factor.rmatvec(found.residual) - expected
+        assert float(error.norm()) < 1e-5 * float(expected.norm())
+
+
 def test_few_rows_are_left_alone():
     metric = linearised(network("sphere", 0), torch.randn(5, 3))
     found, spaces = metric.linearization, spaces_of(metric)

@@ -83,10 +83,14 @@ class Largest(RowReduction):
         factors = {k: taken(f, index, shared) for k, f in found.factors.items()}
         left = energy.sum() - energy[index].sum()
         if y is not None:
-            rest = y.index_fill(0, index, 0.0).view(-1, n)
+            # Relative to each example's own: another one may have a residual of any
+            # size, and squares may overflow.
+            size = y.view(-1, n).abs().amax(0)
+            size = size.where(size > 0.0, 1.0)
+            rest = y.index_fill(0, index, 0.0).view(-1, n) / size
             lengths = rest.norm(dim=0)
             # Of a residual of rounding errors the direction is one, too.
-            some = lengths > 8.0 * torch.finfo(y.dtype).eps * y.norm()
+            some = lengths > 8.0 * torch.finfo(y.dtype).eps
             lengths = lengths.where(some, 0.0)
             along = (rest * some / lengths.where(some, 1.0)).reshape(-1)
             extra = {k: combined(f, along, n, shared) for k, f in found.factors.items()}
@@ -94,7 +98,7 @@ class Largest(RowReduction):
             factors = {
                 k: concatenated([f, extra[k]], 1, shared) for k, f in factors.items()
             }
-            y = torch.cat([y[index], lengths])
+            y = torch.cat([y[index], lengths * size])
         kept = self.count + more
         reduced = replace(found, factors=factors, residual=y, examples=kept)
         return reduced, Neglected(left.clamp_min(0.0), energy.sum(), kept, rank)
