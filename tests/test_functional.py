@@ -231,6 +231,28 @@ def test_a_penalty_in_the_loss_is_refused():
     assert metric.version == 0
 
 
+def test_parameters_past_the_first_argument_are_refused():
+    model, outside = network(), nn.Parameter(torch.tensor(2.0))
+    model.nu = nn.Parameter(torch.tensor(2.0))
+    functions = {
+        "'nu'": lambda net, z: model.nu * net(z),
+        r"'\d\.(weight|bias)'": lambda _, z: model(z) - z[0],
+        r"of shape \(\) outside the model": lambda net, z: outside * net(z),
+        "'nu'.*Parameters": lambda net, z: model.nu * jacrev(net)(z)[0],
+    }
+    for message, function in functions.items():
+        metric = FunctionalMetric(model, function)
+        values = metric(torch.randn(3, 2))
+        with pytest.raises(LinearizationError, match=message):
+            metric.backward(values.square().mean(), values)
+        assert metric.version == 0
+    outside.requires_grad_(False)
+    model.nu.requires_grad_(False)
+    metric = FunctionalMetric(model, lambda net, z: model.nu * outside * net(z))
+    values = metric(torch.randn(3, 2))
+    metric.backward(values.square().mean(), values)
+
+
 def test_examples_that_do_not_fit_are_refused():
     _, metric = ready()
     with pytest.raises(EmptyBatchError, match="there are none"):

@@ -1,13 +1,18 @@
 """A function of a model, evaluated at a set of examples and differentiated."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import jvp
 
-from riemannian_modules.errors import EmptyBatchError, NonFiniteError, ShapeError
+from riemannian_modules.errors import (
+    EmptyBatchError,
+    LinearizationError,
+    NonFiniteError,
+    ShapeError,
+)
 from riemannian_modules.factors import (
     BiasFactor,
     DenseFactor,
@@ -19,7 +24,7 @@ from riemannian_modules.heads import Rows
 from riemannian_modules.linearize import Linearization
 from riemannian_modules.twice import DifferentiableTwice
 
-__all__ = ["Point", "PointSet", "joined"]
+__all__ = ["Point", "PointSet", "joined", "refuse_others"]
 
 Point = dict[str, Tensor]
 
@@ -136,6 +141,63 @@ class PointSet(ABC):
         with DifferentiableTwice():
             second: Tensor = jvp(slope, (point,), (direction,))[1]
         return second
+
+
+def refuse_others(
+    outputs: Tensor,
+    known: Iterable[Tensor],
+    model: nn.Module,
+    label: str,
+    *,
+    inner: bool = False,
+) -> None:
+    """Refuse outputs that depend on parameters that the function was not given.
+
+    Args:
+        outputs: with their graph.
+        known: the parameters that it was given.
+        model: whose parameters have names.
+        label: what errors call the function.
+        inner: whether the function may have made other leaves itself, such as a point
+            that it differentiates by.
+
+    Raises:
+        LinearizationError: there are others; names one.
+    """
+    names = {id(tensor): f"'{name}'" for name, tensor in model.named_parameters()}
+    given = {id(each) for each in known}
+    found = [
+        (which, tensor)
+        for which, tensor in _leaves_of(outputs).items()
+        if which not in given and (not inner or isinstance(tensor, nn.Parameter))
+    ]
+    if not found:
+        return
+    which, tensor = found[0]
+    name = names.get(which, f"of shape {tuple(tensor.shape)} outside the model")
+    raise LinearizationError(
+        f"{label} depends on parameters otherwise than through its first argument "
+        f"(on the parameter {name}), so its derivative by them would be lost. Use the "
+        "first argument in a plain function: the network, or the members of a "
+        "riemannian_modules.functional.Parameters module if there is more than a "
+        "network. What is constant needs requires_grad_(False)"
+    )
+
+
+def _leaves_of(outputs: Tensor) -> dict[int, Tensor]:
+    """Return the tensors that a graph ends in, by their identity."""
+    found: dict[int, Tensor] = {}
+    waiting, seen = [outputs.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            found[id(variable)] = variable
+        waiting += [following for following, _ in node.next_functions]
+    return found
 
 
 def joined(parts: Sequence[Linearization]) -> Linearization:

@@ -11,7 +11,7 @@ from torch.func import jacfwd, vjp, vmap
 from riemannian_modules.factors import DenseFactor, MetricFactor
 from riemannian_modules.functional.binding import Binding
 from riemannian_modules.functional.parameters import Parameters
-from riemannian_modules.functional.pointset import Point, PointSet
+from riemannian_modules.functional.pointset import Point, PointSet, refuse_others
 from riemannian_modules.heads import Rows
 from riemannian_modules.linearize import Linearization, linearize
 from riemannian_modules.rules.generic import agree
@@ -140,12 +140,19 @@ class Pointwise(PointSet):
         stack: Tensor,
         which: Sequence[int],
     ) -> Point:
-        """Return the rows of some examples, ``{name: (len(which), r, *shape)}``."""
+        """Return the rows of some examples, ``{name: (len(which), r, *shape)}``.
+
+        Raises:
+            LinearizationError: the outputs depend on other parameters.
+        """
         found: list[list[Tensor]] = []
         with torch.enable_grad():
             leaves = {k: v.clone().requires_grad_() for k, v in point.items()}
             for i in which:
                 output = self._one(leaves, *(each[i] for each in examples))
+                if not self._one_by_one:
+                    known, model = leaves.values(), self._model
+                    refuse_others(output, known, model, self.label, inner=True)
                 rows = [
                     torch.autograd.grad(
                         output,

@@ -18,7 +18,7 @@ from riemannian_modules.factors import (
 )
 from riemannian_modules.functional.binding import Binding
 from riemannian_modules.functional.operator import DifferentialOperator
-from riemannian_modules.functional.pointset import Point, PointSet
+from riemannian_modules.functional.pointset import Point, PointSet, refuse_others
 from riemannian_modules.functional.pointwise import finished
 from riemannian_modules.functional.streams import Streams
 from riemannian_modules.heads import Rows
@@ -188,13 +188,7 @@ class Streamed(PointSet):
         """
         if not outputs.requires_grad:
             return {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
-        strange = _leaves_of(outputs) - {id(leaf) for leaf in leaves.values()}
-        if strange:
-            raise LinearizationError(
-                f"{self.label} depends on parameters otherwise than through its first "
-                "argument; use a plain function of the network (of a Parameters "
-                "module, if there is more than a network) instead"
-            )
+        refuse_others(outputs, leaves.values(), self._model, self.label)
         grads = torch.autograd.grad(
             outputs,
             list(leaves.values()),
@@ -250,19 +244,3 @@ def _probe(outputs: Tensor) -> Tensor:
     count = torch.arange(1, outputs.numel() + 1, device=outputs.device)
     share = torch.frac(count.to(torch.float32) * 0.61803398875)
     return (1.0 + share).to(outputs.dtype).view_as(outputs).unsqueeze(0)
-
-
-def _leaves_of(outputs: Tensor) -> set[int]:
-    """Return the tensors that a graph ends in."""
-    found: set[int] = set()
-    waiting, seen = [outputs.grad_fn], set()
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)
-        if variable is not None:
-            found.add(id(variable))
-        waiting += [following for following, _ in node.next_functions]
-    return found
