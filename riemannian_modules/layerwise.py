@@ -220,7 +220,8 @@ class LayerwiseMetric(ModelMetric):
             LinearizationError, ShapeError: passes of one batch do not fit together.
             OutputMetricError, ShapeError: weights do not fit the outputs.
         """
-        require_loss(loss, outputs)
+        with self._guard():
+            require_loss(loss, outputs)
         try:
             self._pass(outputs, loss, weights, accumulate)
         except Exception as error:
@@ -271,16 +272,17 @@ class LayerwiseMetric(ModelMetric):
         weights: WeightsLike,
         accumulate: bool = False,
     ) -> None:
-        heads = weigh(self.output, pair(self.output, outputs), weights)
-        if not (accumulate or self.waiting or self.exchange) and nothing_counts(heads):
-            raise EmptyBatchError(
-                "all weights are zero: nothing in this batch counts; skip it"
-            )
-        carried: Sequence[Head] = heads
-        if loss is not None and self._holds(loss):
-            # The factors stay: an ordinary backward pass, without rows.
-            carried = [(end, None) for end, _ in heads]
         with self._guard(), unfreed():
+            heads = weigh(self.output, pair(self.output, outputs), weights)
+            joint = accumulate or self.waiting or self.exchange
+            if not joint and nothing_counts(heads):
+                raise EmptyBatchError(
+                    "all weights are zero: nothing in this batch counts; skip it"
+                )
+            carried: Sequence[Head] = heads
+            if loss is not None and self._holds(loss):
+                # The factors stay: an ordinary backward pass, without rows.
+                carried = [(end, None) for end, _ in heads]
             found = self._recorder.linearize(carried, loss, self.reduction)
             if found.foreign and self.exchange is not None:
                 raise DistributedError(

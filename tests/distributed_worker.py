@@ -219,7 +219,50 @@ def refusals() -> dict[str, list[str]]:
         heads.backward(entropy(pair[0], numbers) + pair[1].mean(), pair)
 
     found["uneven"] = message(uneven)
+    found |= early()
     return {name: everywhere(what) for name, what in found.items()}
+
+
+def early() -> dict[str, str]:
+    """What is wrong on rank 1 before anything is differentiated."""
+    wrong = dist.get_rank() == 1
+    x, numbers = features(4).double(), torch.arange(4)
+    metric, _ = start()
+
+    def go(**given: Any) -> None:
+        with metric.record():
+            outputs = metric.model(x[: given.get("n", 4)])
+        loss = entropy(outputs, numbers[: len(outputs)])
+        metric.backward(
+            given.get("loss", loss),
+            given.get("outputs", lambda z: z)(outputs),
+            weights=given.get("weights"),
+        )
+
+    cases: dict[str, dict[str, Any]] = {
+        "no examples": {"n": 0},
+        "negative weights": {"weights": -torch.ones(4)},
+        "a tuple": {"outputs": lambda z: (z,)},
+        "a number": {"loss": 1.0},
+    }
+    found = {
+        name: message(lambda given=given: go(**(given if wrong else {})))  # type: ignore[misc]
+        for name, given in cases.items()
+    }
+    case = CASES["sets of points"]
+    functional = case.metric(case.model().double())
+    rm.distributed.data_parallel(functional)
+    z = features(4, 2).double()
+    for name, bad in {
+        "points that are not finite": z.masked_fill(z == z[0, 0], float("nan")),
+        "no points": z[:0],
+        "points of a wrong shape": z[0],
+    }.items():
+        own = bad if wrong else z
+        found[name] = message(lambda own=own: case.differentiate(functional, own, z))  # type: ignore[misc]
+    found["and then"] = message(lambda: case.differentiate(functional, z, z))
+    go()
+    return found
 
 
 def divided() -> None:

@@ -320,6 +320,17 @@ SAID = {
     "wrapped": ("ddp.module",) * 2,
     "divided": ("LinearizationError: parameter 'weight' is a DTensor",) * 2,
     "uneven": ("[[4, 4], [4, 8]]",) * 2,
+    "no examples": ("rank 1: EmptyBatchError", "EmptyBatchError: outputs have"),
+    "negative weights": ("rank 1: OutputMetricError", "OutputMetricError:"),
+    "a tuple": ("rank 1: ShapeError", "ShapeError: outputs are a tuple"),
+    "a number": ("rank 1: TypeError", "TypeError: the loss is a float"),
+    "points that are not finite": (
+        "rank 1: NonFiniteError: function 'in' gives NaN or infinity for example 0",
+        "NonFiniteError: function 'in' gives NaN or infinity for example 0",
+    ),
+    "no points": ("rank 1: EmptyBatchError", "EmptyBatchError: the examples"),
+    "points of a wrong shape": ("rank 1: ShapeError", "ShapeError: a Differential"),
+    "and then": ("no error",) * 2,
 }
 
 

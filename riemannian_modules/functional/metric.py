@@ -9,6 +9,7 @@ of a network and of one example:
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -23,10 +24,9 @@ from riemannian_modules.errors import (
     ShapeError,
 )
 from riemannian_modules.finite import looks_finite
-from riemannian_modules.functional.operator import DifferentialOperator
-from riemannian_modules.functional.pointset import PointSet, joined
-from riemannian_modules.functional.pointwise import Function, Pointwise
-from riemannian_modules.functional.streamed import Streamed
+from riemannian_modules.functional.pointset import joined
+from riemannian_modules.functional.pointwise import Function
+from riemannian_modules.functional.streamed import point_set
 from riemannian_modules.heads import OutputLike, Reduction, output_rows
 from riemannian_modules.joining import size_of
 from riemannian_modules.linearize import Linearization
@@ -138,7 +138,7 @@ class FunctionalMetric(ModelMetric):
         )
         self.chunk_size = chunk_size
         self._functions = {
-            name: _point_set(model, each, name, chunk_size)
+            name: point_set(model, each, name, chunk_size)
             for name, each in functions.items()
         }
         self._outputs = {name: outputs[name] for name in functions}
@@ -167,18 +167,21 @@ class FunctionalMetric(ModelMetric):
         Raises:
             ShapeError: examples do not fit together or the functions.
             EmptyBatchError: a set without examples.
-            NonFiniteError: an output is NaN or infinite.
+            NonFiniteError: an output is NaN or infinite; where processes share the
+                metric the pass raises it, since trial points may be such on some.
         """
-        self.parameters.verify()
-        given = self._given(examples)
-        with torch.no_grad():
-            point = self._point()
-            values = {
-                name: self._functions[name].values(point, each)
-                for name, each in given.items()
-            }
-        for name, value in values.items():
-            self._functions[name].require_finite(value)
+        # Fails on all processes or none: the others come here, or wait in backward.
+        with nullcontext() if self.exchange is None else self.exchange.guard():
+            self.parameters.verify()
+            given = self._given(examples)
+            with torch.no_grad():
+                point = self._point()
+                values = {
+                    name: self._functions[name].values(point, each)
+                    for name, each in given.items()
+                }
+        if self.exchange is None:
+            self._require_finite(values)
         self._examples = given
         self._values = {name: v.requires_grad_() for name, v in values.items()}
         return self._values if isinstance(self.output, Mapping) else values[_ONLY]
@@ -249,6 +252,10 @@ class FunctionalMetric(ModelMetric):
 
     # --- how functions become factors
 
+    def _require_finite(self, values: Mapping[str, Tensor]) -> None:
+        for name, value in values.items():
+            self._functions[name].require_finite(value)
+
     def _point(self) -> dict[str, Tensor]:
         return {
             declared.name: declared.tensor.detach().as_subclass(torch.Tensor)
@@ -297,6 +304,7 @@ class FunctionalMetric(ModelMetric):
                 "these are not the outputs of the last call of the metric; hand on "
                 "what it returned, once"
             )
+        self._require_finite(self._values)
         ends = list(self._values.values())
         costates: list[Tensor] | list[None] = [None] * len(ends)
         if loss is not None:
@@ -327,12 +335,3 @@ class FunctionalMetric(ModelMetric):
                 stacks[name] = rows.stacks[0][: rows.rank]
             found = parts[0] if len(parts) == 1 else joined(parts)
         return found, stacks
-
-
-def _point_set(
-    model: nn.Module, function: Function, name: str, chunk_size: int | None
-) -> PointSet:
-    label = f"function '{name}'" if name else "the function"
-    if isinstance(function, DifferentialOperator) and function.structured:
-        return Streamed(model, function, label)
-    return Pointwise(model, function, label, chunk_size)

@@ -19,13 +19,13 @@ from riemannian_modules.factors import (
 from riemannian_modules.functional.binding import Binding
 from riemannian_modules.functional.operator import DifferentialOperator
 from riemannian_modules.functional.pointset import Point, PointSet, refuse_others
-from riemannian_modules.functional.pointwise import finished
+from riemannian_modules.functional.pointwise import Function, Pointwise, finished
 from riemannian_modules.functional.streams import Streams
 from riemannian_modules.heads import Rows
 from riemannian_modules.linearize import Linearization
 from riemannian_modules.reverse import reverse_pass
 
-__all__ = ["Streamed"]
+__all__ = ["Streamed", "point_set"]
 
 
 @dataclass(frozen=True)
@@ -213,6 +213,23 @@ class Streamed(PointSet):
                     f"{float(size):.1e}); give the DifferentialOperator "
                     "structured=False, which differentiates any network"
                 )
+
+
+def point_set(
+    model: nn.Module, function: Function, name: str, chunk_size: int | None
+) -> PointSet:
+    """Return what evaluates and differentiates a function.
+
+    Args:
+        model: the model.
+        function: a function of the model and one example, or a DifferentialOperator.
+        name: its name among several; empty: there is only one.
+        chunk_size: examples at a time, where rows are stored; None: all.
+    """
+    label = f"function '{name}'" if name else "the function"
+    if isinstance(function, DifferentialOperator) and function.structured:
+        return Streamed(model, function, label)
+    return Pointwise(model, function, label, chunk_size)
 
 
 def _factors(
