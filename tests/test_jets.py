@@ -414,6 +414,25 @@ def test_every_named_function_has_its_derivatives():
     assert named("relu") is None
 
 
+def test_points_may_require_gradients():
+    model, z = network("tanh", 2), torch.randn(3, 2, requires_grad=True)
+    for structured in (True, False):
+        operator = DifferentialOperator(all_terms, structured=structured)
+        metric = FunctionalMetric(model, operator)
+        values = metric(z)
+        metric.backward(values.square().mean(), values)
+        assert z.grad is None
+        assert metric.bend(metric.natural_gradient()).requires_grad is False
+
+
+def test_one_operator_for_points_of_different_dimensions():
+    operator = DifferentialOperator(lambda u, z: u.laplacian() + u.d(u.inputs - 1))
+    for inputs in (3, 2, 3, 1):
+        model, z = network("tanh", inputs), torch.randn(4, inputs)
+        expected = torch.func.vmap(operator, (None, 0))(model, z)
+        torch.testing.assert_close(operator.residuals(model, z), expected)
+
+
 # --- minibatches of points
 
 

@@ -40,6 +40,17 @@ def test_few_parameters_and_many_give_the_dense_step(seed, times):
     torch.testing.assert_close(torch.cat([step[n] for n in point]), expected)
 
 
+def test_few_parameters_and_numbers_as_outputs():
+    torch.manual_seed(0)
+    model, t = Parameters(k=torch.tensor(0.7)), torch.rand(6)
+    output = rm.output.Sampled(rm.output.Euclidean(), probes=3)
+    metric = FunctionalMetric(model, lambda p, t: (p["k"] * t).exp() - 2.0, output)
+    values = metric(t)
+    metric.backward(0.5 * values.square().mean(), values)
+    expected = (values.detach() * t * (0.7 * t).exp()).mean()
+    torch.testing.assert_close(model["k"].grad, expected)
+
+
 def test_a_network_and_a_coefficient_together():
     """The coefficient of ``u' = -c u`` is found from what u is at some points."""
     torch.manual_seed(0)

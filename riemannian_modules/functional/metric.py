@@ -283,7 +283,7 @@ class FunctionalMetric(ModelMetric):
             found = {_ONLY: tuple(examples)}
         for name, tensors in found.items():
             self._functions[name].require_examples(tensors)
-        return found
+        return {name: tuple(t.detach() for t in each) for name, each in found.items()}
 
     def _pass(self, outputs: OutputLike, loss: Tensor | None) -> None:
         with self._guard():

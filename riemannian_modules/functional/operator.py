@@ -65,7 +65,8 @@ class DifferentialOperator:
             )
         self.function = function
         self.structured = structured
-        self._orders = Orders()
+        # What is asked for may depend on how many coordinates there are.
+        self._orders: dict[int, Orders] = {}
 
     def __call__(self, net: Callable[..., Any], z: Tensor, *more: Tensor) -> Tensor:
         """Return the residual at one point, with torch.func.
@@ -124,8 +125,10 @@ class DifferentialOperator:
                 f"a DifferentialOperator takes points of shape (n, inputs) first, got "
                 f"{tuple(points.shape)}"
             )
+        inputs = points.shape[1]
+        orders = self._orders.get(inputs, Orders())
         while True:
-            end = net(lift(points, self._orders, record))
+            end = net(lift(points, orders, record))
             if not isinstance(end, Streams):
                 raise LinearizationError(
                     f"the network returns a {type(end).__name__}, to which no "
@@ -136,7 +139,7 @@ class DifferentialOperator:
                 return self._at_all(end, examples)
             except MissingStreamError as error:
                 # Only a first evaluation comes here: it finds out what is asked for.
-                self._orders = self._orders.including(error.terms)
+                orders = self._orders[inputs] = orders.including(error.terms)
 
     def _at_all(self, end: Streams, examples: Sequence[Tensor]) -> Tensor:
         inputs = examples[0].shape[1]

@@ -84,7 +84,7 @@ class Pointwise(PointSet):
 
         def forth(cotangents: Tensor, *example: Tensor) -> Point:
             slopes = jacfwd(lambda p: self._one(p, *example))(point)
-            flat = cotangents.flatten(1)
+            flat = cotangents.reshape(len(cotangents), -1)
             return {
                 name: (flat @ each.reshape(flat.shape[1], -1)).view(
                     len(flat), *point[name].shape
