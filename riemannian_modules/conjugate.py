@@ -15,6 +15,7 @@ The norm of x itself is known from vectors of length rank, see :meth:`Target.ene
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -51,10 +52,15 @@ class ConjugateGradients:
 
     def __post_init__(self) -> None:
         fits = self.tolerance is None or 0.0 < self.tolerance < 1.0
-        if not fits or self.iterations < 1 or (self.pivots or 0) < 0:
+        pivots = 0 if self.pivots is None else self.pivots
+        whole = isinstance(self.iterations, int | Integral) and isinstance(
+            pivots, int | Integral
+        )
+        if not (fits and whole) or self.iterations < 1 or pivots < 0:
             raise ValueError(
                 f"{self}: the tolerance must lie between 0 and 1, there must be at "
-                "least one iteration, and no negative number of pivots"
+                "least one iteration, and no negative number of pivots, both of them "
+                "whole numbers"
             )
 
     def bound(self, dtype: torch.dtype) -> float:

@@ -441,6 +441,13 @@ def test_errors_of_the_parts():
         concatenated([one, two], 2)
     with pytest.raises(ShapeError, match="groups"):
         summed(one, 4)
+    for make in (lambda: Largest(1.5), lambda: Pivoted(2.0), lambda: Sketch(1.5)):
+        with pytest.raises(ShapeError, match="a whole number of rows"):
+            make()
+    with pytest.raises(ShapeError, match=r"History\(1\.5"):
+        History(1.5)
+    with pytest.raises(ValueError, match=r"refresh=1\.5"):
+        FewerRows(refresh=1.5)
     for make in (lambda: Largest(0), lambda: Pivoted(0), lambda: Sketch(0)):
         with pytest.raises(ShapeError, match="at least one row"):
             make()

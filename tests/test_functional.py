@@ -283,6 +283,48 @@ def test_values_that_are_not_finite_are_refused_by_example():
     assert metric.version == 0
 
 
+@pytest.mark.parametrize("structured", [None, True, False])
+def test_common_slips_are_named(structured):
+    model, z = network(), torch.randn(3, 2)
+
+    def made(function):
+        if structured is None:
+            return lambda net, z: function(net(z), z)
+        operator = rm.functional.DifferentialOperator
+        return operator(lambda u, z: function(u.value, z), structured=structured)
+
+    metric = FunctionalMetric(model, made(lambda u, z: (u, z)))
+    with pytest.raises(ShapeError, match="the function returns a tuple"):
+        metric(z)
+    metric = FunctionalMetric(model, made(lambda u, z: u))
+    for wrong in (z.float(), torch.ones(3, 2, dtype=torch.long)):
+        with pytest.raises(TypeError, match=r"convert the examples with \.to"):
+            metric(wrong)
+    values = metric(z)
+    with pytest.raises(TypeError, match="the loss is a float"):
+        metric.backward(1.0, values)
+    with pytest.raises(TypeError, match="the loss is a NoneType"):
+        metric.backward(None, values)
+    with pytest.raises(OutputMetricError, match="takes no weights of terms"):
+        metric.backward(values.square().mean(), values, weights=torch.ones(3))
+    assert metric.version == 0
+    metric.backward(values.square().mean(), values)
+
+
+def test_an_error_of_the_function_is_left_as_it_is():
+    def failing(net, z, number):
+        raise RuntimeError("made up")
+
+    with pytest.raises(RuntimeError, match=r"^made up$"):
+        FunctionalMetric(network(), failing)(torch.randn(3, 2), torch.ones(3))
+
+
+@pytest.mark.parametrize("output", [[Euclidean(), Euclidean()], (Euclidean(),)])
+def test_several_output_metrics_need_names(output):
+    with pytest.raises(OutputMetricError, match="each function has one output metric"):
+        FunctionalMetric(network(), heat, output)
+
+
 def test_bending_needs_a_pass():
     _, metric = ready()
     with pytest.raises(NotRecordedError, match="backward"):

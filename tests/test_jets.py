@@ -168,6 +168,9 @@ ARITHMETIC = {
     "c - x": lambda x: torch.ones(4) - x.sin(),
     "c / x": lambda x: torch.ones(4) / (x.exp() + 1.0),
     "-x": lambda x: torch.neg(x.cos()) * 1.5,
+    "input=": lambda x: torch.neg(input=torch.tanh(input=x)),
+    "wider": lambda x: (x[..., :1] + torch.linspace(0.0, 1.0, 4)).sin(),
+    "c - narrow": lambda x: torch.ones(4) - x[..., :1].sin(),
 }
 
 
@@ -329,6 +332,7 @@ REFUSED = {
     ),
     "batch": (lambda: computing(lambda x: torch.cat([x, x])), "dimension 0"),
     "sum": (lambda: computing(lambda x: x + torch.ones(3, 1)), r"\(3, 1\)"),
+    "keywords": (lambda: computing(lambda x: torch.cat(tensors=[x, x])), "cat with"),
     "left": (lambda: computing(lambda x: torch.eye(4) @ x), "matmul"),
     "detached": (lambda: behind(Constant()), "returns a Tensor"),
     "weight-norm": (

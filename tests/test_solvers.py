@@ -425,7 +425,14 @@ def test_other_solvers_are_refused(solver) -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"tolerance": 0.0}, {"tolerance": 2.0}, {"iterations": 0}, {"pivots": -1}],
+    [
+        {"tolerance": 0.0},
+        {"tolerance": 2.0},
+        {"iterations": 0},
+        {"iterations": 2.5},
+        {"pivots": -1},
+        {"pivots": 2.5},
+    ],
 )
 def test_impossible_settings_are_refused(wrong) -> None:
     with pytest.raises(ValueError, match="tolerance must lie"):

@@ -24,10 +24,10 @@ from riemannian_modules.errors import (
     ShapeError,
 )
 from riemannian_modules.finite import looks_finite
-from riemannian_modules.functional.pointset import joined
+from riemannian_modules.functional.pointset import joined, require_pairs
 from riemannian_modules.functional.pointwise import Function
 from riemannian_modules.functional.streamed import point_set
-from riemannian_modules.heads import OutputLike, Reduction, output_rows
+from riemannian_modules.heads import OutputLike, Reduction, output_rows, require_loss
 from riemannian_modules.joining import size_of
 from riemannian_modules.linearize import Linearization
 from riemannian_modules.mass import MassLike
@@ -121,11 +121,7 @@ class FunctionalMetric(ModelMetric):
             output = {name: Euclidean() for name in functions}
             output = output if isinstance(function, Mapping) else output[_ONLY]
         outputs = output if isinstance(output, Mapping) else {_ONLY: output}
-        if set(functions) != set(outputs):
-            raise OutputMetricError(
-                f"there are functions {sorted(functions)} and output metrics "
-                f"{sorted(outputs)}; give a dictionary with the same keys for both"
-            )
+        require_pairs(functions, outputs)
         super().__init__(
             model,
             output,
@@ -165,7 +161,9 @@ class FunctionalMetric(ModelMetric):
             loss starts from: no graph leads from them to the parameters.
 
         Raises:
-            ShapeError: examples do not fit together or the functions.
+            ShapeError: examples do not fit together or the functions, or these do not
+                return a tensor.
+            TypeError: examples of another data type than the parameters.
             EmptyBatchError: a set without examples.
             NonFiniteError: an output is NaN or infinite; where processes share the
                 metric the pass raises it, since trial points may be such on some.
@@ -177,7 +175,7 @@ class FunctionalMetric(ModelMetric):
             with torch.no_grad():
                 point = self._point()
                 values = {
-                    name: self._functions[name].values(point, each)
+                    name: self._functions[name].outputs(point, each)
                     for name, each in given.items()
                 }
         if self.exchange is None:
@@ -186,19 +184,32 @@ class FunctionalMetric(ModelMetric):
         self._values = {name: v.requires_grad_() for name, v in values.items()}
         return self._values if isinstance(self.output, Mapping) else values[_ONLY]
 
-    def backward(self, loss: Tensor, outputs: OutputLike) -> None:
+    def backward(
+        self, loss: Tensor, outputs: OutputLike, *, weights: None = None
+    ) -> None:
         """Linearise the functions: fill ``.grad`` and renew every block's metric.
 
         Args:
             loss: scalar that depends on the parameters through ``outputs`` only.
             outputs: what the last call returned.
+            weights: not offered; see the error.
 
         Raises:
+            TypeError, ShapeError: the loss is no scalar tensor.
+            OutputMetricError: there are weights.
             NotRecordedError: ``outputs`` are not those of the last call, or ``loss``
                 does not depend on them.
             LinearizationError: ``loss`` depends on the parameters in other ways.
             NonFiniteError: NaN or infinity in the loss.
         """
+        with self._guard():
+            require_loss(loss, outputs)
+            if weights is not None:
+                raise OutputMetricError(
+                    "a FunctionalMetric takes no weights of terms: give a set of "
+                    "points its weight by Euclidean(2.0 * weight), and a point its own "
+                    "by multiplying what the function returns by the root of it"
+                )
         self._pass(outputs, loss)
 
     def pull_back(self, outputs: OutputLike) -> None:

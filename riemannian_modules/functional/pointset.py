@@ -11,6 +11,8 @@ from riemannian_modules.errors import (
     EmptyBatchError,
     LinearizationError,
     NonFiniteError,
+    OutputMetricError,
+    RiemannianModulesError,
     ShapeError,
 )
 from riemannian_modules.factors import (
@@ -24,7 +26,7 @@ from riemannian_modules.heads import Rows
 from riemannian_modules.linearize import Linearization
 from riemannian_modules.twice import DifferentiableTwice
 
-__all__ = ["Point", "PointSet", "joined", "refuse_others"]
+__all__ = ["Point", "PointSet", "joined", "refuse_others", "require_pairs"]
 
 Point = dict[str, Tensor]
 
@@ -41,6 +43,38 @@ class PointSet(ABC):
     @abstractmethod
     def values(self, point: Point, examples: Sequence[Tensor]) -> Tensor:
         """Return the outputs of all examples, ``(n, *output)``."""
+
+    def outputs(self, point: Point, examples: Sequence[Tensor]) -> Tensor:
+        """Return the outputs of all examples, or say what is wrong with the function.
+
+        Args:
+            point: values of the parameters.
+            examples: ``(n, ...)`` each.
+
+        Raises:
+            ShapeError: it does not return one tensor.
+            TypeError: it fails, and examples and parameters are of different types.
+            RuntimeError: it fails otherwise.
+        """
+        try:
+            values = self.values(point, examples)
+        except RuntimeError as error:
+            own = {str(each.dtype) for each in point.values()}
+            given = {str(each.dtype) for each in examples}
+            if isinstance(error, RiemannianModulesError) or given <= own:
+                raise
+            raise TypeError(
+                f"{self.label} cannot be evaluated: {error}. Its examples have the "
+                f"data types {sorted(given)}, the parameters {sorted(own)}; convert "
+                "the examples with .to(...)"
+            ) from error
+        if not isinstance(values, Tensor):
+            raise ShapeError(
+                f"{self.label} returns a {type(values).__name__}; it must return one "
+                "tensor for each example: put several together with torch.cat, or give "
+                "a dictionary of functions"
+            )
+        return values
 
     @abstractmethod
     def linearize(
@@ -141,6 +175,31 @@ class PointSet(ABC):
         with DifferentiableTwice():
             second: Tensor = jvp(slope, (point,), (direction,))[1]
         return second
+
+
+def require_pairs(
+    functions: Mapping[str, object], outputs: Mapping[str, object]
+) -> None:
+    """Refuse functions and output metrics that do not match.
+
+    Args:
+        functions: by name.
+        outputs: the output metrics, by name.
+
+    Raises:
+        OutputMetricError: they have other names, or several metrics have none.
+    """
+    if set(functions) != set(outputs):
+        raise OutputMetricError(
+            f"there are functions {sorted(functions)} and output metrics "
+            f"{sorted(outputs)}; give a dictionary with the same keys for both"
+        )
+    for metric in outputs.values():
+        if isinstance(metric, list | tuple | None):
+            raise OutputMetricError(
+                f"output={metric!r}: each function has one output metric; give a "
+                "dictionary of functions and one of output metrics with the same keys"
+            )
 
 
 def refuse_others(

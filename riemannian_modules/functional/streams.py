@@ -263,7 +263,8 @@ def _sum(streams: Streams, other: Any, sign: float) -> Streams:
         return streams.like(torch.add(streams.data, other.data, alpha=sign))
     constant = _constant(other, "+")
     shifted = streams.data[:, :1] + sign * constant
-    return streams.like(torch.cat([shifted, streams.data[:, 1:]], 1))
+    along = streams.data[:, 1:].expand(-1, -1, shifted.shape[-1])
+    return streams.like(torch.cat([shifted, along], 1))
 
 
 def _joined(parts: Sequence[Any], dim: int = 0) -> Streams:
@@ -294,6 +295,11 @@ for _names, *_methods in (
 
 def _called(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     name = getattr(function, "__name__", repr(function))
+    if not args and "input" in kwargs:
+        kwargs = dict(kwargs)
+        args = (kwargs.pop("input"),)
+    if not args:
+        raise LinearizationError(_refusal(f"{name} with keywords only"))
     derivatives = elementwise(function)
     if function is F.linear and isinstance(args[0], Streams):
         return args[0].linear(*args[1:], **kwargs)

@@ -190,8 +190,13 @@ def _cholesky(covariance: Tensor) -> Tensor:
 
     Raises:
         OutputMetricError: not symmetric positive definite.
-        ShapeError: not a square matrix.
+        ShapeError: no tensor, or not a square matrix.
     """
+    if not isinstance(covariance, Tensor):
+        raise ShapeError(
+            f"Gaussian: the covariance is {covariance!r}; it must be a matrix (d, d) "
+            "(use variance * torch.eye(d) for one variance)"
+        )
     if covariance.ndim != 2 or covariance.shape[0] != covariance.shape[1]:
         raise ShapeError(
             f"Gaussian: the covariance has the shape {tuple(covariance.shape)}; it "

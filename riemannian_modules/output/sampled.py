@@ -1,6 +1,7 @@
 """Random rows in the place of all rows: cheap, unbiased, with the gradient kept."""
 
 import math
+from numbers import Integral
 from typing import Literal, final
 
 import torch
@@ -81,10 +82,11 @@ class Sampled(OutputMetric):
             raise OutputMetricError(
                 f"Sampled needs an exact output metric to draw rows of, got {metric!r}"
             )
-        if probes < (0 if gradient_rows else 1):
+        least = 0 if gradient_rows else 1
+        if not isinstance(probes, int | Integral) or probes < least:
             raise OutputMetricError(
                 f"Sampled({metric!r}, probes={probes}): at least one probe is needed, "
-                "or none with gradient_rows=True"
+                "a whole number, or none with gradient_rows=True"
             )
         if per not in ("example", "batch"):
             raise OutputMetricError(f"per={per!r}; choose 'example' or 'batch'")

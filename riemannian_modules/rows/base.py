@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -108,11 +109,12 @@ def require_count(who: object, count: int) -> None:
         count: the number.
 
     Raises:
-        ShapeError: it is less than one.
+        ShapeError: it is less than one, or no whole number.
     """
-    if count < 1:
+    if not isinstance(count, int | Integral) or count < 1:
         raise ShapeError(
-            f"{type(who).__name__}({count}): at least one row has to be kept"
+            f"{type(who).__name__}({count!r}): a whole number of rows, at least one "
+            "row has to be kept"
         )
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from numbers import Integral
 from typing import final
 
 from riemannian_modules.errors import ShapeError
@@ -45,9 +46,13 @@ class History:
     """
 
     def __init__(self, window: int, decay: float = 0.8) -> None:
-        if window < 1 or not 0.0 < decay <= 1.0:
+        if (
+            not isinstance(window, int | Integral)
+            or window < 1
+            or not 0.0 < decay <= 1.0
+        ):
             raise ShapeError(
-                f"History({window}, decay={decay}): the window is at least 1, and the "
+                f"History({window}, decay={decay}): the window is 1, 2, ..., and the "
                 "decay lies above 0 and is at most 1"
             )
         self.window = window

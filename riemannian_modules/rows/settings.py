@@ -1,6 +1,7 @@
 """The settings of a metric that has fewer rows, and what it remembers for them."""
 
 from contextlib import AbstractContextManager, nullcontext
+from numbers import Integral
 from typing import Protocol
 
 import torch
@@ -33,7 +34,7 @@ class FewerRows:
 
     Raises:
         TypeError: no :class:`RowReduction`, or no :class:`History`.
-        ValueError: ``refresh`` is not positive.
+        ValueError: ``refresh`` is no positive whole number.
         ShapeError: a window out of range.
     """
 
@@ -55,7 +56,7 @@ class FewerRows:
                 f"history={history!r}; pass rm.rows.History(window, decay), a window, "
                 "or None"
             )
-        if refresh < 1:
+        if not isinstance(refresh, int | Integral) or refresh < 1:
             raise ValueError(
                 f"refresh={refresh}: rows are renewed every 1, 2, ... passes"
             )
