@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import jacfwd, jacrev, jvp
 
 import riemannian_modules as rm
+from riemannian_modules.rules.agree import agree
 
 torch_vmap_is_wrong_for_them = {"cdist"}
 
@@ -147,3 +149,40 @@ def test_rounding_is_no_reason_to_go_one_by_one(examples: int) -> None:
     )
     z = metric(x)
     metric.backward(0.5 * z.square().sum(1).mean(), z)
+
+
+def nothing(net: Any, z: Tensor) -> Tensor:
+    """Three second derivatives that cancel: what is left is rounding."""
+    along = torch.eye(2).double()[1]
+
+    def slope(y: Tensor) -> Any:
+        return jvp(net, (y,), (along,))[1]
+
+    by_parts = jacrev(jacrev(net))(z)[:, 1, 1]
+    found: Tensor = jvp(slope, (z,), (along,))[1] - 2.0 * by_parts
+    return found + jacfwd(jacrev(net))(z)[:, 1, 1]
+
+
+@pytest.mark.filterwarnings("error:torch.func.vmap gives other derivatives")
+@pytest.mark.parametrize("seed", range(3))
+def test_terms_that_cancel_are_no_reason_either(seed: int) -> None:
+    torch.manual_seed(seed)
+    layers = [nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1)]
+    model = nn.Sequential(*layers).double()
+    metric = rm.functional.FunctionalMetric(model, nothing)
+    values = metric(torch.rand(10, 2).double())
+    metric.backward(0.5 * values.square().mean(), values)
+
+
+def test_what_is_more_than_rounding_of_the_terms_is_found() -> None:
+    terms = torch.randn(3, 4, 50).double()
+
+    def scaled(scale: float) -> dict[str, Tensor]:
+        # The sum of the terms and their opposites, in another order.
+        both = scale * torch.cat([terms, -terms.flip(-1)], -1)
+        return {"w": both.cumsum(-1)[..., -1]}
+
+    rounding = float(scaled(1.0)["w"].abs().max())
+    assert 0.0 < rounding < 1e-13
+    for factor, same in ((0.0, True), (2.0, True), (1e3, False)):
+        assert agree({"w": scaled(1.0)["w"] + factor * rounding}, scaled) is same

@@ -14,7 +14,7 @@ from riemannian_modules.functional.parameters import Parameters
 from riemannian_modules.functional.pointset import Point, PointSet, refuse_others
 from riemannian_modules.heads import Rows
 from riemannian_modules.linearize import Linearization, linearize
-from riemannian_modules.rules.generic import agree
+from riemannian_modules.rules.agree import agree
 
 __all__ = ["Function", "Pointwise", "finished"]
 
@@ -121,8 +121,11 @@ class Pointwise(PointSet):
         if self._trusted or stack.is_meta or len(stack) == 0:
             return pulled
         some = sorted({0, n // 2, n - 1})
-        truth = self._in_a_loop(point, examples, stack, some)
-        if agree({name: each[some] for name, each in pulled.items()}, truth):
+
+        def scaled(scale: float) -> Point:
+            return self._in_a_loop(point, examples, scale * stack, some)
+
+        if agree({name: each[some] for name, each in pulled.items()}, scaled):
             self._trusted = True
             return pulled
         self._one_by_one = True

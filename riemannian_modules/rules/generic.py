@@ -8,7 +8,7 @@ that differs, and parameters that the replay cannot replace.
 """
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain, islice, product
 from typing import Any
 
@@ -20,10 +20,11 @@ from riemannian_modules.errors import LinearizationError
 from riemannian_modules.factors import DenseFactor, MetricFactor
 from riemannian_modules.layout import Layout, candidates
 from riemannian_modules.nested import map_tensors, tensors_in
+from riemannian_modules.rules.agree import agree
 from riemannian_modules.rules.base import Call, Entry
 from riemannian_modules.rules.stand_in import StandIn
 
-__all__ = ["GENERIC", "agree", "generic"]
+__all__ = ["GENERIC", "generic"]
 
 _MOST_CHOICES = 64
 
@@ -251,8 +252,11 @@ class _Replay:
             return True
         n = self.call.examples
         some = sorted({0, n // 2, n - 1})
-        truth, _ = self._rows_in_a_loop(some)
-        return agree({name: each[some] for name, each in rows.items()}, truth)
+
+        def scaled(scale: float) -> Rows:
+            return self._rows_in_a_loop(some, scale)[0]
+
+        return agree({name: each[some] for name, each in rows.items()}, scaled)
 
     def _rows_of_one(
         self, example: tuple[Tensor, ...], cotangents: tuple[Tensor, ...]
@@ -264,7 +268,9 @@ class _Replay:
             (rows,) = vmap(pull)(cotangents)
         return rows, outputs
 
-    def _rows_in_a_loop(self, which: Sequence[int]) -> tuple[Rows, tuple[Tensor, ...]]:
+    def _rows_in_a_loop(
+        self, which: Sequence[int], scale: float = 1.0
+    ) -> tuple[Rows, tuple[Tensor, ...]]:
         examples = self._examples()
         found: list[list[Tensor]] = []
         values: list[tuple[Tensor, ...]] = []
@@ -273,7 +279,7 @@ class _Replay:
                 theta = self._leaves()
                 outputs = self.one(theta, examples[i])
                 active = [
-                    (z, c[:, i])
+                    (z, scale * c[:, i])
                     for z, c in zip(outputs, self.cotangents, strict=True)
                     if z.requires_grad
                 ]
@@ -293,26 +299,6 @@ class _Replay:
         stacked = [torch.stack(column) for column in zip(*found, strict=True)]
         outputs = tuple(torch.stack(column) for column in zip(*values, strict=True))
         return dict(zip(self.theta, stacked, strict=True)), outputs
-
-
-def agree(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    """Whether rows of the same parameters are the same but for rounding.
-
-    Args:
-        one: rows by parameter.
-        other: those that are right.
-    """
-    sizes = {name: each.abs().amax() for name, each in other.items() if each.numel()}
-    if not sizes:
-        return True
-    largest = torch.stack([size.double() for size in sizes.values()]).max()
-    for name, size in sizes.items():
-        eps = torch.finfo(size.dtype).eps
-        # A derivative that vanishes is rounding of the others.
-        bound = eps**0.5 * size + 1e3 * eps * largest
-        if not bool((one[name] - other[name]).abs().amax() <= bound):
-            return False
-    return True
 
 
 def _slicings(call: Call, inputs: Sequence[Tensor], output: int) -> Iterator[Slicing]:
