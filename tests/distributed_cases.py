@@ -60,6 +60,21 @@ class Routed(nn.Module):
         return y
 
 
+class Sometimes(nn.Module):
+    """Has stored rows for all examples, and a layer that only some of them use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(4))
+        self.seldom = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x * self.scale
+        if bool((x[:, 0] > 0).any()):
+            h = h + (x[:, :1] > 0) * self.seldom(x)
+        return h
+
+
 class TwoHeads(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -314,6 +329,14 @@ CASES: dict[str, Case] = {
     "in passes": Case(sizes=(1, 1)),
     "in passes, with a history": Case(
         sizes=(1,), options={"history": 1}, optimizer={"lr": 0.3, "momentum": 0.5}
+    ),
+    "in passes, some of stored rows": Case(
+        model=Sometimes,
+        # The first example of each process does not use the layer.
+        batch=lambda n: (
+            features(n, 4).abs() * (1.0 - 2.0 * (torch.arange(n) % 5 < 1))[:, None]
+        ),
+        sizes=(1,),
     ),
     "functional": Case(
         model=smooth,

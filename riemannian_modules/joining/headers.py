@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from riemannian_modules.errors import EmptyBatchError, ShapeError
-from riemannian_modules.factors import DenseFactor, MetricFactor
+from riemannian_modules.factors import MetricFactor
 from riemannian_modules.heads import Head, Reduction
 from riemannian_modules.joining.forms import Form, Pieces, form_of
 from riemannian_modules.joining.plan import Offer
@@ -53,7 +53,6 @@ class Header:
         exact: whether there is a residual.
         rest: whether there is a rest.
         source: whether there are factors that the rest is summed from.
-        apart: whether its rows are of one example each, all of them in turn.
     """
 
     offer: Offer
@@ -62,7 +61,6 @@ class Header:
     exact: bool
     rest: bool
     source: bool
-    apart: bool
 
 
 def header_of(
@@ -81,10 +79,6 @@ def header_of(
     examples = found.examples
     rank = max((factor.rank for factor in found.factors.values()), default=0)
     rows = rank // examples
-    apart = any(type(factor) is not DenseFactor for factor in found.factors.values())
-    if not apart:
-        # Perhaps of several sets of examples: one long list of rows.
-        rows, examples = min(rank, 1), max(rank, 1)
     pieces = Pieces()
     factors: dict[str, MetricFactor] = dict(found.factors)
     forms: dict[str, Form] = {
@@ -100,7 +94,6 @@ def header_of(
         found.residual is not None,
         found.rest is not None,
         found.source is not None,
-        apart,
     )
     return header, factors, pieces
 

@@ -118,8 +118,6 @@ def join(
         covector = sums[1] if rest else (None if exact else sums[0])
     complete = covector is not None and set(source) == set(covectors)
     whole = all(header.source for header in headers)
-    apart = all(header.apart for header in headers if header.offer.rows)
-    examples = sum(header.offer.examples for header in headers) if apart else 1
     return Linearization(
         [name for name in order if name in names],
         {name: f for name, f in gathered.items() if not name.startswith(SOURCE)},
@@ -128,5 +126,5 @@ def join(
         covector,
         source if complete and whole else None,
         source if complete and whole and not exact else {},
-        examples,
+        sum(header.offer.examples for header in headers),
     )
