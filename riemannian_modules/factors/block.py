@@ -64,9 +64,11 @@ class BlockFactor:
         for index, (weight, space) in enumerate(self.pairs):
             if (
                 index not in self._biases
+                and isinstance(weight, LinearFactor)
                 and bias.belongs_to(weight)
                 and absorbs_bias(space.manifold, space.mass)
             ):
+                weight.beside = bias
                 return index
         return None
 
@@ -75,14 +77,6 @@ class BlockFactor:
         if index not in self._biases:
             return 0.0
         return 1.0 / self.pairs[self._biases[index]][1].mass.scalar
-
-    def _bias_of(self, index: int) -> BiasFactor | None:
-        """Return the factor of the bias that a weight takes along."""
-        if index not in self._biases:
-            return None
-        factor = self.pairs[self._biases[index]][0]
-        assert isinstance(factor, BiasFactor)
-        return factor
 
     def gram(self, dtype: torch.dtype) -> Tensor:
         """Return ``sum_b K_b sharp_b K_b^T``, ``(rank, rank)``, lower triangle valid.
@@ -104,8 +98,8 @@ class BlockFactor:
             if index in self._absorbed:
                 continue
             if isinstance(factor, LinearFactor):
-                bias, sums = self._bias_weight(index), self._bias_of(index)
-                total = factor.gram(space, dtype, bias=bias, sums=sums, onto=total)
+                bias = self._bias_weight(index)
+                total = factor.gram(space, dtype, bias=bias, onto=total)
             elif type(factor) is DenseFactor and not is_bounded():
                 rows = factor.rows(0, factor.rank).to(dtype)
                 images = space.to(dtype).sharp(rows)

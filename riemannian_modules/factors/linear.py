@@ -55,6 +55,10 @@ class LinearFactor(CotangentFactor, SlabFactor):
     The rank is ``r n``, with the example as the fast index. Memory is that of the
     two tensors; products cost O(n positions (in out + r out)).
 
+    Attributes:
+        beside: the factor of the layer's bias in the same block, whose sums over
+            positions are then made once; or None.
+
     Raises:
         ShapeError: the two tensors do not fit.
 
@@ -63,6 +67,8 @@ class LinearFactor(CotangentFactor, SlabFactor):
     >>> factor.rank, factor.shape, factor.matvec(torch.ones(4, 3))
     (2, (4, 3), tensor([12., 12.]))
     """
+
+    beside: "BiasFactor | None" = None
 
     def __init__(self, inputs: Tensor, cotangents: Tensor) -> None:
         _check(inputs, cotangents)
@@ -181,7 +187,6 @@ class LinearFactor(CotangentFactor, SlabFactor):
         dtype: torch.dtype,
         *,
         bias: float = 0.0,
-        sums: "BiasFactor | None" = None,
         onto: Tensor | None = None,
     ) -> Tensor:
         """Return ``K sharp K^T``, from pairs of positions or from slabs of rows.
@@ -195,7 +200,6 @@ class LinearFactor(CotangentFactor, SlabFactor):
             dtype: data type in which the matrix is formed.
             bias: weight of ``l l^T``, the Gram matrix of the layer's bias, that is
                 added on the way (see :class:`riemannian_modules.factors.BlockFactor`).
-            sums: the factor of that bias.
             onto: a matrix of this data type to add to, in place; None: a fresh one.
 
         Returns:
@@ -207,8 +211,10 @@ class LinearFactor(CotangentFactor, SlabFactor):
         r, n, positions, out = self.cotangents.shape
         if not paired or forms_rows(r, n, positions, out, self.shape[1]):
             gram = slab_gram(self, space, dtype)
-            if sums is not None:
-                l = sums.rows(0, self.rank).to(dtype)
+            if bias:
+                known = self.beside if dtype == self.dtype else None
+                beside = known or BiasFactor(self.cotangents.to(dtype))
+                l = beside.rows(0, self.rank)
                 gram.addmm_(l, l.mT, alpha=bias)
             return gram if onto is None else onto.add_(gram)
         return linear_gram(
