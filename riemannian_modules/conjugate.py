@@ -83,13 +83,12 @@ class Target:
     base: Tensor
 
     def energy(self, d: Tensor, md: Tensor) -> Tensor:
-        """Return ``g(x, x)`` for ``x = sharp (e + K^T d)``, once d is close enough.
+        """Return ``g(x, x)`` for ``x = sharp (e + K^T d)``, for any d.
 
         Implements :eq:`cg-energy`. Not less than ``|K x|^2``, which has no subtraction.
         """
-        velocity = self.b + md
-        value = self.base + self.b @ d + self.y @ velocity
-        return torch.maximum(value, velocity.square().sum())
+        weight = self.base + d @ (2.0 * self.b + md)
+        return weight.clamp_min(0.0) + (self.b + md).square().sum()
 
 
 @dataclass(frozen=True)
