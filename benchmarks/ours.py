@@ -107,9 +107,13 @@ def one_probe_grid(problem: Problem) -> Sequence[Settings]:
 
 
 def sampled_mass_grid(problem: Problem) -> Sequence[Settings]:
-    """Return the masses with no, one and four random rows beside the gradient's."""
-    masses = problem.masses
-    return [{"mass": mass, "probes": k} for k in (0, 1, 4) for mass in masses]
+    """Return the masses with two numbers of random rows beside the gradient's.
+
+    None or one, and one or four where there are many outputs to know of.
+    """
+    many = isinstance(problem, NetworkProblem) and problem.outputs > 32
+    counts = (1, 4) if many else (0, 1)
+    return [{"mass": mass, "probes": k} for k in counts for mass in problem.masses]
 
 
 # --- where they suit
