@@ -427,3 +427,23 @@ def test_an_interrupted_step_leaves_the_mass_bit_for_bit():
         optimizer.step(lambda: next(losses))
     assert {d.mass.scalar for d in metric.parameters} == {3e-3}
     assert optimizer.param_groups[0]["scale"] == 1.0
+
+
+@pytest.mark.parametrize(
+    "kind", [LevenbergMarquardt, rm.optim.TrustRegion, rm.optim.LineSearch]
+)
+def test_a_trial_that_overflows_is_one_that_failed(kind):
+    model = rm.functional.Parameters(k=torch.tensor([-20.0]))
+
+    def residual(net, x):
+        return net["k"].exp() * x - 1e-3
+
+    metric = FunctionalMetric(model, residual, mass=1e-22)
+    optimizer, x = kind(metric), torch.ones(3)
+    values = metric(x)
+    start = values.square().mean()
+    metric.backward(start, values)
+    reached = optimizer.step(lambda: metric(x).square().mean())
+    assert math.isfinite(reached)
+    assert reached <= float(start)
+    assert all(bool(p.isfinite().all()) for p in model.parameters())

@@ -299,7 +299,7 @@ class GaussNewton(WeighingOptimizer):
         length = 1.0
         for count in range(1, self.param_groups[0]["shorten"] + 2):
             trial.move({name: length * x for name, x in found.vectors.items()})
-            reached = start.map.total(trial.look(closure))
+            reached = start.map.total(trial.value(closure))
             # Where rounding hides what is asked for, any decrease will do.
             if reached < loss and reached <= loss + _ARMIJO * length * slope:
                 return length, reached, count

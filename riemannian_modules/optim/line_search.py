@@ -180,7 +180,7 @@ class RetractedCurve:
         self._loss = None  # its graph holds the parameters that are written now
         self._trial.move({name: t * d for name, d in self._direction.items()})
         self.at = t
-        self._loss = self._trial.look(self._closure)
+        self._loss = self._trial.value(self._closure)
         return self._of_all(self._loss)
 
     def slope(self, t: float) -> float:

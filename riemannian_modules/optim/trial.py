@@ -1,5 +1,6 @@
 """Trial points: parameters that are moved, looked at, and put back bit for bit."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 from riemannian_modules.declared import Declared
+from riemannian_modules.errors import NonFiniteError
 from riemannian_modules.retractions import Retraction
 
 __all__ = ["Trial"]
@@ -48,6 +50,21 @@ class Trial:
         for name, declared in self.moving.items():
             declared.tensor.copy_(self.start[name])
             declared.verified = declared.linearised = declared.tensor._version
+
+    def value(self, closure: Callable[[], Any]) -> Any:
+        """Return the loss that a closure finds here, as :meth:`look`.
+
+        Infinity where it refuses the point, since outputs or parameters are not finite
+        there: one more loss that is too large.
+        """
+
+        def loss() -> Any:
+            try:
+                return closure()
+            except NonFiniteError:
+                return math.inf
+
+        return self.look(loss)
 
     def look(self, closure: Callable[[], Any]) -> Any:
         """Return what the closure says; an error puts the parameters back."""
