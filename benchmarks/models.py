@@ -125,7 +125,7 @@ def step_of(
 
     output: rm.output.OutputMetric = rm.output.Categorical()
     if method.startswith("sampled"):
-        if method.endswith("gradient alone"):
+        if "gradient alone" in method:
             probes = 0
         kept = "gradient" in method
         output = rm.output.Sampled(output, probes=probes, gradient_rows=kept)
