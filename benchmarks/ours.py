@@ -92,8 +92,8 @@ def exact_grid(problem: Problem) -> Sequence[Settings]:
 
 
 def sampled_grid(problem: Problem) -> Sequence[Settings]:
-    """Return those of all rows, for the gradient's row of each example alone."""
-    return [{**each, "probes": 0} for each in exact_grid(problem)]
+    """Return those of all rows, for one random row of each example and the gradient."""
+    return [{**each, "probes": 1} for each in exact_grid(problem)]
 
 
 def mass_grid(problem: Problem) -> Sequence[Settings]:
@@ -107,13 +107,9 @@ def one_probe_grid(problem: Problem) -> Sequence[Settings]:
 
 
 def sampled_mass_grid(problem: Problem) -> Sequence[Settings]:
-    """Return the masses with two numbers of random rows beside the gradient's.
-
-    None or one, and one or four where there are many outputs to know of.
-    """
-    many = isinstance(problem, NetworkProblem) and problem.outputs > 32
-    counts = (1, 4) if many else (0, 1)
-    return [{"mass": mass, "probes": k} for k in counts for mass in problem.masses]
+    """Return the masses with one random row for each example, and with four."""
+    masses = problem.masses
+    return [{"mass": mass, "probes": k} for k in (1, 4) for mass in masses]
 
 
 # --- where they suit
@@ -165,7 +161,7 @@ def entries() -> Iterator[Method]:
     for blocks, said in (each_layer, ("model", "one block")):
         for kind, rows, suits, grid, bare in (
             ("exact", "all rows", exact, exact_grid, mass_grid),
-            ("sampled", "few rows", sampled, sampled_grid, sampled_mass_grid),
+            ("sampled", "random rows", sampled, sampled_grid, sampled_mass_grid),
         ):
             about = f"{rows}, {said}"
             yield Method(
