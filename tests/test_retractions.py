@@ -169,6 +169,8 @@ def test_projection_on_stiefel_is_polar() -> None:
     torch.testing.assert_close(Projection()(manifold, x, u), polar)
 
 
+# torch 2.6 says so of its own gradcheck.
+@pytest.mark.filterwarnings("ignore:Please use `torch.vmap`:FutureWarning")
 @pytest.mark.parametrize("spread", [0.0, 1.0], ids=["equal", "random"])
 @pytest.mark.parametrize(
     ("name", "shape"),
