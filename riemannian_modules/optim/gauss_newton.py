@@ -21,7 +21,11 @@ from riemannian_modules.layerwise import LayerwiseMetric
 from riemannian_modules.model_metric import ModelMetric
 from riemannian_modules.optim.conjugate import Proximal, Truncated
 from riemannian_modules.optim.joint_map import JointMap
-from riemannian_modules.optim.kinds import refuse_scaler, require_kinds, require_scalar
+from riemannian_modules.optim.kinds import (
+    refuse_scaler,
+    require_differentiable,
+    require_kinds,
+)
 from riemannian_modules.optim.kronecker import KroneckerInverse
 from riemannian_modules.optim.output_map import OutputMap
 from riemannian_modules.optim.trial import Trial
@@ -204,7 +208,7 @@ class GaussNewton(WeighingOptimizer):
                 self.metric.reduction,
             )
             found = loss(evaluated)
-            require_scalar(found)
+            require_differentiable(found)
             costates = torch.autograd.grad(
                 found, own.outputs, allow_unused=True, retain_graph=True
             )

@@ -14,11 +14,11 @@ from riemannian_modules.retractions import Retraction
 
 __all__ = [
     "refuse_scaler",
+    "require_differentiable",
     "require_kinds",
     "require_numbers",
     "require_pass",
     "require_ready",
-    "require_scalar",
 ]
 
 _REPLACED = (
@@ -82,7 +82,7 @@ def refuse_scaler(optimizer: torch.optim.Optimizer) -> None:
         )
 
 
-def require_scalar(loss: object) -> None:
+def require_differentiable(loss: object) -> None:
     """Refuse what a loss function returned if it is no loss of the outputs.
 
     Args:
