@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ from riemannian_modules.errors import ShapeError
 from riemannian_modules.factors import MetricFactor
 from riemannian_modules.linearize import Linearization
 from riemannian_modules.metric import LayerMetric, Part
+from riemannian_modules.precision import without_autocast
 from riemannian_modules.strategy import Solver
 
 if TYPE_CHECKING:
@@ -284,9 +285,7 @@ def right_hand_side(
 def full_precision(parameters: DeclaredParameters) -> AbstractContextManager[object]:
     """Switch autocast off inside this scope: it is for the forward pass only."""
     kind = next(iter(parameters)).tensor.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.autocast(kind, enabled=False)
-    return nullcontext()
+    return without_autocast(kind)
 
 
 def too_narrow(blocks: Blocks, version: int) -> set[str]:

@@ -118,9 +118,8 @@ class Block:
         if source is None:
             return self.matvec(self.sharp(e))
         names = self._names
-        return self._factor.image(
-            [e[name] for name in names], [source[name] for name in names]
-        )
+        sums = [source[name] for name in names]
+        return self._factor.image(lambda index: e[names[index]], sums)
 
     def _sum(self, images: Iterator[Tensor]) -> Tensor:
         total = next(images, None)
@@ -159,7 +158,7 @@ class Block:
             Tangent vectors, fresh tensors.
         """
         names = self._names
-        own = None if e is None else [e[name] for name in names]
+        own = None if e is None else lambda index: e[names[index]]
         sums = None if source is None else [source[name] for name in names]
         vectors = self._factor.direction(a, own, sums)
         found = dict(zip(names, vectors, strict=True))

@@ -74,6 +74,10 @@ class LayerwiseMetric(ModelMetric):
             walk through autograd's graph, no probes that follow the examples, no look
             at the inputs of layers for NaN. Outputs, loss and step must still be
             finite. If the promise is broken, the metric may be wrong without an error.
+        fill_grad: whether backward passes fill ``.grad`` of the model's parameters.
+            This library's optimizers do not need that, and without it a step is cheaper
+            by the products that make linear layers' gradients. Other optimizers then
+            find None in ``.grad`` and leave the parameters alone.
 
     Attributes:
         grouping: the ``blocks`` that it was made with.
@@ -119,6 +123,7 @@ class LayerwiseMetric(ModelMetric):
         history: History | int | None = None,
         refresh: int = 1,
         static_graph: bool = False,
+        fill_grad: bool = True,
     ) -> None:
         super().__init__(
             model,
@@ -130,6 +135,7 @@ class LayerwiseMetric(ModelMetric):
             solver=solver,
             max_memory=max_memory,
             fewer=FewerRows(rows, history, refresh),
+            fill_grad=fill_grad,
         )
         self.static_graph = static_graph
         self.weighted = False
@@ -161,6 +167,7 @@ class LayerwiseMetric(ModelMetric):
             solver=self.solver,
             max_memory=self.max_memory,
             static_graph=self.static_graph,
+            fill_grad=self.gradients.fills,
         )
 
     @contextmanager

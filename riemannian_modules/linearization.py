@@ -1,5 +1,6 @@
 """What a pass is once it is differentiated: factors, gradient, residual."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -28,9 +29,9 @@ class Linearization:
 
     names: list[str]
     factors: dict[str, MetricFactor]
-    gradient: dict[str, Tensor]
+    gradient: Mapping[str, Tensor]
     residual: Tensor | None
-    rest: dict[str, Tensor] | None
+    rest: Mapping[str, Tensor] | None
     source: dict[str, MetricFactor] | None
     costates: dict[str, MetricFactor]
     examples: int = 1

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from riemannian_modules.carry import Carried
+from riemannian_modules.deferred import Deferred
 from riemannian_modules.factors import MetricFactor, joined, summed, under_each_other
 from riemannian_modules.heads import Rows
 from riemannian_modules.layout import Layout
@@ -257,22 +258,23 @@ def taken_apart(whole: Assembled, rows: Rows) -> Linearization:
     factors = whole.part(0, r) if r else {}
     if rows.joint:
         factors = {name: summed(each, r) for name, each in factors.items()}
-    gradient: dict[str, Tensor] = {}
+    gradient: Mapping[str, Tensor] = {}
     own: dict[str, MetricFactor] = {}
-    source, covectors = None, None
+    source: dict[str, MetricFactor] | None = None
+    covectors: Mapping[str, Tensor] | None = None
     if rows.led:
         assert rows.residual is not None
         first = whole.part(0, 1) if r > 1 else factors
         y = rows.residual[: whole.examples]
-        gradient = {name: factor.rmatvec(y) for name, factor in first.items()}
+        gradient = Deferred(first, lambda factor: factor.rmatvec(y))
     elif rows.has_costate:
         own = whole.part(r, r + 1)
-        gradient = {name: factor.row_sum() for name, factor in own.items()}
+        gradient = Deferred(own, lambda factor: factor.row_sum())
         if rows.residual is None:
             source, covectors = own, gradient
         elif rows.has_rest:
             source = whole.part(r + 1, r + 2)
-            covectors = {name: factor.row_sum() for name, factor in source.items()}
+            covectors = Deferred(source, lambda factor: factor.row_sum())
     names, count = list(whole.uses), 1 if rows.joint else whole.examples
     return Linearization(
         names, factors, gradient, rows.residual, covectors, source, own, count

@@ -60,6 +60,7 @@ class ModelMetric:
         solver: how each block is solved.
         max_memory: bound on what a solve holds.
         fewer: how the rows of passes become those of the metric; None: as they are.
+        fill_grad: whether backward passes fill ``.grad``.
 
     Attributes:
         grouping: the ``blocks`` that it was made with.
@@ -86,6 +87,7 @@ class ModelMetric:
         solver: Solver = "auto",
         max_memory: int | str | None = None,
         fewer: FewerRows | None = None,
+        fill_grad: bool = True,
     ) -> None:
         require_solver(solver)
         if blocks not in ("tensor", "layer", "model"):
@@ -108,7 +110,7 @@ class ModelMetric:
         self._passed = Tape()
         self._frozen = False
         self._found: Linearization | None = None
-        self.gradients = Gradients(self.parameters)
+        self.gradients = Gradients(self.parameters, fills=fill_grad)
         self.passes = 0
         self.loss: Tensor | None = None
         self.exchange: Exchange | None = None
@@ -120,10 +122,7 @@ class ModelMetric:
         )
 
     def set_mass(self, mass: MassLike | Mapping[str, MassLike]) -> None:
-        """Change the mass from the next pull-back on.
-
-        Args:
-            mass: as in the constructor.
+        """Change the mass, as in the constructor, from the next pull-back on.
 
         Raises:
             MassError: a mass is invalid; all stay as they were.
@@ -194,8 +193,8 @@ class ModelMetric:
     def frozen(self) -> Iterator[None]:
         """Hold the factors inside this scope, as a line search needs it.
 
-        Backward passes then refresh the gradient but not the metric, which is
-        evaluated at the parameters' current values with the factors of before.
+        Backward passes then refresh the gradient but not the metric, which is that of
+        the factors of before at the parameters' current values.
         """
         before, self._frozen = self._frozen, True
         try:
@@ -206,8 +205,7 @@ class ModelMetric:
     def natural_gradient(self) -> dict[str, Tensor]:
         """Return ``{parameter name: Riemannian gradient}`` of the last backward pass.
 
-        They are tangent at the parameters' values. Implements the solve of
-        :eq:`update`.
+        Tangent at the parameters' values; implements the solve of :eq:`update`.
 
         Raises:
             NotRecordedError: there was no backward pass yet.

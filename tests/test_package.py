@@ -14,7 +14,7 @@ FILES = {path.relative_to(PACKAGE): path for path in sorted(PACKAGE.rglob("*.py"
 
 # A module may import from its own row and the rows above it, never from below.
 LAYERS = (
-    {"_version", "errors", "finite", "twice"},
+    {"_version", "errors", "finite", "precision", "twice"},
     {"woodbury"},
     {"manifolds", "mass", "retractions", "tangent"},
     {"factors"},
@@ -36,7 +36,7 @@ LAYERS = (
     {"model_checks", "module_tree"},
     {"declared", "reverse"},
     {"heads", "watch", "weights"},
-    {"carry", "checks", "linearization", "linearize", "whitening"},
+    {"carry", "checks", "deferred", "linearization", "linearize", "whitening"},
     {"assembly", "carrying", "explore", "joining", "rows"},
     {"exchange", "moving", "survey"},
     {"gradients", "recorder"},

@@ -6,7 +6,7 @@ nothing: its Gram matrix ``L L^T`` is the weight's with ``X X^T`` replaced by on
 
 import functools
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeGuard
 
 import torch
@@ -31,6 +31,7 @@ __all__ = ["BlockFactor"]
 
 Pair = tuple[MetricFactor, TangentSpace]
 Combining = LinearFactor | BiasFactor
+Covectors = Callable[[int], Tensor]
 
 
 class BlockFactor:
@@ -140,11 +141,11 @@ class BlockFactor:
         """Return the diagonal of ``sum_b K_b sharp_b K_b^T``, ``(rank,)``."""
         return _total(gram_diagonal(f, s, bias) for f, s, bias in self._kernels())
 
-    def image(self, e: Sequence[Tensor], source: Sequence[MetricFactor]) -> Tensor:
+    def image(self, e: Covectors, source: Sequence[MetricFactor]) -> Tensor:
         """Return ``sum_b K_b sharp_b e_b``, ``(rank,)``.
 
         Args:
-            e: a covector for each tensor.
+            e: the covector of a tensor, by its place.
             source: factors whose rows add up to these covectors.
 
         Returns:
@@ -156,11 +157,14 @@ class BlockFactor:
         for index, (factor, space) in enumerate(self.pairs):
             if index in absorbed:
                 continue
-            if isinstance(factor, LinearFactor) and index in shared:
-                bias = self._bias_weight(index)
-                image = factor.image(space, e[index], source[index], bias)
+            own = source[index]
+            bias = self._bias_weight(index) if index in shared else 0.0
+            if isinstance(factor, LinearFactor) and factor.maps_by_kernel(
+                space, own, bias
+            ):
+                image = factor.kernel_image(space, own, bias)
             else:
-                image = factor.image(space, e[index], source[index])
+                image = factor.image(space, e(index), own)
             total = image if total is None else total + image
         assert total is not None
         return total
@@ -183,14 +187,15 @@ class BlockFactor:
     def direction(
         self,
         a: Tensor,
-        e: Sequence[Tensor] | None = None,
+        e: Covectors | None = None,
         source: Sequence[MetricFactor] | None = None,
     ) -> list[Tensor]:
         """Return ``sharp_b (e_b - K_b^T a)`` for each tensor.
 
         Args:
             a: ``(rank,)``.
-            e: a covector for each tensor; None: the result is ``sharp_b K_b^T a``.
+            e: the covector of a tensor, by its place; None: the result is
+                ``sharp_b K_b^T a``.
             source: factors whose rows add up to these covectors. With them the
                 difference is taken at the outputs of linear layers, where it is small.
 
@@ -207,7 +212,7 @@ class BlockFactor:
                 continue
             covector = combined.covector(factor)
             if e is not None:
-                torch.sub(e[index], covector, out=covector)
+                torch.sub(e(index), covector, out=covector)
             found.append(space.sharp_(covector))
         return found
 

@@ -115,23 +115,25 @@ class LinearFactor(CotangentFactor, SlabFactor):
         """Whether the rows of another factor are of the same inputs."""
         return isinstance(other, LinearFactor) and _same(other.inputs, self.inputs)
 
-    def image(
-        self, space: TangentSpace, e: Tensor, source: MetricFactor, bias: float = 0.0
+    def image(self, space: TangentSpace, e: Tensor, source: MetricFactor) -> Tensor:
+        """Return ``K sharp e``, through ``X X^T`` where that is cheaper than ``e``."""
+        if self.maps_by_kernel(space, source):
+            return self.kernel_image(space, source)
+        return super().image(space, e, source)
+
+    def kernel_image(
+        self, space: TangentSpace, source: MetricFactor, bias: float = 0.0
     ) -> Tensor:
-        """Return ``K sharp e``, through ``X X^T`` where that is cheaper than ``e``.
+        """Return ``K sharp e`` without e, where :meth:`maps_by_kernel`.
 
         Args:
             space: tangent space of the weight.
-            e: the covector.
-            source: a factor whose rows add up to it.
-            bias: weight of the bias' image, which is added on the way; only where
-                :meth:`maps_by_kernel`.
+            source: a factor whose rows add up to the covector e.
+            bias: weight of the bias' image, which is added on the way.
 
         Returns:
             ``(rank,)``.
         """
-        if not self.maps_by_kernel(space, source, bias):
-            return super().image(space, e, source)
         assert isinstance(source, LinearFactor)
         assert space.divisor is not None
         kernel = self.kernel(self.dtype, 1.0 / space.divisor, bias)

@@ -141,7 +141,7 @@ def require_ready(metric: ModelMetric, groups: Sequence[Mapping[str, Any]]) -> N
     if metric.gradients.another():
         warnings.warn(_ANOTHER, stacklevel=4)
     found = metric.linearization
-    if found is None or not found.gradient:
+    if found is None or not (found.gradient and metric.gradients.fills):
         return
     own = {id(tensor) for group in groups for tensor in group["params"]}
     reached = [metric.parameters[name].tensor for name in found.gradient]

@@ -157,11 +157,7 @@ class LevenbergMarquardt(WeighingOptimizer):
         group = self.param_groups[0]
         moving = self._moving()
         points = Trial(moving, self.retraction)
-        gradient = {
-            name: d.tensor.grad
-            for name, d in moving.items()
-            if d.tensor.grad is not None
-        }
+        gradient = self._gradient(moving)
         before = self._before(moving)
         for trial in range(1, group["trials"] + 1):
             model = QuadraticModel(self.metric, gradient)

@@ -114,9 +114,8 @@ class LineSearch(WholeModelOptimizer):
         with torch.no_grad():
             down = self._descent(moving)
             slope = sum(
-                float((d.tensor.grad * down[name]).sum(dtype=torch.float64))
-                for name, d in moving.items()
-                if d.tensor.grad is not None
+                float((g * down[name]).sum(dtype=torch.float64))
+                for name, g in self._gradient(moving).items()
             )
         if not slope < 0.0:
             return LineSearchReport(loss, loss, slope, 0.0, 0, False, False)

@@ -10,6 +10,7 @@ from torch import Tensor
 from riemannian_modules.declared import Declared
 from riemannian_modules.errors import NonFiniteError
 from riemannian_modules.finite import looks_finite
+from riemannian_modules.gradients import Gradients
 from riemannian_modules.model_metric import ModelMetric
 from riemannian_modules.optim.motion import transported
 from riemannian_modules.retractions import Retraction
@@ -23,6 +24,7 @@ class Plan:
 
     Attributes:
         declared: the parameter.
+        gradients: what the last backward pass left.
         scale: how often the fresh gradient enters the direction.
         extra: the rest of the direction, a covector, or None.
         buffer: the new momentum covector, or None without momentum.
@@ -33,6 +35,7 @@ class Plan:
     """
 
     declared: Declared
+    gradients: Gradients
     scale: float
     extra: Tensor | None
     buffer: Tensor | None
@@ -45,6 +48,7 @@ class Plan:
     def make(
         cls,
         declared: Declared,
+        gradients: Gradients,
         group: dict[str, Any],
         old: Tensor | None,
         last: Tensor | None = None,
@@ -52,7 +56,8 @@ class Plan:
         """Work out the momentum of one parameter.
 
         Args:
-            declared: the parameter, with its gradient.
+            declared: the parameter.
+            gradients: what the last backward pass left; there is one of it.
             group: its parameter group.
             old: its momentum covector so far, or None.
             last: what the step before left, or None.
@@ -70,11 +75,11 @@ class Plan:
                 f"the learning rate of '{declared.name}' is {lr}, its decay {decay}; "
                 "lower the learning rate or check its scheduler. Nothing was changed"
             )
-        gradient = declared.tensor.grad
-        assert gradient is not None
         scale, extra, buffer = 1.0, None, None
         momentum = group["momentum"]
         if momentum > 0.0:
+            gradient = gradients.of(declared.name)
+            assert gradient is not None
             old = None if old is None else old.to(gradient)
             space = declared.space()
             tangential = space.restrict(gradient)
@@ -88,7 +93,8 @@ class Plan:
                 scale = 1.0 + momentum * scale
                 extra = None if extra is None else momentum * extra
         sign = -1.0 if group["maximize"] else 1.0
-        return cls(declared, scale, extra, buffer, sign * lr, decay, old, last)
+        known = declared, gradients, scale, extra, buffer
+        return cls(*known, sign * lr, decay, old, last)
 
     def kept(self, healthy: Tensor | None) -> Tensor | None:
         """Return the momentum after the step: the old one if the step failed.
@@ -140,7 +146,7 @@ class Plan:
     @property
     def gradient(self) -> Tensor:
         """The parameter's gradient, a covector."""
-        gradient = self.declared.tensor.grad
+        gradient = self.gradients.of(self.declared.name)
         assert gradient is not None
         return gradient
 
@@ -238,7 +244,7 @@ def plans_of(optimizer: torch.optim.Optimizer, metric: ModelMetric) -> dict[str,
     """
     groups = optimizer.param_groups
     going = [group for group in groups if not _stands(group["lr"])]
-    plans = {}
+    plans, moving = {}, metric.gradients.moving()
     for group in going or groups:
         if group["momentum"] > 0.0 and group["spring"] > 0.0:
             raise ValueError(
@@ -247,11 +253,13 @@ def plans_of(optimizer: torch.optim.Optimizer, metric: ModelMetric) -> dict[str,
                 "pass it cycle_momentum=False. Nothing was changed"
             )
         for tensor in group["params"]:
-            if tensor.grad is not None:
-                declared = metric.parameters.of(tensor)
+            declared = metric.parameters.of(tensor)
+            if declared.name in moving:
                 state = optimizer.state.get(tensor, {})
                 old, last = state.get("momentum_buffer"), state.get("step_buffer")
-                plans[declared.name] = Plan.make(declared, group, old, last)
+                plans[declared.name] = Plan.make(
+                    declared, metric.gradients, group, old, last
+                )
     return plans
 
 

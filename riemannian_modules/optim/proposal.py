@@ -21,7 +21,7 @@ from riemannian_modules.optim.motion import (
     within,
 )
 from riemannian_modules.optim.plan import Plan
-from riemannian_modules.optim.quadratic import Numbers, QuadraticModel
+from riemannian_modules.optim.quadratic import Numbers, QuadraticModel, spanned
 
 __all__ = ["propose"]
 
@@ -57,7 +57,9 @@ def propose(
     """
     if rule.plain or not plans:
         return _solve(metric, plans, None), None
-    model = QuadraticModel(metric, {n: plan.gradient for n, plan in plans.items()})
+    residual = spanned(metric)
+    gradient = {} if residual is not None else {n: p.gradient for n, p in plans.items()}
+    model = QuadraticModel(metric, gradient, residual)
     before = _before(plans) if rule.keeps else {}
     image = model.image(before) if before else None
     shift = rule.spring * image if rule.spring and image is not None else None

@@ -8,9 +8,25 @@ from torch import Tensor
 
 from riemannian_modules.model_metric import ModelMetric
 
-__all__ = ["Numbers", "QuadraticModel", "Step"]
+__all__ = ["Numbers", "QuadraticModel", "Step", "spanned"]
 
 Vectors = Mapping[str, Tensor]
+
+
+def spanned(metric: ModelMetric) -> Tensor | None:
+    """Return y with ``K^T y`` the gradient that steps are made of, ``(rank,)``.
+
+    Args:
+        metric: the metric after a backward pass.
+
+    Returns:
+        The residual; None where the rows do not span the gradient, or ``.grad`` was
+        changed since.
+    """
+    found = metric.linearization
+    if found is None or found.residual is None or found.rest is not None:
+        return None
+    return found.residual if metric.gradients.untouched() else None
 
 
 @dataclass(frozen=True)
@@ -65,11 +81,16 @@ class QuadraticModel:
         metric: the model's metric after a backward pass.
         gradient: ``{parameter name: d f}``; parameters that are missing, here or in a
             direction, stand still.
+        residual: y with ``d f = K^T y``, ``(rank,)``, which the gradient then need not
+            be known for; or None.
     """
 
-    def __init__(self, metric: ModelMetric, gradient: Vectors) -> None:
+    def __init__(
+        self, metric: ModelMetric, gradient: Vectors, residual: Tensor | None = None
+    ) -> None:
         self._metric = metric
         self._gradient = gradient
+        self._residual = None if residual is None else residual.double()
 
     def image(self, u: Vectors) -> Tensor:
         """Return ``K u`` of the whole model, ``(rank,)``, float64."""
@@ -123,7 +144,11 @@ class QuadraticModel:
             for j in range(i + 1):
                 rows[i][j] = rows[j][i] = self._weight(directions[i], directions[j])
         weight = torch.stack([torch.stack(row) for row in rows])
-        slopes = torch.stack([self._slope(u) for u in directions])
+        slopes = (
+            torch.stack([self._slope(u) for u in directions])
+            if self._residual is None
+            else stacked @ self._residual
+        )
         return Numbers(stacked @ stacked.mT, weight, slopes)
 
     def best(self, directions: Sequence[Vectors]) -> Step:

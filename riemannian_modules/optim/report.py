@@ -12,6 +12,7 @@ from riemannian_modules.metric import LayerMetric, Solution
 from riemannian_modules.model_metric import ModelMetric
 from riemannian_modules.optim.motion import Motion
 from riemannian_modules.optim.plan import Plan
+from riemannian_modules.optim.quadratic import spanned
 
 __all__ = ["BlockReport", "MotionReport", "StepReport", "block_reports"]
 
@@ -28,7 +29,9 @@ class BlockReport:
         solution: the solved Riesz problem.
         lr: the step length.
         moves: ``{parameter name: (factor, vector)}``, whose products are the step.
-        slope: derivative of the loss along the step; None: the solution knows it.
+        slope: derivative of the loss along the step; None: it is found when asked for.
+        whitened: y with ``K^T y`` the gradient, for steps in other directions than
+            the solution's; or None.
     """
 
     name: str
@@ -37,6 +40,7 @@ class BlockReport:
     lr: float
     moves: dict[str, tuple[float, Tensor]]
     slope: Tensor | None = None
+    whitened: Tensor | None = None
 
     def __repr__(self) -> str:
         return (
@@ -92,9 +96,14 @@ class BlockReport:
 
     @property
     def predicted_decrease(self) -> float:
-        """First-order decrease ``-g(x, u)`` of the loss by the block's step u."""
+        """First-order decrease ``-g(x, u)`` of the loss by the block's step u.
+
+        Cost: at most one product with K.
+        """
         if self.slope is not None:
             return -float(self.slope)
+        if self.whitened is not None:
+            return -float(self.whitened @ self.image.to(self.whitened))
         x = self.solution.vectors
         if all(
             rate == -self.lr and vector is x[name]
@@ -103,6 +112,18 @@ class BlockReport:
             return self.lr * self.gradient_norm**2
         u = {name: -self.lr * vector for name, vector in x.items()} | self.steps
         return -float(self.metric.inner(x, u))
+
+    @cached_property
+    def image(self) -> Tensor:
+        """``K u`` of the block's step u, ``(rank,)``. Cost: one product."""
+        return self.metric.image(
+            {
+                part.name: torch.zeros_like(part.space.point)
+                if (u := self.steps.get(part.name)) is None
+                else u
+                for part in self.metric.parts
+            }
+        )
 
     @cached_property
     def residual(self) -> float:
@@ -195,18 +216,7 @@ class MotionReport:
 
     @cached_property
     def _curvature(self) -> float:
-        images = [
-            b.metric.image(
-                {
-                    part.name: torch.zeros_like(part.space.point)
-                    if (u := b.steps.get(part.name)) is None
-                    else u
-                    for part in b.metric.parts
-                }
-            ).double()
-            for b in self.blocks.values()
-            if b.rank
-        ]
+        images = [b.image.double() for b in self.blocks.values() if b.rank]
         if not images:
             return 0.0
         return float(torch.stack(images).sum(0).square().sum())
@@ -273,22 +283,25 @@ def block_reports(
     Returns:
         The blocks that move.
     """
-    reports = {}
+    reports, residual = {}, spanned(metric)
     for block, solution in solutions.items():
         own = [name for name in solution.vectors if name in plans]
         if not own:
             continue
         lr = plans[own[0]].lr
         moves = {name: steps[name] for name in own}
-        slope = None
+        slope, whitened = None, None
         # Where the direction is not the gradient's own, its norm does not tell.
-        if motion is not None or not all(plans[name].is_gradient for name in own):
+        turned = motion is not None or not all(plans[n].is_gradient for n in own)
+        if turned and residual is not None and solution.base.rank:
+            whitened = residual
+        elif turned:
             found = [
                 rate * torch.dot(plans[n].gradient.reshape(-1), u.reshape(-1))
                 for n, (rate, u) in moves.items()
             ]
             slope = torch.stack(found).sum()
         reports[block] = BlockReport(
-            block, metric.solved[block], solution, lr, moves, slope
+            block, metric.solved[block], solution, lr, moves, slope, whitened
         )
     return reports

@@ -137,11 +137,7 @@ class TrustRegion(WholeModelOptimizer):
     def _search(self, closure: Callable[[], Any], loss: float) -> TrustRegionReport:
         group = self.param_groups[0]
         moving = self._moving()
-        gradient = {
-            name: d.tensor.grad
-            for name, d in moving.items()
-            if d.tensor.grad is not None
-        }
+        gradient = self._gradient(moving)
         trial = Trial(moving, self.retraction)
         model = QuadraticModel(self.metric, gradient)
         best = model.best([self._descent(moving)])

@@ -84,7 +84,12 @@ class WholeModelOptimizer(torch.optim.Optimizer):
 
     def _moving(self) -> dict[str, Declared]:
         """Return the parameters that have a gradient."""
-        return {d.name: d for d in self.metric.parameters if d.tensor.grad is not None}
+        return self.metric.gradients.moving()
+
+    def _gradient(self, moving: Mapping[str, Declared]) -> dict[str, Tensor]:
+        """Return what steps are made of: ``.grad``, or what the last pass found."""
+        found = {name: self.metric.gradients.of(name) for name in moving}
+        return {name: g for name, g in found.items() if g is not None}
 
     def _descent(self, moving: Mapping[str, Declared]) -> dict[str, Tensor]:
         """Return the natural direction of descent for what is in ``.grad`` now.
@@ -103,12 +108,9 @@ class WholeModelOptimizer(torch.optim.Optimizer):
             solutions = metric.solve(only=only).values()
         else:
             # Changed gradients are covectors like any other.
-            covector = {
-                name: d.tensor.grad
-                for name, d in moving.items()
-                if d.tensor.grad is not None
-            }
-            solutions = metric.solve(covector, gradient=0.0, only=only).values()
+            solutions = metric.solve(
+                self._gradient(moving), gradient=0.0, only=only
+            ).values()
         found = {n: x for each in solutions for n, x in each.vectors.items()}
         return {name: -found[name] for name in moving}
 
