@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -27,6 +28,27 @@ class Part:
     name: str
     space: TangentSpace
     factor: MetricFactor | None = None
+
+
+class _Chosen(Sequence[Tensor]):
+    """Some vectors of a mapping, in order; one is not read before it is needed."""
+
+    def __init__(self, vectors: Vectors, names: Sequence[str]) -> None:
+        self._vectors, self._names = vectors, names
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Tensor]: ...
+
+    def __getitem__(self, index: int | slice) -> Tensor | Sequence[Tensor]:
+        if isinstance(index, slice):
+            return _Chosen(self._vectors, self._names[index])
+        return self._vectors[self._names[index]]
 
 
 class Block:
@@ -119,7 +141,7 @@ class Block:
             return self.matvec(self.sharp(e))
         names = self._names
         sums = [source[name] for name in names]
-        return self._factor.image(lambda index: e[names[index]], sums)
+        return self._factor.image(_Chosen(e, names), sums)
 
     def _sum(self, images: Iterator[Tensor]) -> Tensor:
         total = next(images, None)
@@ -158,7 +180,7 @@ class Block:
             Tangent vectors, fresh tensors.
         """
         names = self._names
-        own = None if e is None else lambda index: e[names[index]]
+        own = None if e is None else _Chosen(e, names)
         sums = None if source is None else [source[name] for name in names]
         vectors = self._factor.direction(a, own, sums)
         found = dict(zip(names, vectors, strict=True))

@@ -6,7 +6,7 @@ nothing: its Gram matrix ``L L^T`` is the weight's with ``X X^T`` replaced by on
 
 import functools
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TypeGuard
 
 import torch
@@ -31,7 +31,6 @@ __all__ = ["BlockFactor"]
 
 Pair = tuple[MetricFactor, TangentSpace]
 Combining = LinearFactor | BiasFactor
-Covectors = Callable[[int], Tensor]
 
 
 class BlockFactor:
@@ -141,11 +140,11 @@ class BlockFactor:
         """Return the diagonal of ``sum_b K_b sharp_b K_b^T``, ``(rank,)``."""
         return _total(gram_diagonal(f, s, bias) for f, s, bias in self._kernels())
 
-    def image(self, e: Covectors, source: Sequence[MetricFactor]) -> Tensor:
+    def image(self, e: Sequence[Tensor], source: Sequence[MetricFactor]) -> Tensor:
         """Return ``sum_b K_b sharp_b e_b``, ``(rank,)``.
 
         Args:
-            e: the covector of a tensor, by its place.
+            e: a covector for each tensor; read where it is needed.
             source: factors whose rows add up to these covectors.
 
         Returns:
@@ -164,7 +163,7 @@ class BlockFactor:
             ):
                 image = factor.kernel_image(space, own, bias)
             else:
-                image = factor.image(space, e(index), own)
+                image = factor.image(space, e[index], own)
             total = image if total is None else total + image
         assert total is not None
         return total
@@ -187,15 +186,15 @@ class BlockFactor:
     def direction(
         self,
         a: Tensor,
-        e: Covectors | None = None,
+        e: Sequence[Tensor] | None = None,
         source: Sequence[MetricFactor] | None = None,
     ) -> list[Tensor]:
         """Return ``sharp_b (e_b - K_b^T a)`` for each tensor.
 
         Args:
             a: ``(rank,)``.
-            e: the covector of a tensor, by its place; None: the result is
-                ``sharp_b K_b^T a``.
+            e: a covector for each tensor, read where it is needed; None: the result
+                is ``sharp_b K_b^T a``.
             source: factors whose rows add up to these covectors. With them the
                 difference is taken at the outputs of linear layers, where it is small.
 
@@ -212,7 +211,7 @@ class BlockFactor:
                 continue
             covector = combined.covector(factor)
             if e is not None:
-                torch.sub(e(index), covector, out=covector)
+                torch.sub(e[index], covector, out=covector)
             found.append(space.sharp_(covector))
         return found
 

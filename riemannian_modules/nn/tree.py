@@ -179,8 +179,8 @@ def _cells(parameter: Tensor, path: str, seen: _Seen) -> list[str]:
     if mass is not None:
         cells.append(_mass(mass, parameter))
     part = seen.parts.get(id(parameter))
-    if part is not None:
-        cells += _numbers(part, parameter)
+    if part is not None and seen.metric is not None:
+        cells += _numbers(part, seen.metric.gradients.of(part.name))
     return cells
 
 
@@ -207,14 +207,14 @@ def _mass(mass: Mass, parameter: Tensor) -> str:
     return f"{float(values.min()):.2g}..{float(values.max()):.2g}"
 
 
-def _numbers(part: Part, parameter: Tensor) -> list[str]:
+def _numbers(part: Part, covector: Tensor | None) -> list[str]:
     """Return the sensitivity, and the norm of the gradient if there is one."""
     if part.space.point.is_meta:
         return ["?", "?"]
     found = [factor_norm(part)]
-    if parameter.grad is not None:
+    if covector is not None:
         own = replace(part.space, mass=Mass())
-        gradient = parameter.grad.detach().to(own.point)
+        gradient = covector.detach().to(own.point)
         square = (own.riesz(gradient) * gradient).sum()
         # Rounding leaves a normal gradient a tangent part of either sign.
         found.append(float(square.clamp_min(0.0).sqrt()))
