@@ -16,7 +16,9 @@ METHODS = (
     "sampled",
     "sampled, static graph",
     "sampled, gradient kept",
+    "sampled, gradient kept, no .grad",
     "sampled, gradient alone",
+    "sampled, gradient alone, no .grad",
     "exact layer",
 )
 

@@ -20,8 +20,11 @@ METHODS = (
     "sampled by hand",
     "sampled",
     "sampled, static graph",
+    "sampled, static graph, no .grad",
     "sampled, gradient kept",
+    "sampled, gradient kept, no .grad",
     "sampled, gradient alone",
+    "sampled, gradient alone, no .grad",
     "exact model",
     "exact layer",
 )
@@ -110,8 +113,9 @@ def step_of(
 
     A method is "adam", or "sampled" (``probes`` random rows and no other, unless the
     gradient is kept, as is the default of the library, or has the only row) or "exact"
-    with the blocks behind it: "layer" if nothing is said, or "model". The step length
-    is tiny, so that the thousandth step meets the same problem as the first.
+    with the blocks behind it: "layer" if nothing is said, or "model"; "no .grad" leaves
+    that empty. The step length is tiny, so that the thousandth step meets the same
+    problem as the first.
     """
     if method == "adam":
         adam = torch.optim.Adam(model.parameters(), lr=1e-6)
@@ -134,7 +138,8 @@ def step_of(
         output=output,
         mass=1e-2,
         blocks="model" if method.endswith("model") else "layer",
-        static_graph=method.endswith("static graph"),
+        static_graph="static graph" in method,
+        fill_grad=not method.endswith("no .grad"),
     )
     optimizer = rm.optim.RiemannianSGD(metric, lr=1e-6)
 
