@@ -368,6 +368,28 @@ def test_a_loop_that_is_too_strong_is_unknown() -> None:
     assert lipschitz(rnn.Feedback(strong, nn.Linear(3, 3))).value == math.inf
 
 
+@pytest.mark.parametrize("factor", [0.5, 1.0, 3.0])
+def test_where_a_solver_begins_matters_unless_there_is_one_solution(factor) -> None:
+    back, one = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
+    with torch.no_grad():
+        back.weight.fill_(factor)
+        one.weight.fill_(1.0)
+    cell = rnn.Sequential(rnn.Join(nn.Linear(1, 1), back), nn.Tanh())
+    loops = [
+        rnn.FixedPoint(cell, 1),
+        rnn.Feedback(rnn.Sequential(one, nn.Tanh()), back),
+    ]
+    for loop in loops:
+        found = lipschitz(loop, 1)
+        assert (found.value == 0.0) == (factor < 1)
+        assert (found.verdict is Verdict.CERTIFIED) == (factor < 1)
+    if factor > 1:
+        starts = [torch.full((1, 1), x) for x in (-1.0, 1.0)]
+        ends = [loops[1](torch.zeros(1, 1), start).detach() for start in starts]
+        assert float(ends[1] - ends[0]) > 1.9
+        assert not rnn.Recurrent(loops[1], 1).certificate().contracts
+
+
 @given(SEEDS)
 def test_growth_is_the_logarithmic_norm(seed: int) -> None:
     torch.manual_seed(seed)

@@ -1,6 +1,7 @@
 """Lipschitz constants of the compositions, from those of their children."""
 
 import math
+from collections.abc import Sequence
 
 from torch import nn
 
@@ -84,23 +85,29 @@ def _heads(module: Heads, argument: int) -> Gain:
 
 @register_lipschitz(FixedPoint, ("forward", "step"))
 def _fixed_point(module: FixedPoint, argument: int) -> Gain:
-    if argument:
-        return known(0.0, "the solution does not depend on where the solver begins")
-    outer, inner = lipschitz(module.module, 0), lipschitz(module.module, 1)
-    return _implicit(outer, inner, inner.value)
+    inner = lipschitz(module.module, 1)
+    if argument == 1:
+        return _start([inner], inner.value)
+    return _implicit([lipschitz(module.module, 0), inner], inner.value)
 
 
 @register_lipschitz(Feedback, ("forward", "step"))
 def _feedback(module: Feedback, argument: int) -> Gain:
-    if argument:
-        return known(0.0, "the solution does not depend on where the solver begins")
-    ahead, back = lipschitz(module.ahead), lipschitz(module.back)
-    return _implicit(ahead, back, times_up(ahead.value, back.value))
+    gains = [lipschitz(module.ahead), lipschitz(module.back)]
+    loop = times_up(*(gain.value for gain in gains))
+    return _start(gains, loop) if argument == 1 else _implicit(gains, loop)
 
 
-def _implicit(outer: Gain, inner: Gain, loop: float) -> Gain:
+def _start(gains: Sequence[Gain], loop: float) -> Gain:
+    """Where the solver begins does not matter if there is one solution only."""
+    if not loop < 1:
+        return unknown(f"the loop gain {loop:.4g} is not below one")
+    return added(gains, 0.0, "one solution, wherever the solver begins, by gains")
+
+
+def _implicit(gains: Sequence[Gain], loop: float) -> Gain:
     if not loop < 1:
         return unknown(f"the loop gain {loop:.4g} is not below one")
     room = math.nextafter(1 - loop, 0.0)
-    total = math.nextafter(outer.value / room, math.inf)
-    return added([outer, inner], total, "closed loop")
+    total = math.nextafter(gains[0].value / room, math.inf)
+    return added(gains, total, "closed loop")
