@@ -25,6 +25,7 @@ from riemannian_modules.contraction import (
     block_rates,
     discrete_factor,
     eigen,
+    parallel,
     rate,
 )
 from riemannian_modules.contraction.replica import Replica
@@ -327,6 +328,28 @@ def test_rates_of_blocks(kind) -> None:
     for name, each in parts.items():
         assert name in each.where
         assert abs(seen[name].value - each.value) <= 1e-5 * (1 + abs(each.value))
+
+
+def test_rates_of_other_models_do_not_add_up() -> None:
+    def found(mass: float = 1.0, weight: float = 1.0, shift: float = 0.0, **options):
+        model = nn.Linear(1, 1, bias=False).double()
+        with torch.no_grad():
+            model.weight.fill_(weight)
+        metric = rm.LayerwiseMetric(
+            model, output=rm.output.Euclidean(), mass=mass, blocks="model"
+        )
+        x = torch.ones(3, 1, dtype=torch.float64) + shift
+        return rate(metric, lambda z: z.square().sum() / 2, x, **options)
+
+    same = found()
+    assert parallel([same, found()]).value == 2 * same.value
+    others = [{"mass": 100.0}, {"weight": 2.0}, {"shift": 0.5}, {"kind": "frozen"}]
+    for other in others:
+        with pytest.raises(ContractionError, match="different metrics"):
+            parallel([same, found(**other)])
+    metric, loss, x = problem("stiefel-wide", "euclidean", "layer")
+    with pytest.raises(ContractionError, match="different metrics"):
+        parallel(block_rates(metric, loss, x))
 
 
 # ---- the residual --------------------------------------------------------------------

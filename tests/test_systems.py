@@ -18,6 +18,7 @@ from riemannian_modules.contraction import (
     System,
     Verdict,
     discrete,
+    parallel,
     product,
     small_gain,
 )
@@ -318,6 +319,33 @@ def test_a_system_has_to_fit_together() -> None:
     nan = System({"a": lambda own, others: own.sqrt()}, {"a": 1})
     with pytest.raises(ContractionError, match="not finite"):
         nan.certify(region={"a": (-1, 1)})
+
+
+def test_metrics_of_the_same_name_are_told_apart() -> None:
+    """Each of the two contracts in its own metric P_x; their sum is unstable."""
+    fields = [[[-1.0, 10.0], [0.0, -1.0]], [[-1.0, 0.0], [10.0, -1.0]]]
+
+    def certified(matrix: list[list[float]], weight: float):
+        A = torch.tensor(matrix)
+        system = System(
+            {"x": lambda x, others: A @ x},
+            {"x": 2},
+            {"x": torch.tensor([[weight, 0.0], [0.0, 1.0]])},
+        )
+        return system.certify(
+            region={"x": (-1.0, 1.0)}, jacobian_bounds=lambda x: {("x", "x"): matrix}
+        )
+
+    found = [
+        certified(matrix, weight)
+        for matrix, weight in zip(fields, (1 / 150, 150.0), strict=True)
+    ]
+    assert all(each.contracts for each in found)
+    assert float(torch.linalg.eigvals(sum(map(torch.tensor, fields))).real.max()) > 7
+    with pytest.raises(ContractionError, match="different metrics"):
+        parallel(found)
+    again = certified(fields[0], 1 / 150)
+    assert parallel([found[0], again]).value == pytest.approx(2 * again.value)
 
 
 def test_evidence_does_not_become_proof_further_up() -> None:

@@ -289,7 +289,7 @@ def gain_matrix(
 
 
 def one_metric(rates: Sequence[Rate]) -> str:
-    """Return the metric that all rates share.
+    """Return the metric that all rates share, by their words for it.
 
     Raises:
         ContractionError: they are rates in different metrics.

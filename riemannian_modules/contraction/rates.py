@@ -160,7 +160,8 @@ def block_rates(
         mask = hessian.geometry.masks[name]
         found = _smallest(hessian, how, probe, mask, tolerance, products, seed)
         own = _told(found, hessian, replica)
-        rates[name] = replace(own, where=f"{own.where}, block '{name}'")
+        part = f", block '{name}'"
+        rates[name] = replace(own, metric=own.metric + part, where=own.where + part)
     return rates
 
 
@@ -303,7 +304,7 @@ def _told(found: eigen.Smallest, hessian: Hessian, replica: Replica) -> Rate:
     return Rate(
         known.value,
         kind=hessian.kind,
-        metric=f"{frozen}{word} {replica.metric.output}",
+        metric=f"{frozen}{word} {replica.metric.output}#{replica.fingerprint}",
         where=f"at this point, {replica.examples} examples",
         side=known.side,
         verdict=known.verdict,

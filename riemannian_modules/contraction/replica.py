@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from riemannian_modules.contraction.chart import Chart
+from riemannian_modules.contraction.fingerprint import fingerprint
 from riemannian_modules.contraction.geometry import Geometry, Loss
 from riemannian_modules.errors import ContractionError
 from riemannian_modules.heads import pair
@@ -76,6 +77,22 @@ class Replica:
     def blocks(self) -> Blocks:
         """The metric of every block that the outputs depend on."""
         return self.metric.blocks
+
+    @property
+    def fingerprint(self) -> str:
+        """What tells this metric from that of another model, point, mass or data."""
+        model = self.model
+        kinds = [
+            f"{type(m).__module__}.{type(m).__qualname__}" for m in model.modules()
+        ]
+        masses = [
+            (declared.name, mass.scalar, mass.row, mass.column, mass.diagonal)
+            for declared in self.metric.parameters
+            for mass in [declared.mass]
+        ]
+        state = [*model.named_parameters(), *model.named_buffers()]
+        made = (repr(model), kinds, self.metric.reduction, self.metric.grouping)
+        return fingerprint(made, masses, state, self.inputs, self.returned)
 
     @property
     def examples(self) -> int:

@@ -78,7 +78,8 @@ class Rate:
         value: The rate, in one over the unit of time of the flow (a step of length
             ``eta`` is a time of ``eta``).
         kind: What was measured: "true", "frozen", "output", or the user's word.
-        metric: The metric in which distances shrink, in words.
+        metric: The metric in which distances shrink, in words that no other metric
+            has; the library's own end in digits of what the metric is made of.
         where: The point, the points or the region for which it holds, in words.
         side: On which side of the true rate the value lies.
         verdict: What is known. A certified rate is exact or a lower bound.

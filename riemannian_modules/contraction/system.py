@@ -13,6 +13,7 @@ from riemannian_modules.contraction.enclosure import (
     interval_feedback,
     interval_rate,
 )
+from riemannian_modules.contraction.fingerprint import fingerprint
 from riemannian_modules.contraction.hierarchy import hierarchy
 from riemannian_modules.contraction.networks import small_gain
 from riemannian_modules.contraction.region import (
@@ -89,7 +90,9 @@ class System:
         self.metric_names: dict[str, str] = {}
         for name, size in self.layout.sizes.items():
             P = metrics.get(name)
-            self.metric_names[name] = "Euclidean" if P is None else f"P_{name}"
+            # Metrics of two systems can have one name; their entries tell them apart.
+            told = "Euclidean" if P is None else f"P_{name}#{fingerprint(P.double())}"
+            self.metric_names[name] = told
             identity = torch.eye(size, dtype=torch.float64)
             self.roots[name] = MetricRoot.of(identity if P is None else P)
             if self.roots[name].P.shape[0] != size:
