@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import scipy.integrate
 import scipy.linalg
 import scipy.special
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from mutants import stability as mutants
 
@@ -106,6 +107,56 @@ def test_geometric_sums(q: float, steps: int) -> None:
 def test_geometric_sums_near_one(d: float, steps: int) -> None:
     series = steps * (1 + d * (steps - 1) / 2 + d * d * (steps - 1) * (steps - 2) / 6)
     close(geometric(1 + d, steps), series, 1e-12)
+
+
+def exponential(x: Fraction) -> tuple[Fraction, Fraction]:
+    """Bounds on ``exp(x)``, from its series at a small part of x, squared again."""
+    halvings = max(0, math.ceil(abs(x)).bit_length() + 4)
+    y, total, term = x / 2**halvings, Fraction(0), Fraction(1)
+    for k in range(1, 30):
+        total, term = total + term, term * y / k
+    low, high = total - 2 * abs(term), total + 2 * abs(term)
+    for _ in range(halvings):
+        low, high = low * low, high * high
+        # Numbers of a bounded length.
+        low = Fraction(math.floor(low * 2**1400), 2**1400)
+        high = Fraction(math.ceil(high * 2**1400), 2**1400)
+    return low, high
+
+
+@given(positive, st.floats(-3.0, 5.0), st.integers(1, 10**6), st.floats(1e-3, 150.0))
+@settings(max_examples=40)
+def test_bounds_are_not_below_their_formula(L, rate, n, t) -> None:
+    x = -Fraction(rate) * Fraction(t)
+    assume(not 0 < abs(x) < 1e-9)
+    low, high = exponential(x)
+    lasting = (1 - low) / Fraction(rate) if rate else Fraction(t)
+    if rate > 0:
+        lasting = (1 - high) / Fraction(rate)
+    beta = 2 * Fraction(L) ** 2 / n
+    found = c.stability_bound(L, rate, n, t).value
+    assert found >= beta * lasting
+    assert found <= beta * lasting * (1 + Fraction(1, 10**10))
+    apart = c.distance_bound(L, rate, t, start=L).value
+    assert apart >= Fraction(L) * (low + lasting)
+    if rate > 0:
+        assert c.stability_bound(L, rate, n).value >= beta / Fraction(rate)
+
+
+@given(positive, st.floats(0.0, 1.2), st.floats(1e-3, 10.0), st.integers(0, 300))
+@settings(max_examples=60)
+def test_discrete_bounds_are_not_below_their_formula(L, q, lr, steps) -> None:
+    total = sum(Fraction(q) ** k for k in range(steps))
+    exact = 2 * Fraction(lr) * Fraction(L) ** 2 / 7 * total
+    found = c.stability_bound_discrete(L, q, 7, lr, steps).value
+    assert exact <= found <= float(exact) * (1 + 1e-10)
+    factor = c.step_factor(q, 2 * q, lr).value
+    ends = [abs(1 - Fraction(lr) * k * Fraction(q)) for k in (1, 2)]
+    assert factor >= max(ends)
+
+
+def test_what_is_left_of_a_start_is_never_nothing() -> None:
+    assert 0.0 < c.distance_bound(0.0, 1.0, t=800.0, start=1.0).value < 1e-300
 
 
 def test_what_is_not_bounded_is_infinite() -> None:

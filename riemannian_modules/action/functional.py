@@ -10,7 +10,8 @@ from riemannian_modules.action.trajectory import Local, Point, Trajectory
 from riemannian_modules.contraction import Bound, Constant, Rate, Side, Verdict
 from riemannian_modules.contraction.bound import conclude
 from riemannian_modules.contraction.constants import as_rate, as_size
-from riemannian_modules.contraction.memory import memory, times
+from riemannian_modules.contraction.memory import memory
+from riemannian_modules.contraction.verified import sqrt_up, times_up
 from riemannian_modules.errors import ContractionError
 
 __all__ = ["Action", "Dissipation", "action", "dissipation", "tube_bound"]
@@ -182,7 +183,7 @@ def tube_bound(
     speed = as_rate(rate)
     # (1 - exp(-2 rate t)) / rate is twice the memory of twice the rate.
     return conclude(
-        math.sqrt(times(2.0 * given.value, memory(2.0 * speed.value, t))),
+        sqrt_up(times_up(2.0, given.value, memory(2.0 * speed.value, t))),
         f"distance from the gradient flow at time {t:.4g}",
         [given, speed],
         assumptions=["the same start", "a geodesically convex region with both paths"],

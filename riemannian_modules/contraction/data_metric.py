@@ -12,8 +12,9 @@ from riemannian_modules.contraction.constants import (
     as_sensitivity,
     require,
 )
-from riemannian_modules.contraction.memory import memory, times, until
+from riemannian_modules.contraction.memory import memory, until
 from riemannian_modules.contraction.stability import CONVEX, DIFFERENCE, SAME_START
+from riemannian_modules.contraction.verified import over_up, plus_up, times_up
 
 __all__ = ["metric_sampling_bound", "stability_bound_data_metric"]
 
@@ -57,14 +58,10 @@ def stability_bound_data_metric(
     """
     slope, speed = as_lipschitz(L_G), as_rate(rate)
     steep, mass = as_sensitivity(kappa), as_mass(mu)
-    share = (
-        slope.value
-        * slope.value
-        / as_count(n)
-        * (2.0 + steep.value * steep.value / mass.value)
-    )
+    moved = plus_up(2.0, over_up(times_up(steep.value, steep.value), mass.value))
+    pushed = times_up(slope.value, slope.value, moved, memory(speed.value, t))
     return conclude(
-        times(share, memory(speed.value, t)),
+        over_up(pushed, as_count(n)),
         f"{DIFFERENCE}, {until(t)}",
         [slope, speed, steep, mass],
         assumptions=[
@@ -116,10 +113,12 @@ def metric_sampling_bound(
     slope, speed = as_lipschitz(L_G), as_rate(rate)
     steep, mass = as_sensitivity(kappa), as_mass(mu)
     require(0 < delta < 1, f"delta = {delta}")
-    luck = 1.0 + math.sqrt(2.0 * math.log(1.0 / delta))
-    apart = luck * steep.value * steep.value / math.sqrt(as_count(n))
+    # Room for the logarithm and the roots, of a unit or two in the last place each.
+    luck = (1.0 + math.sqrt(-2.0 * math.log(delta))) * (1.0 + 1e-14)
+    few = math.sqrt(as_count(n)) * (1.0 - 1e-15)
+    apart = times_up(luck, steep.value, steep.value, slope.value)
     return conclude(
-        times(apart * slope.value / mass.value, memory(speed.value, None)),
+        over_up(times_up(apart, memory(speed.value, None)), few, mass.value),
         f"distance of the two flows, with probability {1 - delta:g}",
         [slope, speed, steep, mass],
         assumptions=[

@@ -5,6 +5,7 @@ from typing import Literal
 
 from riemannian_modules.contraction.bound import Bound, Order
 from riemannian_modules.contraction.constants import as_count, require
+from riemannian_modules.contraction.verified import plus_up, times_up
 from riemannian_modules.errors import ContractionError
 
 __all__ = ["generalization_gap", "paper_order"]
@@ -53,7 +54,11 @@ def generalization_gap(
         raise ContractionError(f"change={change!r}; 'replace one' or 'leave one out'")
     require(loss_bound is None or loss_bound >= 0, f"loss_bound = {loss_bound}")
     share = 1.0 if change == "replace one" else 2.0
-    value, what, average = share * given.value, "generalisation gap", given.average
+    value, what, average = (
+        times_up(share, given.value),
+        "generalisation gap",
+        given.average,
+    )
     assumptions = [*given.assumptions, f"stability in the sense of '{change}'"]
     if delta is None:
         parts = ["training sets", *([] if average is None else [average])]
@@ -67,8 +72,10 @@ def generalization_gap(
                 "nothing about single training sets; leave delta out"
             )
         require(0 < delta < 1, f"delta = {delta}")
-        spread = math.sqrt(math.log(1.0 / delta) / (2.0 * as_count(n)))
-        value += (2.0 * share * n * given.value + loss_bound) * spread
+        # Room for the logarithm and the root, of a unit or two in the last place each.
+        spread = math.sqrt(-math.log(delta) / (2.0 * as_count(n))) * (1.0 + 1e-14)
+        most = plus_up(times_up(2.0, share, n, given.value), loss_bound)
+        value = plus_up(value, times_up(most, spread))
         what += f" with probability {1 - delta:g}"
         assumptions.append(f"losses lie between 0 and {loss_bound:.4g}")
     assumptions.append("the examples are independent and of one distribution")

@@ -1,17 +1,22 @@
-"""How long a contracting system remembers a constant perturbation."""
+"""How long a contracting system remembers a constant perturbation; rounded up."""
 
 import math
+from fractions import Fraction
 
 from riemannian_modules.contraction.constants import require
+from riemannian_modules.contraction.exact import round_down, round_up
+from riemannian_modules.contraction.verified import over_up
 
-__all__ = ["decay", "geometric", "memory", "times", "until"]
+__all__ = ["decay", "geometric", "memory", "until"]
 
 _LARGEST = math.log(1.7e308)
 _SMALL = 1e-6
+_FEW = 64
+_ULPS = 4  # by which the functions of math may be off, at most
 
 
 def memory(rate: float, t: float | None) -> float:
-    """Return ``(1 - exp(-rate t)) / rate``, accurate near a rate of zero.
+    """Return ``(1 - exp(-rate t)) / rate``, rounded up, accurate near a rate of zero.
 
     Args:
         rate: The rate, of any sign.
@@ -28,16 +33,24 @@ def memory(rate: float, t: float | None) -> float:
         (3.0, 2.0, inf)
     """
     if t is None or t == math.inf:
-        return 1.0 / rate if rate > 0 else math.inf
+        return over_up(1.0, rate) if rate > 0 else math.inf
     require(t >= 0, f"a time of {t}")
-    x = rate * t
+    if t == 0.0 or rate == 0.0:
+        return float(t)
+    if math.isinf(rate):
+        return 0.0 if rate > 0 else math.inf
+    x = Fraction(rate) * Fraction(t)
     if abs(x) < _SMALL:
-        return t * (1.0 - x / 2.0 + x * x / 6.0)
-    return -_expm1(-x) / rate
+        # The next term of the series is negative if x is positive; else all are.
+        rest = abs(x) ** 3 / 12 if x < 0 else 0
+        return round_up(Fraction(t) * (1 - x / 2 + x * x / 6 + rest))
+    if x > 0:
+        return over_up(_up(-math.expm1(-round_up(x))), rate)
+    return over_up(_expm1_up(round_up(-x)), -rate)
 
 
 def geometric(q: float, steps: int | None) -> float:
-    """Return ``(1 - q^steps) / (1 - q)``, accurate near q = 1.
+    """Return ``(1 - q^steps) / (1 - q)``, rounded up, accurate near q = 1.
 
     Args:
         q: The factor, not negative.
@@ -53,29 +66,37 @@ def geometric(q: float, steps: int | None) -> float:
         >>> geometric(1.0, 3), geometric(0.5, None), geometric(0.5, 2)
         (3.0, 2.0, 1.5)
     """
+    gap = 1 - Fraction(q) if math.isfinite(q) else Fraction(-1)
     if steps is None:
-        return 1.0 / (1.0 - q) if q < 1 else math.inf
+        return round_up(1 / gap) if gap > 0 else math.inf
     require(steps >= 0, f"{steps} steps")
-    if q == 1.0 or steps == 0:
-        return float(steps)
-    if q < 0.5:
-        return (1.0 - q**steps) / (1.0 - q)
+    if gap == 0 or steps <= 1:
+        return round_up(Fraction(steps))
+    if math.isinf(q):
+        return math.inf
+    if steps <= _FEW:
+        return round_up((1 - Fraction(q) ** steps) / gap)
     # log1p of the exact difference keeps the digits of a factor near one.
-    return _expm1(steps * math.log1p(q - 1.0)) / (q - 1.0)
+    if q == 0.0:
+        return 1.0
+    log = math.log1p(q - 1.0) if 0.5 <= q <= 2.0 else math.log(q)
+    x = round_up(steps * Fraction(_up(abs(log))))
+    if gap > 0:
+        return min(round_up(Fraction(_up(-math.expm1(-x))) / gap), float(steps))
+    top = _expm1_up(x)
+    return round_up(Fraction(top) / -gap) if math.isfinite(top) else math.inf
 
 
 def decay(rate: float, t: float | None) -> float:
-    """Return ``exp(-rate t)``, or its supremum over all times for None."""
+    """Return ``exp(-rate t)``, rounded up, or its supremum over all times for None."""
     if t is None:
         return 1.0 if rate >= 0 else math.inf
-    if rate == 0.0:
+    if rate == 0.0 or t == 0.0:
         return 1.0
-    return math.inf if -rate * t > _LARGEST else math.exp(-rate * t)
-
-
-def times(a: float, b: float) -> float:
-    """Return ``a b`` with zero times infinity zero: nothing is never amplified."""
-    return 0.0 if 0.0 in (a, b) else a * b
+    if math.isinf(rate) or math.isinf(t):
+        return 0.0 if (rate > 0) == (t > 0) else math.inf
+    x = round_down(Fraction(rate) * Fraction(t))
+    return math.inf if -x > _LARGEST else _up(math.exp(-x))
 
 
 def until(t: float | None) -> str:
@@ -83,5 +104,11 @@ def until(t: float | None) -> str:
     return "at any time" if t is None else f"at time {t:.4g}"
 
 
-def _expm1(x: float) -> float:
-    return math.inf if x > _LARGEST else math.expm1(x)
+def _expm1_up(x: float) -> float:
+    return math.inf if x > _LARGEST else _up(math.expm1(x))
+
+
+def _up(value: float) -> float:
+    for _ in range(_ULPS):
+        value = math.nextafter(value, math.inf)
+    return value

@@ -3,8 +3,11 @@
 Two data sets differ in one of n examples; both are trained from the same start. How far
 apart do the two models end, and by how much do their losses differ? Every function
 returns a :class:`Bound` with its constants, and constants that are not certified never
-make a certified bound.
+make a certified bound. Values are rounded up, so that they are true in floating point.
 """
+
+import math
+from fractions import Fraction
 
 from riemannian_modules.contraction.bound import Bound, conclude
 from riemannian_modules.contraction.constants import (
@@ -18,14 +21,15 @@ from riemannian_modules.contraction.constants import (
     as_size,
     require,
 )
+from riemannian_modules.contraction.exact import round_up
 from riemannian_modules.contraction.memory import (
     decay,
     geometric,
     memory,
-    times,
     until,
 )
 from riemannian_modules.contraction.result import Side, weakest
+from riemannian_modules.contraction.verified import over_up, plus_up, times_up
 from riemannian_modules.errors import ContractionError
 
 __all__ = [
@@ -82,9 +86,10 @@ def distance_bound(
     force = as_size(perturbation, "e", "perturbation of the flow")
     speed = as_rate(rate)
     require(start >= 0, f"the distance at the start is {start}")
-    kept = times(start, decay(speed.value, t))
+    require(t is None or t >= 0, f"a time of {t}")
+    kept = times_up(start, decay(speed.value, t))
     return conclude(
-        kept + times(force.value, memory(speed.value, t)),
+        plus_up(kept, times_up(force.value, memory(speed.value, t))),
         f"distance of two flows {until(t)}",
         [force, speed],
         assumptions=[CONVEX, _FIXED],
@@ -153,9 +158,9 @@ def stability_bound(
             "steps, batch_size and smoothness belong to gradient descent: give lr="
         )
     slope, speed = as_lipschitz(L_G), as_rate(rate)
-    share = 2.0 * slope.value * slope.value / as_count(n)
+    pushed = times_up(2.0, slope.value, slope.value, memory(speed.value, t))
     return conclude(
-        times(share, memory(speed.value, t)),
+        over_up(pushed, as_count(n)),
         f"{DIFFERENCE}, {until(t)}",
         [slope, speed],
         assumptions=[CONVEX, _FIXED, SAME_START],
@@ -191,7 +196,10 @@ def step_factor(rate: ConstantLike, smoothness: ConstantLike, lr: float) -> Cons
         high.value >= low.value,
         f"smoothness {high.value} below the rate {low.value}",
     )
-    value = max(abs(1.0 - lr * low.value), abs(1.0 - lr * high.value))
+    value = math.inf
+    if all(map(math.isfinite, (lr, low.value, high.value))):
+        ends = [1 - Fraction(lr) * Fraction(each.value) for each in (low, high)]
+        value = round_up(max(map(abs, ends)))
     local = [c.where for c in (low, high) if c.where != EVERYWHERE]
     safe = low.is_safe and high.is_safe
     return Constant(
@@ -250,7 +258,8 @@ def stability_bound_discrete(
         batch_size is None or 1 <= batch_size <= n,
         f"minibatches of {batch_size} of {n}",
     )
-    e = 2.0 * lr * slope.value / as_count(n)
+    grown = geometric(q.value, steps)
+    pushed = times_up(2.0, lr, slope.value, slope.value, grown)
     assumptions = [CONVEX, "a constant metric", SAME_START]
     average = None
     if batch_size is not None:
@@ -259,7 +268,7 @@ def stability_bound_discrete(
         assumptions.append("each example is in a minibatch with the same probability")
     when = "after any number of steps" if steps is None else f"after {steps} steps"
     return conclude(
-        times(slope.value * e, geometric(q.value, steps)),
+        over_up(pushed, as_count(n)),
         f"{DIFFERENCE}, {when}",
         [slope, q],
         assumptions=assumptions,

@@ -1,11 +1,22 @@
 """Eigenvalues and norms of matrices as bounds that hold in spite of rounding."""
 
 import math
+from fractions import Fraction
 
 import torch
 from torch import Tensor
 
-__all__ = ["plus_up", "spectral_norm", "times_up", "upper_eigenvalue"]
+from riemannian_modules.contraction.exact import root_up, round_up
+
+__all__ = [
+    "hypot_up",
+    "over_up",
+    "plus_up",
+    "spectral_norm",
+    "sqrt_up",
+    "times_up",
+    "upper_eigenvalue",
+]
 
 UNIT = 2.0**-53
 
@@ -13,24 +24,57 @@ UNIT = 2.0**-53
 def times_up(*factors: float) -> float:
     """Return a double not below the product of numbers that are not negative.
 
-    >>> times_up(0.0, math.inf)
-    0.0
+    Zero times infinity is zero: nothing is never amplified.
+
+    >>> times_up(0.0, math.inf), times_up(0.5, 3.0)
+    (0.0, 1.5)
     """
     product = 1.0
     for factor in factors:
         if factor == 0:
             return 0.0
-        product = math.nextafter(product * factor, math.inf)
-    return product
+        product *= factor
+    if not math.isfinite(product):
+        return product
+    return round_up(math.prod(map(Fraction, factors)))
 
 
 def plus_up(*terms: float) -> float:
     """Return a double not below the sum."""
-    total = 0.0
-    for term in terms:
-        if term:
-            total = math.nextafter(total + term, math.inf)
-    return total
+    total = math.fsum(terms) if all(map(math.isfinite, terms)) else sum(terms)
+    return round_up(sum(map(Fraction, terms))) if math.isfinite(total) else total
+
+
+def over_up(top: float, *factors: float) -> float:
+    """Return a double not below a quotient of numbers that are not negative.
+
+    >>> over_up(1.0, 2.0), over_up(1.0, 0.0), over_up(1.0, math.inf)
+    (0.5, inf, 0.0)
+    """
+    if not math.isfinite(top) or 0.0 in factors:
+        return math.inf
+    if math.inf in factors:
+        return 0.0
+    return round_up(Fraction(top) / math.prod(map(Fraction, factors)))
+
+
+def sqrt_up(value: float) -> float:
+    """Return a double not below the root of a number that is not negative.
+
+    >>> sqrt_up(4.0), sqrt_up(math.inf)
+    (2.0, inf)
+    """
+    return root_up(Fraction(value)) if math.isfinite(value) else value
+
+
+def hypot_up(*values: float) -> float:
+    """Return a double not below the root of the sum of squares.
+
+    >>> hypot_up(3.0, 4.0)
+    5.0
+    """
+    squares = sum((Fraction(v) ** 2 for v in values if math.isfinite(v)), Fraction())
+    return root_up(squares) if all(map(math.isfinite, values)) else math.inf
 
 
 def upper_eigenvalue(S: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from riemannian_modules.contraction.gains import (
     unknown,
 )
 from riemannian_modules.contraction.result import Gain
-from riemannian_modules.contraction.verified import plus_up, times_up
+from riemannian_modules.contraction.verified import hypot_up, plus_up, times_up
 from riemannian_modules.nn.feedback import Feedback
 from riemannian_modules.nn.fixed_point import FixedPoint
 from riemannian_modules.nn.heads import Heads
@@ -22,13 +22,7 @@ from riemannian_modules.nn.parallel import Join, Parallel
 from riemannian_modules.nn.residual import Residual
 from riemannian_modules.nn.sequential import Sequential
 
-__all__ = ["beside", "root_sum"]
-
-
-def root_sum(*values: float) -> float:
-    """Return a double not below the root of the sum of squares."""
-    total = plus_up(*(times_up(value, value) for value in values))
-    return math.nextafter(math.sqrt(total), math.inf)
+__all__ = ["beside"]
 
 
 def beside(short: Gain, branch: Gain, scale: float) -> float:
@@ -52,7 +46,7 @@ def _parallel(module: Parallel, argument: int) -> Gain:
     values = [gain.value for gain in gains]
     if module.combine == "sum":
         return added(gains, plus_up(*values), "sum of the branches'")
-    return added(gains, root_sum(*values), "root of the sum of squares")
+    return added(gains, hypot_up(*values), "root of the sum of squares")
 
 
 @register_lipschitz(Join)
@@ -77,7 +71,7 @@ def _heads(module: Heads, argument: int) -> Gain:
     trunk: list[nn.Module] = [] if module.trunk is None else [module.trunk]
     own = 0 if trunk else argument
     heads = [lipschitz(head, own) for head in module.heads.values()]
-    values = root_sum(*(head.value for head in heads))
+    values = hypot_up(*(head.value for head in heads))
     shared = [lipschitz(each, argument) for each in trunk]
     total = times_up(values, *(gain.value for gain in shared))
     return added([*shared, *heads], total, "trunk times root of the sum of squares")
