@@ -197,6 +197,65 @@ def test_the_product_of_norms_is_attained() -> None:
     assert both.value == pytest.approx(math.hypot(15.0, 10.0))
 
 
+def ones(inputs: int = 1, factor: float = 1.0) -> nn.Linear:
+    layer = nn.Linear(inputs, 1, bias=False)
+    with torch.no_grad():
+        layer.weight.fill_(factor)
+    return layer
+
+
+def measured(model: nn.Module, x: torch.Tensor, **options) -> float:
+    metric = rm.LayerwiseMetric(model, rm.output.Euclidean(), mass=1.0, **options)
+    with metric.record():
+        z = model(x)
+    metric.backward(z.square().sum(), z)
+    return c.sensitivity(metric).value
+
+
+@given(seeds, st.booleans(), st.booleans(), st.booleans())
+@settings(max_examples=15)
+def test_the_uses_of_one_parameter_add_up(seed, whole, joint, bias) -> None:
+    """A layer that is there twice, and two with one weight."""
+    torch.manual_seed(seed)
+    layer, other = nn.Linear(3, 3, bias=bias), nn.Linear(3, 3, bias=bias)
+    if not whole:
+        other.weight = layer.weight
+    model = nn.Sequential(layer, nn.Tanh(), layer if whole else other, nn.Linear(3, 1))
+    x = torch.randn(4, 3)
+    size = float(x.norm(dim=1).max())
+    bound = c.chain_sensitivity(model, 1.0, size, joint=joint).value
+    assert measured(model, x, blocks="model" if joint else "tensor") <= bound
+
+
+def test_a_layer_that_is_there_twice_attains_the_sum() -> None:
+    layer = ones()
+    other = ones()
+    other.weight = layer.weight
+    for second in (layer, other):
+        bound = c.chain_sensitivity([layer, second], 1.0, 1.0).value
+        assert 2.0 <= bound <= 2.0 * (1 + 1e-13)
+    assert measured(nn.Sequential(layer, layer), torch.ones(1, 1)) == pytest.approx(2.0)
+
+
+def test_a_bias_acts_at_every_position() -> None:
+    model = nn.Sequential(nn.Linear(1, 1), nn.Flatten(), ones(9))
+    x = torch.zeros(2, 9, 1)
+    with pytest.raises(ContractionError, match="positions="):
+        c.chain_sensitivity(model, 1.0, 0.0)
+    bound = c.chain_sensitivity(model, 1.0, 0.0, positions=9)
+    assert measured(model, x) == pytest.approx(9.0)
+    assert 9.0 <= bound.value <= 9.0 * (1 + 1e-13)
+    assert "9 position" in bound.where
+    first = nn.Sequential(nn.Flatten(), ones(9))
+    assert c.chain_sensitivity(first, 1.0, 1.0).value == 1.0
+    output = rm.output.Euclidean()
+    plain = nn.Sequential(nn.Linear(1, 1))
+    bound = c.chain_sensitivity(plain, output, 0.0, positions=4, norm="frobenius")
+    assert bound.value == 4.0
+    with pytest.raises(ContractionError, match="positions"):
+        c.chain_sensitivity(plain, 1.0, 1.0, positions=0)
+
+
 @given(st.lists(st.floats(-30.0, 30.0), min_size=2, max_size=6))
 def test_norms_of_output_factors(logits: list[float]) -> None:
     z = torch.tensor([logits])
@@ -211,7 +270,15 @@ def test_norms_of_output_factors(logits: list[float]) -> None:
 
 @pytest.mark.parametrize(
     "module",
-    [nn.Tanh(), nn.ReLU(), nn.LeakyReLU(-3.0), nn.Softsign(), nn.Tanhshrink()],
+    [
+        nn.Tanh(),
+        nn.ReLU(),
+        nn.LeakyReLU(-3.0),
+        nn.Softsign(),
+        nn.Tanhshrink(),
+        nn.Hardtanh(),
+        nn.Hardtanh(0.0, 3.0),
+    ],
     ids=lambda m: type(m).__name__,
 )
 def test_slopes(module: nn.Module) -> None:
@@ -232,6 +299,39 @@ def test_linear_layers_that_do_more_are_refused_in_chains() -> None:
     for layer in (Twice(2, 2), hooked):
         with pytest.raises(ContractionError, match="not known"):
             c.chain_sensitivity([layer], 1.0, 1.0)
+    parametrised = nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))
+    complex_weights = nn.Linear(2, 2, dtype=torch.complex128)
+    for layer in (parametrised, complex_weights):
+        with pytest.raises(ContractionError, match="computed from other"):
+            c.chain_sensitivity([layer], 1.0, 1.0)
+
+
+def hooked(module: nn.Module) -> nn.Module:
+    module.register_forward_hook(lambda module, args, out: 2.0 * out)
+    return module
+
+
+def replaced(module: nn.Module) -> nn.Module:
+    module.forward = lambda x: 2.0 * x  # type: ignore[method-assign]
+    return module
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        hooked(nn.ReLU()),
+        replaced(nn.Tanh()),
+        nn.Hardtanh(5.0, 6.0),
+        nn.Hardtanh(-2.0, -1.0),
+        nn.LeakyReLU(math.nan),
+        nn.Flatten(0),
+    ],
+    ids=str,
+)
+def test_what_has_no_slope(module: nn.Module) -> None:
+    assert slope(module) is None
+    with pytest.raises(ContractionError, match="not known"):
+        c.chain_sensitivity([module, nn.Linear(1, 1)], 1.0, 1.0)
 
 
 def test_chains_that_are_refused() -> None:

@@ -2,14 +2,22 @@
 
 import math
 from collections.abc import Iterable
+from fractions import Fraction
 
 import geoopt
-import torch
 from torch import Tensor, nn
 
 from riemannian_modules.contraction.constants import Constant, require
-from riemannian_modules.contraction.gains import is_linear
+from riemannian_modules.contraction.exact import round_up
+from riemannian_modules.contraction.gains import is_linear, is_plain
 from riemannian_modules.contraction.result import Side
+from riemannian_modules.contraction.verified import (
+    hypot_up,
+    plus_up,
+    spectral_norm,
+    sqrt_up,
+    times_up,
+)
 from riemannian_modules.errors import ContractionError
 from riemannian_modules.manifolds import Oblique, base_of
 from riemannian_modules.output import Bernoulli, Categorical, Euclidean, OutputMetric
@@ -19,12 +27,10 @@ __all__ = ["chain_sensitivity", "output_norm", "slope"]
 # Lipschitz constants of entrywise functions that map 0 to 0.
 _SLOPES: dict[type[nn.Module], float] = {
     nn.Identity: 1.0,
-    nn.Flatten: 1.0,
     nn.ReLU: 1.0,
     nn.ReLU6: 1.0,
     nn.Tanh: 1.0,
     nn.Softsign: 1.0,
-    nn.Hardtanh: 1.0,
     nn.Tanhshrink: 1.0,
     nn.Softshrink: 1.0,
 }
@@ -45,20 +51,31 @@ def slope(module: nn.Module) -> float | None:
         >>> slope(nn.Tanh()), slope(nn.LeakyReLU(0.2)), slope(nn.Sigmoid())
         (1.0, 1.0, None)
     """
+    if not is_plain(module, type(module)):
+        return None
     if type(module) is nn.LeakyReLU:
-        return max(1.0, abs(float(module.negative_slope)))
-    if type(module) is nn.Dropout and not module.training:
-        return 1.0
+        steep = max(abs(float(module.negative_slope)), 1.0)
+        return steep if math.isfinite(steep) else None
+    if type(module) is nn.Hardtanh:
+        return 1.0 if module.min_val <= 0 <= module.max_val else None
+    if type(module) is nn.Flatten:
+        # Examples stay apart.
+        return 1.0 if module.start_dim >= 1 else None
+    if type(module) is nn.Dropout:
+        return None if module.training else 1.0
     return _SLOPES.get(type(module))
 
 
-def output_norm(output: OutputMetric, entries: int, norm: str = "spectral") -> float:
+def output_norm(
+    output: OutputMetric, entries: int, norm: str = "spectral", positions: int = 1
+) -> float:
     """Return a bound on the norm of the output factor ``L_o``, for any output.
 
     Args:
         output: ``Euclidean``, ``Bernoulli`` or ``Categorical``.
         entries: Entries of one output; for ``Categorical`` the number of classes.
         norm: "spectral" or "frobenius".
+        positions: How many outputs an example has.
 
     Returns:
         The bound.
@@ -71,13 +88,15 @@ def output_norm(output: OutputMetric, entries: int, norm: str = "spectral") -> f
         (0.5, 0.5)
     """
     whole = norm == "frobenius"
+    many = positions if whole else 1
     if type(output) is Euclidean:
-        return math.sqrt(output.scale * (entries if whole else 1))
+        return sqrt_up(times_up(output.scale, entries if whole else 1, many))
     if type(output) is Bernoulli:
-        return 0.5 * math.sqrt(entries if whole else 1)
+        return sqrt_up(times_up(0.25, entries if whole else 1, many))
     if type(output) is Categorical:
         # diag(p) - p p^T has the trace 1 - |p|^2 and no eigenvalue above 1/2.
-        return math.sqrt(1.0 - 1.0 / entries if whole else 0.5)
+        trace = round_up(1 - Fraction(1, entries))
+        return sqrt_up(times_up(trace if whole else 0.5, many))
     raise ContractionError(
         f"no bound is known for the factor of {output!r}; give its norm as a number"
     )
@@ -89,6 +108,7 @@ def chain_sensitivity(
     input_norm: float,
     *,
     radius: float = 0.0,
+    positions: int = 1,
     joint: bool = False,
     norm: str = "spectral",
 ) -> Constant:
@@ -105,16 +125,20 @@ def chain_sensitivity(
         input_norm: Largest Euclidean norm of an input.
         radius: How far the weight and the bias of a layer may each move, in the
             Frobenius norm.
+        positions: At how many positions of an example a layer is used at most: the
+            length of a sequence, 1 for inputs ``(n, in)``. A bias acts at each.
         joint: Whether all layers are one block (``blocks="model"``); else the largest
-            of the layers counts.
+            of the layers counts, those that share a parameter taken together.
         norm: "spectral", or "frobenius" for a bound on the Hilbert-Schmidt norm.
 
     Returns:
-        The constant, an upper bound, certified up to the rounding of singular values.
+        The constant, an upper bound, certified and rounded up. A layer that is there
+        twice, and layers with tied weights, have the sum of what their uses do.
 
     Raises:
-        ContractionError: A layer with an unknown norm, or whose manifold's metric is
-            not that of the surrounding space.
+        ContractionError: A layer with an unknown norm, with complex, parametrised or
+            otherwise computed weights, or whose manifold's metric is not that of the
+            surrounding space; positions that are flattened and not told.
 
     Example:
         >>> layer = nn.Linear(2, 1, bias=False)
@@ -123,29 +147,47 @@ def chain_sensitivity(
     """
     require(input_norm >= 0, f"input_norm = {input_norm}")
     require(radius >= 0, f"radius = {radius}")
-    chain = list(layers)
-    size, entries = input_norm, 0
-    sensitivities: list[float] = []
-    for index, module in enumerate(chain):
+    require(positions >= 1, f"positions = {positions}")
+    size, entries, many = input_norm, 0, sqrt_up(positions)
+    # Of the output by each parameter, the sum over all of its uses.
+    found: dict[int, float] = {}
+    blocks: list[set[int]] = []
+    for index, module in enumerate(layers):
         if is_linear(module):
-            _require_surrounding(module, index)
-            stretch = _spectral(module.weight) + radius
-            bias = 0.0 if module.bias is None else _length(module.bias) + radius
-            own = math.hypot(size, 0.0 if module.bias is None else 1.0)
-            sensitivities = [s * stretch for s in sensitivities] + [own]
-            size = stretch * size + bias
-            entries = module.out_features
+            _require_parameters(module, index)
+            stretch = plus_up(float(spectral_norm(_plain(module.weight))), radius)
+            found = {key: times_up(s, stretch) for key, s in found.items()}
+            uses, shift = {id(module.weight): size}, 0.0
+            if module.bias is not None:
+                uses[id(module.bias)] = many
+                length = hypot_up(*_plain(module.bias).tolist())
+                shift = times_up(many, plus_up(length, radius))
+            for key, own in uses.items():
+                found[key] = plus_up(found.get(key, 0.0), own)
+            shared = [block for block in blocks if block & uses.keys()]
+            blocks = [block for block in blocks if block not in shared]
+            blocks.append(set(uses).union(*shared))
+            size, entries = plus_up(times_up(stretch, size), shift), module.out_features
         else:
-            size, sensitivities = _through(module, index, size, sensitivities)
-    if not sensitivities:
+            if isinstance(module, nn.Flatten) and found and positions == 1:
+                raise ContractionError(
+                    f"layer {index} of the chain flattens what linear layers return at "
+                    "several positions; say at how many, positions=, or flatten first"
+                )
+            steep = _slope(module, index)
+            size = times_up(size, steep)
+            found = {key: times_up(s, steep) for key, s in found.items()}
+    if not found:
         raise ContractionError("the chain has no linear layer, so nothing to measure")
     top = (
         float(output)
         if isinstance(output, int | float)
-        else output_norm(output, entries, norm)
+        else output_norm(output, entries, norm, positions)
     )
-    kappa = top * (math.hypot(*sensitivities) if joint else max(sensitivities))
-    where = f"inputs up to norm {input_norm:.4g}"
+    parts = [found.keys()] if joint else blocks
+    sizes = [hypot_up(*(found[key] for key in part)) for part in parts]
+    kappa = times_up(top, max(sizes))
+    where = f"inputs up to norm {input_norm:.4g}, of {positions} position(s)"
     if radius:
         where += f", parameters within {radius:.4g} of the present ones"
     else:
@@ -156,38 +198,36 @@ def chain_sensitivity(
         "product of the layers' norms",
         Side.UPPER,
         where=where,
-        source="operator norms by singular values",
+        source="operator norms, verified and rounded up",
     )
 
 
-def _through(
-    module: nn.Module, index: int, size: float, sensitivities: list[float]
-) -> tuple[float, list[float]]:
+def _slope(module: nn.Module, index: int) -> float:
     steep = slope(module)
     if steep is None:
         raise ContractionError(
             f"layer {index} of the chain is a {type(module).__name__}, whose norm is "
             "not known here; measure the sensitivity with contraction.sensitivity"
         )
-    return size * steep, [s * steep for s in sensitivities]
+    return steep
 
 
-def _require_surrounding(module: nn.Linear, index: int) -> None:
-    for parameter in module.parameters(recurse=False):
-        manifold = base_of(getattr(parameter, "manifold", _EUCLIDEAN))
+def _require_parameters(module: nn.Linear, index: int) -> None:
+    own = dict(module.named_parameters(recurse=False))
+    names = ["weight"] if module.bias is None else ["weight", "bias"]
+    for name in names:
+        if name not in own or own[name].is_complex():
+            raise ContractionError(
+                f"the {name} of layer {index} is complex, or computed from other "
+                "parameters, so its norm says nothing of them; use "
+                "contraction.sensitivity"
+            )
+        manifold = base_of(getattr(own[name], "manifold", _EUCLIDEAN))
         if not isinstance(manifold, _SURROUNDING):
             raise ContractionError(
                 f"layer {index} lives on {manifold.name}, whose metric is not that of "
                 "the surrounding space; use contraction.sensitivity"
             )
-
-
-def _spectral(weight: Tensor) -> float:
-    return float(torch.linalg.matrix_norm(_plain(weight), ord=2))
-
-
-def _length(bias: Tensor) -> float:
-    return float(_plain(bias).norm())
 
 
 def _plain(tensor: Tensor) -> Tensor:

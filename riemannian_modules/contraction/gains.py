@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from itertools import chain
 from typing import Any, TypeGuard
 
 import torch
@@ -21,6 +20,7 @@ __all__ = [
     "chained",
     "growth",
     "is_linear",
+    "is_plain",
     "known",
     "lipschitz",
     "measured_gain",
@@ -118,9 +118,8 @@ def lipschitz(module: nn.Module, argument: int = 0) -> Gain:
     >>> lipschitz(nn.GRUCell(3, 4)).value
     inf
     """
-    hooks = chain(module._forward_hooks, module._forward_pre_hooks)
     name = type(module).__name__
-    if any(True for _ in hooks):
+    if _hooked(module):
         return unknown(f"{name} has forward hooks")
     for kind in type(module).__mro__:
         if kind in _RULES:
@@ -137,6 +136,10 @@ def lipschitz(module: nn.Module, argument: int = 0) -> Gain:
     return unknown(f"no rule for {name}; register_lipschitz adds one")
 
 
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
 def _untouched(
     module: nn.Module, kind: type[nn.Module], methods: Sequence[str]
 ) -> bool:
@@ -147,11 +150,22 @@ def _untouched(
     )
 
 
+def is_plain(
+    module: nn.Module, kind: type[nn.Module], methods: Sequence[str] = ("forward",)
+) -> bool:
+    """Return whether a module computes what its type does, and nothing else.
+
+    Args:
+        module: the module.
+        kind: the type, one that it has.
+        methods: what the computation consists of.
+    """
+    return not _hooked(module) and _untouched(module, kind, methods)
+
+
 def is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Return whether a module computes what nn.Linear does, and nothing else."""
-    hooks = module._forward_hooks or module._forward_pre_hooks
-    plain = isinstance(module, nn.Linear) and not hooks
-    return plain and _untouched(module, nn.Linear, ["forward"])
+    return isinstance(module, nn.Linear) and is_plain(module, nn.Linear)
 
 
 def chained(gains: Sequence[Gain], what: str) -> Gain:
