@@ -239,6 +239,12 @@ def test_modules_that_nobody_knows_are_unknown() -> None:
         nn.Conv1d(1, 1, 3, padding_mode="circular"),
         nn.LSTM(2, 2),
         nn.Bilinear(2, 2, 2),
+        nn.Linear(2, 2, dtype=torch.complex128),
+        nn.Conv1d(1, 1, 3, dtype=torch.complex64),
+        nn.LeakyReLU(math.nan),
+        nn.LeakyReLU(math.inf),
+        nn.ELU(math.nan),
+        nn.Softplus(beta=math.inf),
     ):
         found = lipschitz(module)
         assert found.value == math.inf
@@ -250,6 +256,47 @@ def test_modules_that_nobody_knows_are_unknown() -> None:
     nan = nn.Linear(2, 2)
     nn.init.constant_(nan.weight, math.nan)
     assert lipschitz(nan).verdict is Verdict.NOT_CERTIFIED
+
+
+def test_arguments_that_a_module_does_not_have() -> None:
+    cell = rnn.Join(nn.Tanh(), nn.Tanh())
+    for module, last in (
+        (nn.Linear(1, 1), 0),
+        (nn.Sequential(nn.Linear(1, 1)), 0),
+        (nn.Sequential(), 0),
+        (rnn.Sequential(), 0),
+        (rnn.Sequential(cell), 1),
+        (rnn.Residual(nn.Tanh()), 0),
+        (rnn.Parallel(cell, cell), 1),
+        (rnn.Heads(cell), 1),
+        (rnn.Heads(nn.Tanh(), trunk=cell), 1),
+        (rnn.FixedPoint(rnn.Join(nn.Tanh(), small(nn.Linear(1, 1), 0.1))), 1),
+        (rnn.Feedback(nn.Tanh(), small(nn.Linear(1, 1), 0.1)), 1),
+    ):
+        assert lipschitz(module, last).verdict is Verdict.CERTIFIED
+        assert lipschitz(module, last + 1).verdict is Verdict.NOT_CERTIFIED
+
+
+def test_what_works_in_place_changes_what_is_beside_it() -> None:
+    steep = nn.LeakyReLU(5.0, inplace=True)
+    block = rnn.Residual(steep)
+    ends = [block(torch.full((1, 1), x)) for x in (-1.0, -2.0)]
+    assert float(ends[0] - ends[1]) == 10.0
+    inside = nn.Sequential(nn.Identity(), nn.Flatten(), steep)
+    for module in (
+        block,
+        rnn.Residual(inside),
+        rnn.Residual(nn.Tanh(), shortcut=steep),
+        rnn.Parallel(nn.Tanh(), steep),
+        rnn.Join(steep, nn.Tanh()),
+        rnn.Heads(steep, nn.Tanh()),
+        rnn.Feedback(steep, small(nn.Linear(1, 1), 0.01)),
+        rnn.FixedPoint(rnn.Join(steep, small(nn.Linear(1, 1), 0.01))),
+    ):
+        assert lipschitz(module).verdict is Verdict.NOT_CERTIFIED
+    usual = nn.Sequential(nn.Linear(1, 1), nn.ReLU(inplace=True), nn.Linear(1, 1))
+    for module in (usual, rnn.Residual(usual), nn.Sequential(steep)):
+        assert lipschitz(module).verdict is Verdict.CERTIFIED
 
 
 def test_a_user_teaches_a_module() -> None:

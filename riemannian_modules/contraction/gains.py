@@ -24,6 +24,7 @@ __all__ = [
     "known",
     "lipschitz",
     "measured_gain",
+    "no_argument",
     "register_lipschitz",
     "unknown",
 ]
@@ -131,9 +132,26 @@ def lipschitz(module: nn.Module, argument: int = 0) -> Gain:
             if not _untouched(module, kind, ("forward",)):
                 break
             if argument:
-                return unknown(f"{name} has no argument {argument}")
+                return no_argument(module, argument)
+            if _is_complex(module):
+                return unknown(f"{name} has complex weights")
             return known(CONSTANTS[kind](module), f"operator norm of {name}")
     return unknown(f"no rule for {name}; register_lipschitz adds one")
+
+
+def no_argument(module: nn.Module, argument: int) -> Gain:
+    """Return the unknown gain of an argument that a module does not have.
+
+    Args:
+        module: the module.
+        argument: the number.
+    """
+    return unknown(f"{type(module).__name__} has no argument {argument}")
+
+
+def _is_complex(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and weight.is_complex()
 
 
 def _hooked(module: nn.Module) -> bool:
@@ -206,11 +224,11 @@ def _joined(gains: Sequence[Gain], value: float, what: str) -> Gain:
 @register_lipschitz(nn.Sequential)
 def _sequential(module: nn.Sequential, argument: int) -> Gain:
     children = list(module)
+    if argument:
+        return no_argument(module, argument)
     if not children:
         return known(1.0, "an empty chain")
-    first = lipschitz(children[0], argument)
-    rest = [lipschitz(child) for child in children[1:]]
-    return chained([first, *rest], "product of operator norms")
+    return chained(list(map(lipschitz, children)), "product of operator norms")
 
 
 def growth(module: nn.Module) -> Gain | float:
@@ -235,6 +253,8 @@ def growth(module: nn.Module) -> Gain | float:
     if bound.verdict is not Verdict.CERTIFIED:
         return bound
     if not is_linear(module) or module.in_features != module.out_features:
+        return bound.value
+    if _is_complex(module):
         return bound.value
     weight = module.weight.detach().as_subclass(Tensor).double()
     # Halving is exact; the sum of two entries is rounded once.

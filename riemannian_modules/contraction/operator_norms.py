@@ -91,8 +91,8 @@ def dropout(layer: nn.Module) -> float:
 
 
 def leaky(layer: nn.LeakyReLU) -> float:
-    """The steeper of both slopes."""
-    return max(1.0, abs(layer.negative_slope))
+    """The steeper of both slopes; what is not finite comes first, and stays."""
+    return max(abs(layer.negative_slope), 1.0)
 
 
 def gelu(layer: nn.GELU) -> float:
@@ -103,6 +103,8 @@ def gelu(layer: nn.GELU) -> float:
 def softplus(layer: nn.Softplus) -> float:
     """One, if the jump to the identity at the threshold is below 1e-8."""
     t = layer.threshold
+    if not (math.isfinite(t) and math.isfinite(layer.beta)):
+        return math.inf
     jump = max(-t, 0.0) + math.log1p(math.exp(-abs(t)))
     return 1.0 if jump <= _JUMP * abs(layer.beta) else math.inf
 
@@ -141,7 +143,7 @@ CONSTANTS: dict[type[nn.Module], Constant] = {
     nn.SiLU: _always(1.0998394),
     nn.GELU: gelu,
     nn.LeakyReLU: leaky,
-    nn.ELU: lambda layer: max(1.0, abs(layer.alpha)),
+    nn.ELU: lambda layer: max(abs(layer.alpha), 1.0),
 }
 
 

@@ -36,13 +36,17 @@ def times_up(*factors: float) -> float:
         product *= factor
     if not math.isfinite(product):
         return product
-    return round_up(math.prod(map(Fraction, factors)))
+    return round_up(math.prod(map(Fraction, factors), start=Fraction(1)))
 
 
 def plus_up(*terms: float) -> float:
     """Return a double not below the sum."""
     total = math.fsum(terms) if all(map(math.isfinite, terms)) else sum(terms)
-    return round_up(sum(map(Fraction, terms))) if math.isfinite(total) else total
+    return (
+        round_up(sum(map(Fraction, terms), Fraction()))
+        if math.isfinite(total)
+        else total
+    )
 
 
 def over_up(top: float, *factors: float) -> float:

@@ -10,9 +10,11 @@ from riemannian_modules.contraction.gains import (
     chained,
     known,
     lipschitz,
+    no_argument,
     register_lipschitz,
     unknown,
 )
+from riemannian_modules.contraction.inplace import writes_input
 from riemannian_modules.contraction.result import Gain
 from riemannian_modules.contraction.verified import hypot_up, plus_up, times_up
 from riemannian_modules.nn.feedback import Feedback
@@ -22,7 +24,9 @@ from riemannian_modules.nn.parallel import Join, Parallel
 from riemannian_modules.nn.residual import Residual
 from riemannian_modules.nn.sequential import Sequential
 
-__all__ = ["beside"]
+__all__ = ["IN_PLACE", "beside"]
+
+IN_PLACE = "a child works in place on what is read again after it"
 
 
 def beside(short: Gain, branch: Gain, scale: float) -> float:
@@ -30,9 +34,16 @@ def beside(short: Gain, branch: Gain, scale: float) -> float:
     return plus_up(short.value, times_up(abs(scale), branch.value))
 
 
+def _write(module: nn.Module) -> bool:
+    children = [child for child in module._modules.values() if child is not None]
+    return any(map(writes_input, children))
+
+
 @register_lipschitz(Sequential)
 def _sequential(module: Sequential, argument: int) -> Gain:
     children = list(module)
+    if not children and argument:
+        return no_argument(module, argument)
     if not children:
         return known(1.0, "an empty chain")
     first = lipschitz(children[0], argument)
@@ -42,6 +53,8 @@ def _sequential(module: Sequential, argument: int) -> Gain:
 
 @register_lipschitz(Parallel)
 def _parallel(module: Parallel, argument: int) -> Gain:
+    if _write(module):
+        return unknown(IN_PLACE)
     gains = [lipschitz(branch, argument) for branch in module.branches]
     values = [gain.value for gain in gains]
     if module.combine == "sum":
@@ -53,12 +66,18 @@ def _parallel(module: Parallel, argument: int) -> Gain:
 def _join(module: Join, argument: int) -> Gain:
     branches = module.branches
     if argument >= len(branches):
-        return unknown(f"Join has {len(branches)} arguments, and none of {argument}")
+        return no_argument(module, argument)
+    if _write(module):
+        return unknown(IN_PLACE)
     return lipschitz(branches[argument])
 
 
 @register_lipschitz(Residual)
 def _residual(module: Residual, argument: int) -> Gain:
+    if argument:
+        return no_argument(module, argument)
+    if _write(module):
+        return unknown(IN_PLACE)
     short = known(1.0, "the identity")
     if module.shortcut is not None:
         short = lipschitz(module.shortcut)
@@ -68,6 +87,8 @@ def _residual(module: Residual, argument: int) -> Gain:
 
 @register_lipschitz(Heads)
 def _heads(module: Heads, argument: int) -> Gain:
+    if any(map(writes_input, module.heads.values())):
+        return unknown(IN_PLACE)
     trunk: list[nn.Module] = [] if module.trunk is None else [module.trunk]
     own = 0 if trunk else argument
     heads = [lipschitz(head, own) for head in module.heads.values()]
@@ -79,6 +100,10 @@ def _heads(module: Heads, argument: int) -> Gain:
 
 @register_lipschitz(FixedPoint, ("forward", "step"))
 def _fixed_point(module: FixedPoint, argument: int) -> Gain:
+    if argument > 1:
+        return no_argument(module, argument)
+    if _write(module):
+        return unknown(IN_PLACE)
     inner = lipschitz(module.module, 1)
     if argument == 1:
         return _start([inner], inner.value)
@@ -87,6 +112,10 @@ def _fixed_point(module: FixedPoint, argument: int) -> Gain:
 
 @register_lipschitz(Feedback, ("forward", "step"))
 def _feedback(module: Feedback, argument: int) -> Gain:
+    if argument > 1:
+        return no_argument(module, argument)
+    if _write(module):
+        return unknown(IN_PLACE)
     gains = [lipschitz(module.ahead), lipschitz(module.back)]
     loop = times_up(*(gain.value for gain in gains))
     return _start(gains, loop) if argument == 1 else _implicit(gains, loop)
