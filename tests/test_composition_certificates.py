@@ -252,6 +252,55 @@ def test_branches_and_heads() -> None:
         rnn.Heads({"trunk": nn.Tanh()}, trunk=nn.Tanh()).certificate([1.0, 1.0])
 
 
+def test_a_child_that_is_there_twice_counts_twice() -> None:
+    one = linear([[0.3, 0.0], [0.0, 0.3]])
+    chain = rnn.Sequential(one, nn.Tanh(), one)
+    with pytest.raises(ContractionError, match="3 children"):
+        chain.certificate([1.0, 1.0])
+    found = chain.certificate([1.0, 1.0, 1.0])
+    other = rnn.Sequential(one, nn.Tanh(), linear([[0.3, 0.0], [0.0, 0.3]]))
+    assert found.value == other.certificate([1.0, 1.0, 1.0]).value
+    assert list(found.weights) == ["0", "1", "2"]
+
+
+def test_compositions_that_do_more_are_refused() -> None:
+    class Strong(rnn.Residual):
+        def forward(self, x: Tensor) -> Tensor:
+            return 5.0 * super().forward(x)
+
+    class Shifted(rnn.FixedPoint):
+        def step(self, x: Tensor, z: Tensor) -> Tensor:
+            return 3.0 * super().step(x, z)
+
+    small = linear([[-0.5, 0.0], [0.0, -0.5]])
+    hooked = rnn.Residual(small)
+    assert hooked.certificate().contracts
+    hooked.register_forward_hook(lambda module, args, out: 5.0 * out)
+    replaced = rnn.Residual(small)
+    replaced.forward = lambda x: 5.0 * x  # type: ignore[method-assign]
+    for module in (Strong(small), Shifted(cell(), 3), hooked, replaced):
+        with pytest.raises(ContractionError, match="another system"):
+            module.certificate()
+
+    class Same(rnn.Residual):
+        pass
+
+    assert Same(small).certificate().contracts
+
+
+def test_iterations_of_what_works_in_place_are_not_certified() -> None:
+    steep = nn.LeakyReLU(0.1, inplace=True)
+    chain = rnn.Sequential(steep, linear([[0.5]]))
+    for module in (
+        rnn.Residual(chain),
+        rnn.Residual(nn.Tanh(), shortcut=chain),
+        rnn.FixedPoint(rnn.Join(chain, linear([[0.1]]))),
+        rnn.Feedback(chain, linear([[0.1]])),
+        rnn.Recurrent(rnn.Join(chain, linear([[0.1]])), 1),
+    ):
+        assert module.certificate().verdict is Verdict.NOT_CERTIFIED
+
+
 def test_unknown_below_is_unknown_above() -> None:
     chain = rnn.Sequential(nn.Tanh(), nn.GELU(approximate="tanh"))
     assert chain.certificate([1.0, 1.0]).verdict is Verdict.NOT_CERTIFIED

@@ -1,7 +1,7 @@
 """Which dynamical system a composition is, and what is certified of it."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from functools import singledispatch
@@ -22,9 +22,12 @@ from riemannian_modules.contraction.exact import root_up
 from riemannian_modules.contraction.gains import (
     added,
     growth,
+    is_plain,
     known,
     lipschitz,
+    unknown,
 )
+from riemannian_modules.contraction.inplace import writes_input
 from riemannian_modules.contraction.premises import Gains, Rates
 from riemannian_modules.contraction.result import Side, weakest
 from riemannian_modules.contraction.verified import times_up
@@ -38,7 +41,7 @@ from riemannian_modules.nn.parallel import Join, Parallel
 from riemannian_modules.nn.question import Question
 from riemannian_modules.nn.recurrent import Recurrent
 from riemannian_modules.nn.residual import Residual
-from riemannian_modules.nn.sensitivity import beside
+from riemannian_modules.nn.sensitivity import IN_PLACE, beside
 from riemannian_modules.nn.sequential import Sequential
 
 __all__ = ["certificate_of", "dynamics"]
@@ -60,7 +63,8 @@ def certificate_of(
         The certificate.
 
     Raises:
-        ContractionError: bounds and points do not fit.
+        ContractionError: bounds and points do not fit, or the module computes something
+            else than its type.
     """
     bounds = question.bounds
     if bounds not in ("operator_norm", "measured"):
@@ -72,7 +76,20 @@ def certificate_of(
             "bounds='measured' takes the inputs at which to measure, at=x; operator "
             "norms hold everywhere and take none. The two are never mixed"
         )
+    _require_plain(module)
     return dynamics(module, question)
+
+
+def _require_plain(module: nn.Module) -> None:
+    kinds = [kind for kind in type(module).__mro__ if kind in dynamics.registry]
+    methods = [name for name in ("forward", "step") if hasattr(kinds[0], name)]
+    if not is_plain(module, kinds[0], methods):
+        raise ContractionError(
+            f"this {type(module).__name__} has forward hooks or overrides "
+            f"{' or '.join(methods)}, so that it is another system than a "
+            f"{kinds[0].__name__}; register a function for its type with "
+            "riemannian_modules.nn.certificates.dynamics"
+        )
 
 
 def _of_learning(
@@ -132,7 +149,8 @@ def _driven(
 
 @dynamics.register
 def _sequential(module: Sequential, question: Question) -> Certificate:
-    children = dict(module.named_children())
+    # named_children() leaves out a child that is there twice.
+    children = {n: c for n, c in module._modules.items() if c is not None}
     rates = question.named_rates(list(children))
     values = list(question.at)
     gains = {}
@@ -172,12 +190,24 @@ def _heads(module: Heads, question: Question) -> Certificate:
     return _driven(rates, gains, question)
 
 
+def _repeated(
+    question: Question,
+    child: nn.Module,
+    inputs: Callable[[], tuple[Tensor, ...]],
+    argument: int = 0,
+) -> Gain:
+    """Return the gain of a child whose input is read again."""
+    if writes_input(child):
+        return unknown(IN_PLACE)
+    return question.gain(child, inputs, argument)
+
+
 @dynamics.register
 def _residual(module: Residual, question: Question) -> Certificate:
-    branch = question.gain(module.module, lambda: question.at)
+    branch = _repeated(question, module.module, lambda: question.at)
     if module.shortcut is not None:
         question.no_rates("with a shortcut module only sizes count")
-        short = question.gain(module.shortcut, lambda: question.at)
+        short = _repeated(question, module.shortcut, lambda: question.at)
         total = beside(short, branch, module.scale)
         factor = _combined([short, branch], total, "shortcut plus scaled branch")
     elif question.bounds == "measured" and question.rates is None:
@@ -259,7 +289,7 @@ def _recurrent(module: Recurrent, question: Question) -> Certificate:
             states.append(module.cell(each, states[-1]))
         return torch.cat(inputs), torch.cat(states)
 
-    factor = question.gain(module.cell, points, 1)
+    factor = _repeated(question, module.cell, points, 1)
     return _about(
         question.maps({"state": factor}),
         "h <- cell(x_t, h), two states under the same inputs x_1, x_2, ..., in the "
@@ -270,8 +300,11 @@ def _recurrent(module: Recurrent, question: Question) -> Certificate:
 @dynamics.register
 def _fixed_point(module: FixedPoint, question: Question) -> Certificate:
     question.no_rates("the module is the whole dynamics, and a map")
-    factor = question.gain(
-        module.module, lambda: (question.at[0], module(question.at[0])), 1
+    factor = _repeated(
+        question,
+        module.module,
+        lambda: (question.at[0], module(question.at[0])),
+        1,
     )
     return _about(
         question.maps({"state": factor}),
@@ -288,8 +321,8 @@ def _feedback(module: Feedback, question: Question) -> Certificate:
         y = module(question.at[0])
         return y, question.at[0] + module.back(y)
 
-    ahead = question.gain(module.ahead, lambda: (closed()[1],))
-    back = question.gain(module.back, lambda: (closed()[0],))
+    ahead = _repeated(question, module.ahead, lambda: (closed()[1],))
+    back = _repeated(question, module.back, lambda: (closed()[0],))
     zero = known(0.0, "it has no state of its own")
     found = question.maps(
         {"ahead": zero, "back": zero},
