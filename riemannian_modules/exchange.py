@@ -1,8 +1,9 @@
 """What the metric of a model asks of the other processes that train it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 from torch import Tensor
 
@@ -72,11 +73,12 @@ class Exchange(ABC):
         """
 
     @abstractmethod
-    def joint_loss(self, loss: Tensor) -> Tensor:
+    def joint_loss(self, loss: Tensor | Callable[[], Any]) -> Tensor:
         """Return the loss of all examples, for that of this process' examples.
 
         Args:
-            loss: scalar, of the examples of the last :meth:`join`.
+            loss: scalar, of the examples of the last :meth:`join`; or a function that
+                returns it, whose error is one of all processes.
 
         Returns:
             A scalar.

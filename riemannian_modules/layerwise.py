@@ -10,7 +10,7 @@ The recursion of Pehle & Slotine (2026) in five lines:
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -180,7 +180,8 @@ class LayerwiseMetric(ModelMetric):
             NotOnManifoldError: a parameter was moved off its manifold.
             NonFiniteError: a parameter holds NaN or infinity.
         """
-        self.parameters.verify()
+        with nullcontext() if self.exchange is None else self.exchange.guard():
+            self.parameters.verify()
         with self._recorder.record():
             yield
 

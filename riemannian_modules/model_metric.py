@@ -1,7 +1,7 @@
 """The metrics of a model's blocks and the gradient in them: what optimizers need."""
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from typing import Any
@@ -261,13 +261,15 @@ class ModelMetric:
                 for name, block in blocks.items()
             }
 
-    def joint_loss(self, loss: Tensor) -> Tensor:
+    def joint_loss(self, loss: Tensor | Callable[[], Any]) -> Any:
         """Return the loss of the examples of all processes that share the metric.
 
         Args:
-            loss: scalar, the loss of this process' examples of the last pass.
+            loss: scalar, of this process' examples; or a function that returns it.
         """
-        return loss if self.exchange is None else self.exchange.joint_loss(loss)
+        if self.exchange is None:
+            return loss() if callable(loss) else loss
+        return self.exchange.joint_loss(loss)
 
     @property
     def linearization(self) -> Linearization | None:

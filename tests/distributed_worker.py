@@ -156,6 +156,10 @@ def refusals() -> dict[str, list[str]]:
     metric.set_mass(0.1 + rank)
     found["other masses"] = message(lambda: advance(metric, x, numbers))
     metric.set_mass(0.1)
+    weight = metric.model.get_parameter("2.weight")
+    weight.requires_grad_(rank == 0)
+    found["frozen later"] = message(lambda: advance(metric, x, numbers))
+    weight.requires_grad_(True)
     advance(metric, x, numbers)
     if rank == 0:
         found["other calls"] = message(optimizer.step)
@@ -199,6 +203,10 @@ def refusals() -> dict[str, list[str]]:
         lambda: newton.step(failing_outputs, lambda z: entropy(z, numbers))
     )
 
+    half = mlp()
+    plain = rm.LayerwiseMetric(half, rm.output.Categorical())
+    half.requires_grad_(rank == 0)
+    found["frozen"] = message(lambda: rm.distributed.data_parallel(plain))
     width = 3 + rank
     plain = rm.LayerwiseMetric(nn.Linear(width, 2), rm.output.Categorical())
     found["other models"] = message(lambda: rm.distributed.data_parallel(plain))
@@ -220,6 +228,7 @@ def refusals() -> dict[str, list[str]]:
 
     found["uneven"] = message(uneven)
     found |= early()
+    found |= closures()
     return {name: everywhere(what) for name, what in found.items()}
 
 
@@ -262,6 +271,42 @@ def early() -> dict[str, str]:
         found[name] = message(lambda own=own: case.differentiate(functional, own, z))  # type: ignore[misc]
     found["and then"] = message(lambda: case.differentiate(functional, z, z))
     go()
+    return found
+
+
+def closures() -> dict[str, str]:
+    """What is wrong on rank 1 while a point is tried, and where parameters are then."""
+    wrong = dist.get_rank() == 1
+    optim = rm.optim
+    kinds: dict[str, Callable[[ModelMetric], Any]] = {
+        "LevenbergMarquardt": optim.LevenbergMarquardt,
+        "TrustRegion": optim.TrustRegion,
+        "LineSearch": lambda metric: optim.LineSearch(metric, optim.StrongWolfe()),
+    }
+    found = {}
+    for case in (CASES["layer"], CASES["functional"]):
+        for name, kind in kinds.items():
+            torch.manual_seed(1)
+            metric = case.metric(case.model().double())
+            rm.distributed.data_parallel(metric)
+            x, numbers = case.batch(4).double(), case.numbers(4)
+            case.differentiate(metric, x, numbers)
+            before = bits_of(metric)
+
+            def loss(bad: bool, case: Case = case, metric: Any = metric) -> Tensor:
+                call = metric if case.functional is not None else metric.model
+                own = x[0, 0] if bad and case.functional is not None else x  # noqa: B023
+                outputs = call(case.given(own))
+                if bad:
+                    raise ValueError("made up")
+                return case.loss(outputs, numbers)  # type: ignore[no-any-return] # noqa: B023
+
+            optimizer = kind(metric)
+            what = f"{name}, {'layer' if case.functional is None else 'functional'}"
+            found[what] = message(lambda o=optimizer, f=loss: o.step(lambda: f(wrong)))  # type: ignore[misc]
+            found[f"{what}, unmoved"] = str(before == bits_of(metric))
+            optimizer.step(lambda f=loss: f(False))  # type: ignore[misc]
+            found[f"{what}, then"] = str(before != bits_of(metric))
     return found
 
 

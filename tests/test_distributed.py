@@ -316,6 +316,8 @@ SAID = {
     "no outputs": ("rank 1: ValueError: made up", "ValueError: made up"),
     "no solution": ("NotPositiveDefiniteError: made up",) * 2,
     "unmoved": ("True", "True"),
+    "frozen": ("require gradients: ",) * 2,
+    "frozen later": ("parameter '2.weight' has requires_grad=False",) * 2,
     "other models": ("different parameters",) * 2,
     "wrapped": ("ddp.module",) * 2,
     "divided": ("LinearizationError: parameter 'weight' is a DTensor",) * 2,
@@ -332,6 +334,13 @@ SAID = {
     "points of a wrong shape": ("rank 1: ShapeError", "ShapeError: a Differential"),
     "and then": ("no error",) * 2,
 }
+for optimizer in ("LevenbergMarquardt", "TrustRegion", "LineSearch"):
+    for kind, error in (("layer", "ValueError"), ("functional", "ShapeError")):
+        SAID |= {
+            f"{optimizer}, {kind}": (f"rank 1: {error}: ", f"{error}: "),
+            f"{optimizer}, {kind}, unmoved": ("True", "True"),
+            f"{optimizer}, {kind}, then": ("True", "True"),
+        }
 
 
 @pytest.mark.parametrize("name", SAID)

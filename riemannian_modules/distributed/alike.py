@@ -36,6 +36,9 @@ def require_alike(ranks: Ranks, metric: ModelMetric) -> None:
             (d.name, tuple(d.tensor.shape), str(d.tensor.dtype), d.manifold.name)
             for d in metric.parameters
         ],
+        "parameters that require gradients": [
+            name for name, p in metric.model.named_parameters() if p.requires_grad
+        ],
     }
     for rank, other in enumerate(ranks.agree("data_parallel", own)):
         for what, mine in own.items():

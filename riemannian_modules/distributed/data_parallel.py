@@ -1,8 +1,8 @@
 """Data parallelism: every process holds some of the examples of one batch."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TypeVar, final
+from typing import Any, TypeVar, final
 
 import torch
 import torch.distributed as dist
@@ -103,6 +103,7 @@ class DataParallel(Exchange):
         self._metric = metric
         self._headers: list[Header] = []
         self._shares: list[float] = []
+        self._joining = False
         require_alike(self._ranks, metric)
         self.broadcast()
 
@@ -132,6 +133,8 @@ class DataParallel(Exchange):
         try:
             yield
         except Exception as error:
+            if self._joining:
+                raise  # joint_loss tells the others
             self._ranks.agree(doing, None, error)
 
     def join(
@@ -192,26 +195,46 @@ class DataParallel(Exchange):
         with torch.no_grad():
             return solve_shared(self._ranks, blocks, residual, covector, source)
 
-    def joint_loss(self, loss: Tensor) -> Tensor:
+    def joint_loss(self, loss: Tensor | Callable[[], Any]) -> Tensor:
         """Return the loss of all examples, for that of this process' examples.
 
         Args:
-            loss: scalar, of the examples of the last pass.
+            loss: scalar, of the examples of the last pass; or a function that returns
+                it, whose error is one of all processes.
 
         Returns:
             A scalar, the same bits on every process.
 
         Raises:
-            DistributedError: there was no pass yet.
+            DistributedError: there was no pass yet, or the function of another process
+                has failed.
+            Exception: what the function has raised.
         """
         if not self._shares:
             raise DistributedError(
                 "the ranks' shares of the batch are not known yet; call "
                 "metric.backward(loss, outputs) first"
             )
-        value = torch.as_tensor(loss).detach()
         share = self._shares[self._ranks.rank]
-        return self._ranks.sum_(value.double() * share).to(value.dtype)
+        if not callable(loss):
+            value = torch.as_tensor(loss).detach()
+            return self._ranks.sum_(value.double() * share).to(value.dtype)
+        value, error = torch.zeros((), dtype=torch.float64), None
+        self._joining = True
+        try:
+            value = torch.as_tensor(loss()).detach().reshape(())
+        except Exception as caught:
+            error = caught
+        finally:
+            self._joining = False
+        # In one message: the loss, and how many have none.
+        like = next(iter(self._metric.parameters)).tensor
+        both = [float(value) * share, float(error is not None)]
+        sent = torch.tensor(both, dtype=torch.float64, device=like.device)
+        total, failed = self._ranks.sum_(sent)
+        if failed > 0:
+            self._ranks.agree("loss", None, error)
+        return total.to(value.dtype)
 
     def joint_rows(self, rows: Tensor) -> Tensor:
         """Return what all processes say about their rows of K, in the order of K.

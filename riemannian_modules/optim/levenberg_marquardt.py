@@ -163,7 +163,7 @@ class LevenbergMarquardt(WeighingOptimizer):
             model = QuadraticModel(self.metric, gradient)
             step, bent = self._propose(model, moving, before)
             points.move(step.vectors)
-            reached = float(self.metric.joint_loss(points.value(closure)))
+            reached = self._joint(points, closure)
             gain = loss - reached
             ratio = gain / step.decrease if step.decrease > 0.0 else math.nan
             if math.isfinite(reached) and gain > 0.0:

@@ -154,7 +154,7 @@ class RetractedCurve:
         trial: the parameters.
         direction: the tangent vector d, by parameter name.
         closure: returns the loss, with its graph where a slope is asked for.
-        joined: makes the value of all processes of that of one.
+        joined: makes the value of all processes of a function that returns that of one.
 
     Attributes:
         at: the last t at which the loss was asked for; 0 before.
@@ -165,7 +165,7 @@ class RetractedCurve:
         trial: Trial,
         direction: Mapping[str, Tensor],
         closure: Callable[[], Any],
-        joined: Callable[[Tensor], Tensor] = lambda value: value,
+        joined: Callable[[Callable[[], Any]], Any] = lambda value: value(),
     ) -> None:
         self._joined = joined
         self._trial = trial
@@ -179,17 +179,25 @@ class RetractedCurve:
         self._loss = None  # its graph holds the parameters that are written now
         self._trial.move({name: t * d for name, d in self._direction.items()})
         self.at = t
-        self._loss = self._trial.value(self._closure)
-        return self._of_all(self._loss)
+        return self._of_all(self._value)
 
     def slope(self, t: float) -> float:
         """Return the derivative of the loss at ``t``, the point asked for last."""
-        return self._of_all(self._trial.look(lambda: self._slope(t)))
+        return self._of_all(lambda: self._slope(t))
 
-    def _of_all(self, value: object) -> float:
-        if not isinstance(value, Tensor):
-            value = torch.tensor(float(value), dtype=torch.float64)  # type: ignore[arg-type]
-        return float(self._joined(value.detach()))
+    def _of_all(self, value: Callable[[], Any]) -> float:
+        def own() -> Tensor:
+            found = value()
+            if isinstance(found, Tensor):
+                return found.detach()
+            return torch.tensor(float(found), dtype=torch.float64)
+
+        # The error of another process puts the parameters back, too.
+        return float(self._trial.look(lambda: self._joined(own)))
+
+    def _value(self) -> Any:
+        self._loss = self._trial.value(self._closure)
+        return self._loss
 
     def _slope(self, t: float) -> float:
         names = list(self._direction)

@@ -158,7 +158,7 @@ class TrustRegion(WholeModelOptimizer):
             predicted = -part * slope - 0.5 * part * part * curvature
             step = {name: part * x for name, x in best.vectors.items()}
             trial.move(step)
-            reached = float(self.metric.joint_loss(trial.value(closure)))
+            reached = self._joint(trial, closure)
             gain = loss - reached
             ratio = gain / predicted if predicted > 0.0 else math.nan
             norm = part * whole

@@ -11,6 +11,7 @@ from torch import Tensor
 from riemannian_modules.declared import Declared
 from riemannian_modules.model_metric import ModelMetric
 from riemannian_modules.optim.kinds import refuse_scaler, require_pass, require_ready
+from riemannian_modules.optim.trial import Trial
 from riemannian_modules.retractions import Default, Retraction
 
 __all__ = ["WholeModelOptimizer"]
@@ -81,6 +82,14 @@ class WholeModelOptimizer(torch.optim.Optimizer):
         require_ready(metric, self.param_groups)
         assert metric.loss is not None
         return partial(_number, closure), float(metric.loss)
+
+    def _joint(self, trial: Trial, closure: Callable[[], Any]) -> float:
+        """Return the loss of all processes; the error of one is that of all."""
+        metric = self.metric
+        # A process that hears of it puts the parameters back as the one that failed.
+        return float(
+            trial.look(lambda: metric.joint_loss(lambda: trial.value(closure)))
+        )
 
     def _moving(self) -> dict[str, Declared]:
         """Return the parameters that have a gradient."""
