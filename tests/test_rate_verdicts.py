@@ -376,6 +376,22 @@ def test_output_rate_is_that_of_theta(blocks, n) -> None:
     assert found.value >= 0.0
 
 
+def test_an_output_rate_is_exact_only_where_rounding_is_small() -> None:
+    model = nn.Linear(2, 1, bias=False).double()
+    metric = rm.LayerwiseMetric(model, output=rm.output.Euclidean(), mass=1.0)
+
+    def found(large: float):
+        x = torch.tensor([[large, 0.0], [0.0, 0.5]], dtype=torch.float64)
+        return rate(metric, lambda z: z.square().mean() / 2, x, kind="output")
+
+    clear, lost = found(1.0), found(1e7)
+    assert (clear.side, lost.side) == (Side.EXACT, Side.LOWER)
+    # |x|^2 / 2 of the second example, of two; the mass is one.
+    true = 0.125 / 1.125
+    assert clear.value == pytest.approx(true)
+    assert lost.value <= true
+
+
 def test_residual_shrinks_at_the_output_rate() -> None:
     """d/dt 1/2 |y|^2 = -y^T Theta y along the flow, by differences."""
     metric, loss, x = problem("euclidean", "euclidean", "layer", 2)

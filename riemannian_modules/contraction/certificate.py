@@ -5,13 +5,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from riemannian_modules.contraction.result import Gain, Rate, Side, Verdict
+from riemannian_modules.contraction.result import Gain, Norm, Rate, Side, Verdict
 from riemannian_modules.errors import ContractionError
 
 __all__ = ["Certificate", "Clock", "Norm", "Step"]
 
 Clock = Literal["continuous", "discrete"]
-Norm = Literal["2", "inf", "1"]
 
 
 @dataclass(frozen=True)
@@ -134,6 +133,7 @@ class Certificate:
             side=self.side,
             verdict=self.verdict,
             source=f"the rule of composition '{self.rule}'",
+            norm=self.norm,
         )
 
     @property

@@ -12,8 +12,8 @@ from riemannian_modules.contraction.autodiff import exact_derivatives
 from riemannian_modules.contraction.constants import Constant
 from riemannian_modules.contraction.rates import pencil, prepare
 from riemannian_modules.contraction.replica import Blocks, Replica
-from riemannian_modules.contraction.result import Rate, Side
-from riemannian_modules.contraction.verdicts import SMALL, judge
+from riemannian_modules.contraction.result import SMALL, Rate, Side
+from riemannian_modules.contraction.verdicts import judge
 from riemannian_modules.errors import ContractionError, NotRecordedError
 from riemannian_modules.layerwise import LayerwiseMetric
 from riemannian_modules.metric import LayerMetric

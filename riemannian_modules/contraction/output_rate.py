@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from riemannian_modules.contraction.result import Rate, Side, Verdict
+from riemannian_modules.contraction.result import SMALL, Rate, Side, Verdict
 from riemannian_modules.metric import LayerMetric
 
 __all__ = ["LazyRates", "block_output_rate", "output_rate", "theta"]
@@ -108,12 +108,13 @@ def block_output_rate(
 
 def _rate(value: float, noise: float, where: str, explained: bool) -> Rate:
     safe = max(value - noise, 0.0)
+    side = Side.EXACT if noise <= SMALL * value else Side.LOWER
     return Rate(
         safe,
         kind="output",
         metric=RESIDUAL,
         where=where,
-        side=Side.EXACT if explained else Side.ESTIMATE,
+        side=side if explained else Side.ESTIMATE,
         verdict=Verdict.CERTIFIED if explained else Verdict.NOT_CERTIFIED,
         source=EXPLAINED if explained else UNEXPLAINED,
     )

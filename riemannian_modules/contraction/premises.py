@@ -50,17 +50,17 @@ def as_rate(value: RateLike) -> Rate:
     """Return a rate; a number is a certified lower bound that the caller gives.
 
     Raises:
-        ContractionError: it is infinite, a rate in output space, a certificate in
-            discrete time, or one in a norm that no inner product belongs to.
+        ContractionError: it is infinite, in output space, in discrete time, or in a
+            norm that no inner product belongs to.
     """
     if isinstance(value, Certificate):
-        if value.norm != "2":
-            raise ContractionError(
-                f"a certificate in the {value.norm}-norm cannot be composed further: "
-                "its norm comes from no metric; use norm='2' below"
-            )
-        return value.rate
+        value = value.rate
     rate = value if isinstance(value, Rate) else Rate(float(value))
+    if rate.norm != "2":
+        raise ContractionError(
+            f"a certificate in the {rate.norm}-norm cannot be composed further: its "
+            "norm comes from no metric; use norm='2' below"
+        )
     if rate.value == math.inf:
         raise ContractionError("an infinite rate; a rate is a finite lower bound")
     return require_trajectories(rate)

@@ -4,10 +4,16 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Literal
 
 from riemannian_modules.errors import ContractionError
 
-__all__ = ["Gain", "Rate", "Side", "Verdict", "weakest"]
+__all__ = ["SMALL", "Gain", "Norm", "Rate", "Side", "Verdict", "weakest"]
+
+Norm = Literal["2", "inf", "1"]
+
+# Up to this share of the value a bound on rounding leaves it "exact".
+SMALL = 1e-3
 
 
 class Verdict(Enum):
@@ -85,6 +91,8 @@ class Rate:
         verdict: What is known. A certified rate is exact or a lower bound.
         source: The theorem or the computation behind it, in words.
         cost: What was spent to find it: number of evaluations by name.
+        norm: How the norms of several modules are combined: "2" where the metric is an
+            inner product, see :class:`Certificate`.
 
     Raises:
         ContractionError: The value is NaN, or is called certified though it is an
@@ -106,6 +114,7 @@ class Rate:
     verdict: Verdict = Verdict.CERTIFIED
     source: str = "given by the caller"
     cost: dict[str, int] = field(default_factory=dict, compare=False)
+    norm: Norm = "2"
 
     def __post_init__(self) -> None:
         _check(self.value, self.verdict, self.side, Side.UPPER, "rate")

@@ -5,12 +5,9 @@ from dataclasses import dataclass
 
 from riemannian_modules.contraction.eigen import Smallest
 from riemannian_modules.contraction.replica import Replica
-from riemannian_modules.contraction.result import Side, Verdict
+from riemannian_modules.contraction.result import SMALL, Side, Verdict
 
-__all__ = ["SMALL", "Judged", "judge"]
-
-# Up to this share of the value a bound on rounding leaves it "exact".
-SMALL = 1e-3
+__all__ = ["Judged", "judge"]
 
 
 @dataclass(frozen=True)
