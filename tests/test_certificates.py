@@ -10,7 +10,7 @@ import pytest
 import scipy.linalg
 import torch
 from adversary import CASES, search
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from mutants import certificates as mutants
 
@@ -192,11 +192,47 @@ def test_other_norms(seed: int, n: int, norm: str) -> None:
 
 def test_a_norm_without_a_metric_composes_no_further() -> None:
     inner = small_gain([2.0, 2.0], [[0, 1], [1, 0]], norm="inf")
-    with pytest.raises(ContractionError, match="norm='2'"):
-        product([inner, 1.0])
+    for given_one in (inner, inner.rate):
+        with pytest.raises(ContractionError, match="norm='2'"):
+            skew_feedback([given_one, 1.0])
+    assert inner.rate.value == inner.value
 
 
 # ---- rounding ----
+
+
+DECADES = st.one_of(st.just(-math.inf), st.floats(-300.0, 300.0))
+
+
+@settings(max_examples=60)
+@given(st.lists(DECADES, min_size=9, max_size=9), st.lists(DECADES, min_size=3))
+def test_what_doubles_do_not_hold_is_not_certified(gains, rates) -> None:
+    k = 10.0 ** np.array(gains).reshape(3, 3) * (1 - np.eye(3))
+    own = [10.0**each for each in rates[:3]]
+    for norm in ("2", "inf", "1"):
+        found = small_gain(own, k, norm=norm)
+        assert found.contracts == (found.value > 0)
+        assert min(found.weights.values()) > 0
+    maps = discrete(own, k)
+    assert maps.contracts == (maps.value < 1)
+    assert math.isfinite(max(maps.weights.values()))
+
+
+def test_weights_beyond_all_doubles() -> None:
+    gains = [[0, 0, 1.0], [1e150, 0, 1e-109], [1e214, 1e-274, 0]]
+    found = small_gain([3.0, 0.0, -1.0], gains)
+    assert found.value == -math.inf
+    assert found.verdict is Verdict.NOT_CERTIFIED
+
+
+@given(st.floats(0.1, 10.0), st.floats(1.0, 3.0), st.floats(0.1, 0.999))
+def test_designed_chains_are_proved_to_meet_their_target(gain, more, share) -> None:
+    for rates in ([2.0, 2.0 * more], [2.0 * more, 2.0, 3.0]):
+        gains = [gain] * (len(rates) - 1)
+        found = hierarchy(rates, gains, target=2.0 * share)
+        assert found.value >= 2.0 * share
+        # And not by much more than that.
+        assert found.value == pytest.approx(2.0 * share, rel=1e-6)
 
 
 @given(st.fractions())

@@ -125,10 +125,27 @@ def _epsilon(
         )
     # Weights must be doubles; a smaller epsilon has a larger rate.
     top = math.exp(0.99 * _LARGEST / (2 * (len(k) - 1)))
+    return _verified(premises, target, min(_proposed(premises, target), top))
+
+
+def _verified(premises: Premises, target: float, epsilon: float) -> float:
+    """Return an epsilon with which the target is proved, some ulps below at most."""
+    n, step = len(premises.names), 2.0**-53
+    least = math.exp(-_LARGEST / (2 * (n - 1)))
+    found = epsilon
+    while least < found and step < 1e-6:
+        if rate_in_weights(premises, _powers(found, n)) >= target:
+            return found
+        found, step = epsilon * (1 - step), 2 * step
+    return epsilon
+
+
+def _proposed(premises: Premises, target: float) -> float:
+    """Return the largest epsilon, to rounding."""
+    k = premises.matrix
     if len(k) == 2:
         one, two = premises.values
-        epsilon = 2 * math.sqrt((one - target) * (two - target)) / float(k[1, 0])
-        return min(epsilon, top)
+        return 2 * math.sqrt((one - target) * (two - target)) / float(k[1, 0])
     # Bisection for log(epsilon), whose powers do not leave the range of doubles.
     low, high = -1.0, 1.0
     while _chain_rate(premises, low) < target:
@@ -141,7 +158,7 @@ def _epsilon(
             low = middle
         else:
             high = middle
-    return min(math.exp(min(low, _LARGEST)), top)
+    return math.exp(min(low, _LARGEST))
 
 
 def _powers(epsilon: float, n: int) -> list[float]:

@@ -14,6 +14,7 @@ from riemannian_modules.contraction.perron import (
     irreducible,
     perron_vector,
     perron_weights,
+    usable,
 )
 from riemannian_modules.contraction.premises import Gains, Premises, Rates
 from riemannian_modules.contraction.rules import (
@@ -91,6 +92,8 @@ def small_gain(
         slack = 0.0 if irreducible(A) else _slack(premises, A, norm, best)
     weights = _weights(A, slack, norm)
     value = _rate_in(premises, weights, norm)
+    if not usable(np.array(weights)):
+        weights = ones
     limits = {"slack": slack, "loss": best - value} if slack else {}
     extra = f" after adding {slack:.6g} to every gain" if slack else ""
     words = {"2": "u / v", "inf": "1 / v", "1": "u"}[norm]
@@ -111,6 +114,7 @@ def small_gain(
     )
 
 
+@np.errstate(all="ignore")
 def _weights(A: Array, slack: float, norm: Norm) -> list[float]:
     if len(A) == 1:
         return [1.0]
@@ -127,6 +131,8 @@ def _rate_in(premises: Premises, weights: Sequence[float], norm: Norm) -> float:
     """
     if norm == "2":
         return rate_in_weights(premises, weights)
+    if not usable(np.array(weights)):
+        return -math.inf
     k = premises.matrix
     w = [Fraction(each) for each in weights]
     gains = k.tolist() if norm == "inf" else k.T.tolist()

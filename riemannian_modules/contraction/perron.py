@@ -5,7 +5,14 @@ from numpy.typing import NDArray
 from scipy.linalg import matrix_balance
 from scipy.sparse.csgraph import connected_components
 
-__all__ = ["abscissa", "irreducible", "perron_vector", "perron_weights", "witness"]
+__all__ = [
+    "abscissa",
+    "irreducible",
+    "perron_vector",
+    "perron_weights",
+    "usable",
+    "witness",
+]
 
 Array = NDArray[np.float64]
 
@@ -23,6 +30,7 @@ def _components(A: Array, connection: str) -> tuple[int, NDArray[np.int32]]:
     return found
 
 
+@np.errstate(all="ignore")
 def perron_vector(A: Array) -> Array:
     """Return the positive right eigenvector of an irreducible Metzler matrix.
 
@@ -35,9 +43,12 @@ def perron_vector(A: Array) -> Array:
         A: ``(n, n)``, not negative off the diagonal, irreducible.
 
     Returns:
-        The vector, with sum one. Cost: some ten linear systems.
+        The vector, with sum one; not :func:`usable` where doubles do not hold it.
+        Cost: some ten linear systems.
     """
     n = len(A)
+    if not np.isfinite(A).all():
+        return np.full(n, np.nan)
     balanced, (scale, _) = matrix_balance(A, permute=False, separate=True)
     B = balanced - np.eye(n) * np.diag(A).min()
     x = np.full(n, 1.0 / n)
@@ -61,6 +72,7 @@ def perron_vector(A: Array) -> Array:
     return best / best.sum()
 
 
+@np.errstate(all="ignore")
 def perron_weights(A: Array) -> Array:
     """Return ``u_i / v_i`` of the left and right Perron vectors of a Metzler matrix.
 
@@ -81,6 +93,11 @@ def perron_weights(A: Array) -> Array:
 def abscissa(A: Array) -> float:
     """Return the largest real part of the eigenvalues, as the eigen-solver has it."""
     return float(np.linalg.eigvals(A).real.max())
+
+
+def usable(vector: Array) -> bool:
+    """Return whether all entries are positive and finite."""
+    return bool((vector > 0).all() and np.isfinite(vector).all())
 
 
 def witness(A: Array) -> Array:

@@ -8,7 +8,7 @@ import numpy as np
 
 from riemannian_modules.contraction.certificate import Certificate, Step
 from riemannian_modules.contraction.exact import round_down, verified_rate
-from riemannian_modules.contraction.perron import witness
+from riemannian_modules.contraction.perron import usable, witness
 from riemannian_modules.contraction.premises import (
     GainLike,
     Premises,
@@ -40,15 +40,24 @@ def rate_in_weights(premises: Premises, weights: Sequence[float]) -> float:
         weights: ``d_i``.
 
     Returns:
-        The sharpest rate that follows from the gains alone, rounded down.
+        The sharpest rate that follows from the gains alone, rounded down; minus
+        infinity where doubles do not hold the weights.
     """
     if not premises.finite:
         return -math.inf
     k, root = premises.matrix, np.sqrt(np.asarray(weights, dtype=float))
+    if not usable(root):
+        return -math.inf
     # In these coordinates the form is symmetric, and its vector has moderate entries
     # even where the weights are far apart.
-    scaled = k * root[:, None] / root[None, :]
-    x = witness((scaled + scaled.T) / 2 - np.diag(premises.values)) / root
+    with np.errstate(over="ignore", invalid="ignore"):
+        scaled = k * root[:, None] / root[None, :]
+        form = (scaled + scaled.T) / 2 - np.diag(premises.values)
+    if not np.isfinite(form).all():
+        return -math.inf
+    x = witness(form) / root
+    if not usable(x):
+        return -math.inf
     return verified_rate(premises.values, k.tolist(), weights, x.tolist())
 
 

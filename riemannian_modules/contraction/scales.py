@@ -19,6 +19,7 @@ from riemannian_modules.contraction.perron import (
     irreducible,
     perron_vector,
     perron_weights,
+    usable,
 )
 from riemannian_modules.contraction.premises import (
     GainLike,
@@ -202,6 +203,8 @@ def discrete(
     if slack is None:
         slack = 0.0 if irreducible(N) else _slack(N, rho)
     weights, value = _factor(N, slack)
+    if not usable(np.array(weights)):
+        weights = ones
     extra = f" after adding {slack:.6g} to every gain" if slack else ""
     reason = Step(
         f"the matrix of factors and gains has the spectral radius {rho:.6g}, and the "
@@ -226,7 +229,10 @@ def _factor(N: NDArray[np.float64], slack: float) -> tuple[list[float], float]:
         return [1.0], float(N[0, 0])
     B = N + slack * (1 - np.eye(len(N)))
     weights = perron_weights(B).tolist()
-    return weights, verified_factor(N.tolist(), weights, perron_vector(B).tolist())
+    x = perron_vector(B)
+    if not (usable(np.array(weights)) and usable(x)):
+        return weights, math.inf
+    return weights, verified_factor(N.tolist(), weights, x.tolist())
 
 
 def _slack(N: NDArray[np.float64], rho: float) -> float:
