@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 __all__ = ["fingerprint"]
@@ -27,9 +28,11 @@ def fingerprint(*parts: object) -> str:
 
 def _take(digest: "hashlib._Hash", part: object) -> None:
     if isinstance(part, Tensor):
-        plain = part.detach().as_subclass(Tensor).cpu().contiguous()
+        plain = part.detach().as_subclass(Tensor).cpu().resolve_conj().resolve_neg()
         digest.update(f"tensor {plain.dtype} {tuple(plain.shape)}".encode())
-        digest.update(repr(plain.reshape(-1).tolist()).encode())
+        # The bytes, for there may be millions of entries, of types NumPy does not have.
+        flat = plain.contiguous().reshape(-1).view(torch.uint8)
+        digest.update(flat.numpy().tobytes())
     elif isinstance(part, Mapping):
         _take(digest, list(part.items()))
     elif isinstance(part, list | tuple):
