@@ -31,8 +31,8 @@ def _take(digest: "hashlib._Hash", part: object) -> None:
         plain = part.detach().as_subclass(Tensor).cpu().resolve_conj().resolve_neg()
         digest.update(f"tensor {plain.dtype} {tuple(plain.shape)}".encode())
         # The bytes, for there may be millions of entries, of types NumPy does not have.
-        flat = plain.contiguous().reshape(-1).view(torch.uint8)
-        digest.update(flat.numpy().tobytes())
+        flat = plain.clone(memory_format=torch.contiguous_format).reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
     elif isinstance(part, Mapping):
         _take(digest, list(part.items()))
     elif isinstance(part, list | tuple):
