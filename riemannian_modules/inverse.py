@@ -22,6 +22,7 @@ from riemannian_modules import woodbury
 from riemannian_modules.block import Block, Vectors
 from riemannian_modules.errors import NotConvergedWarning, NotPositiveDefiniteError
 from riemannian_modules.factors import MetricFactor
+from riemannian_modules.precision import single_suffices
 from riemannian_modules.solution import Solution
 from riemannian_modules.strategy import Solver, Strategy
 
@@ -29,15 +30,14 @@ __all__ = ["Inverse", "Solution"]
 
 _FALLBACK_ENTRIES = 1 << 23
 _LOSS = 1e-3
-_SINGLE_LOSS = 7e-6
 
 Source = Mapping[str, MetricFactor] | None
 
 
 def _loses_digits(block: Block, trace: float) -> bool:
     # The subtracting form loses log10 |S| digits; the trace bounds that.
-    # Where it is not known, refine always.
-    return not torch.finfo(block.dtype).eps * trace <= _LOSS
+    # Where it is not known, or negative by rounding, refine always.
+    return not 0.0 <= torch.finfo(block.dtype).eps * trace <= _LOSS
 
 
 class Inverse:
@@ -102,7 +102,6 @@ class Inverse:
 
     def _capacitance(self) -> Tensor:
         wide = self._precision or self.block.precision
-        single = torch.float32
         narrow = self._precision is None and self.block.dtype != torch.float64
         if (
             narrow
@@ -110,10 +109,9 @@ class Inverse:
             and wide == torch.float64
             and self.block.device.type == "cpu"
         ):
-            S = self._shifted_gram(single)
-            # The push-through form loses the square root of |K sharp K^T| in
-            # precision; the trace bounds it and reading it is free on the CPU.
-            if torch.finfo(single).eps * self._trace**0.5 <= _SINGLE_LOSS:
+            S = self._shifted_gram(torch.float32)
+            # Reading the trace is free on the CPU.
+            if single_suffices(self._trace):
                 return S
             self.too_narrow = True
         return self._shifted_gram(wide)

@@ -15,13 +15,13 @@ from riemannian_modules.conjugate import (
     conjugate_gradients,
 )
 from riemannian_modules.factors import MetricFactor
+from riemannian_modules.precision import single_suffices
 from riemannian_modules.preconditioner import PivotedPreconditioner
 from riemannian_modules.solution import Solution
 
 __all__ = ["IterativeSolver"]
 
 _ROUNDS = 5
-_SINGLE_LOSS = 7e-6
 
 
 class IterativeSolver:
@@ -74,9 +74,8 @@ class IterativeSolver:
     @property
     def too_wide(self) -> bool:
         """Whether float32 leaves too large an error of a block in lower precision."""
-        eps = torch.finfo(torch.float32).eps
-        wide = eps * self.trace**0.5 > _SINGLE_LOSS
-        return wide and self.block.dtype != torch.float64
+        narrow = self.block.dtype != torch.float64
+        return narrow and not single_suffices(self.trace)
 
     @cached_property
     def _wide(self) -> Block | None:

@@ -300,3 +300,58 @@ def test_autocast_does_not_round_the_small_matrix(digits: Digits) -> None:
         loss = F.cross_entropy(logits.float(), y)
     metric.backward(loss, logits)
     assert error(metric.natural_gradient(), exact) < 0.1
+
+
+@pytest.mark.parametrize("solver", ["auto", "cg"])
+@pytest.mark.parametrize("mass", [1e-2, 1e-6, 1e-10])
+def test_rows_that_are_nearly_normal_to_their_manifold(solver, mass: float) -> None:
+    # Projecting them cancels, so that the trace of the small matrix may be negative.
+    negative = 0
+    for seed in range(10):
+        torch.manual_seed(seed)
+        layer = rm.nn.Linear(64, 1, bias=False, manifold=rm.manifolds.Sphere())
+        layer.to(torch.float32)
+        metric = rm.LayerwiseMetric(
+            layer, rm.output.Euclidean(), mass=mass, solver=solver
+        )
+        x = torch.randn(8, 1, dtype=torch.float32) @ layer.weight.detach()
+        with metric.record():
+            z = layer(x)
+        metric.backward((z - 1.0).square().sum(1).mean() / 2, z)
+        (block,) = metric.blocks.values()
+        found = metric.solve()[block.name].vectors["weight"].double()
+        negative += block.inverse.trace < 0.0
+        y = metric.linearization.residual.double()
+        expected = block.double().solve(residual=y).vectors["weight"]
+        # What cancelled was of the size of the gradient.
+        size = (layer.weight.grad.norm() / mass).double()
+        assert (found - expected).norm() <= 1e-6 * size
+    assert negative > 0
+
+
+def test_steps_of_rows_that_are_nearly_normal_to_their_manifold() -> None:
+    for seed in range(10):
+        torch.manual_seed(seed)
+        layer = rm.nn.Linear(64, 1, bias=False, manifold=rm.manifolds.Sphere())
+        layer.to(torch.float32)
+        metric = rm.LayerwiseMetric(layer, rm.output.Euclidean(), mass=1e-2)
+        x = torch.randn(8, 1, dtype=torch.float32) @ layer.weight.detach()
+        start = layer.weight.detach().clone()
+
+        def backward(
+            layer: nn.Module = layer, metric: Any = metric, x: Tensor = x
+        ) -> Tensor:
+            with metric.record():
+                z = layer(x)
+            loss = (z - 1.0).square().sum(1).mean() / 2
+            metric.backward(loss, z)
+            return loss.detach()
+
+        def loss(layer: nn.Module = layer, x: Tensor = x) -> Tensor:
+            return (layer(x) - 1.0).square().sum(1).mean() / 2
+
+        backward()
+        rm.optim.RiemannianSGD(metric, lr=0.1).step()
+        assert (layer.weight - start).norm() < 1e-3
+        before = backward()
+        assert rm.optim.LevenbergMarquardt(metric).step(loss) <= before

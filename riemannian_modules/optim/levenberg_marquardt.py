@@ -250,7 +250,7 @@ def _rounding(block: LayerMetric) -> float:
     trace = inverse.trace
     if inverse.strategy.limit:
         # Nothing is factorised, and must not be for this.
-        return torch.finfo(inverse.block.precision).eps * trace
+        return max(torch.finfo(inverse.block.precision).eps * trace, -trace)
     lower = inverse.factor.lower
     if not math.isfinite(trace):
         # Not read on this device. The trace of L L^T is |L|^2, and the host waits for
@@ -258,4 +258,5 @@ def _rounding(block: LayerMetric) -> float:
         trace = float(lower.tril().double().square().sum()) - len(lower)
     # What is in float32 now goes over to the block's precision when it has to.
     widest = torch.promote_types(lower.dtype, inverse.block.precision)
-    return torch.finfo(widest).eps * trace
+    # A trace below zero is rounding itself.
+    return max(torch.finfo(widest).eps * trace, -trace)
