@@ -183,12 +183,8 @@ class Inverse:
         if limit == 0:
             return self._direct(y, e, source, refinements)
         iterative = self.strategy.iterative
-        refine = bool(refinements)
-        if refinements is None and e is not None:
-            with self.strategy.bounded("cg"):
-                refine = _loses_digits(self.block, iterative.trace)
         with self.strategy.bounded("cg"):
-            found = iterative.solve(y, e, source, limit, refine)
+            found = iterative.solve(y, e, source, limit, refinements)
         if found.converged is not False:
             return found
         if not self.strategy.give_up():

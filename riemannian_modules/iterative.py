@@ -23,6 +23,8 @@ __all__ = ["IterativeSolver"]
 
 _ROUNDS = 5
 
+Source = Mapping[str, MetricFactor] | None
+
 
 class IterativeSolver:
     """Conjugate gradients for ``g(x, .) = K^T y + e`` on one block.
@@ -71,6 +73,10 @@ class IterativeSolver:
         on_host = self.block.device.type == "cpu"
         return float(self.diagonal.double().sum()) if on_host else float("inf")
 
+    @cached_property
+    def _root_trace(self) -> Tensor:
+        return self.diagonal.double().sum().clamp_min(0.0).sqrt()
+
     @property
     def too_wide(self) -> bool:
         """Whether float32 leaves too large an error of a block in lower precision."""
@@ -85,43 +91,63 @@ class IterativeSolver:
         self,
         y: Tensor | None,
         e: Vectors | None,
-        source: Mapping[str, MetricFactor] | None,
+        source: Source,
         limit: int,
-        refine: bool,
+        refinements: int | None,
     ) -> Solution:
         """Solve for the covector ``K^T y + e``.
+
+        Implements :eq:`cg-rounding` as the error that it reports.
 
         Args:
             y: ``(rank,)`` or None for zero.
             e: ambient covectors or None for zero.
             source: factors whose row sums are e, if known.
             limit: at most this many iterations.
-            refine: solve for what rounding left of e once more.
+            refinements: how often to solve for what rounding left of the covector;
+                None: as often as the tolerance asks for.
 
         Returns:
             The solution, converged or not.
         """
-        block, start = self.block, self._start
-        target = self._target(y, e, source)
+        start, block = self._start, self._wide or self.block
+        target = self._target(block, y, *self._cast(block, e, source))
         guess = None if start is None else self._scaled(start, target)
-        found = self._iterate(target, guess, self.tolerance, limit)
+        found = self._iterate(target, guess, 0.5 * self.tolerance, limit)
         self.last = found.d
-        x = self._vectors(found, e, source)
+        block = self._exact_enough(target, found)
+        e, source = self._cast(block, e, source)
+        x = self._vectors(block, found, e, source)
+        image = self._image(block, x)
+        left = (target.y - found.d - image).norm()
         velocity, used = target.b + found.md, found.iterations + (guess is not None)
-        if e is not None and refine:
-            # The subtraction lost digits of e: solve for the error that is left.
-            lowered = block.rmatvec(block.matvec(x) - target.y)
-            left = {
-                p.name: e[p.name] - p.space.flat(x[p.name]) - lowered[p.name]
+        least, most = refinements or 0, _ROUNDS if refinements is None else refinements
+        done = 0
+        while True:
+            rounding, size = self._rounding(block, target, x, image)
+            error = (left + rounding) / size
+            converged = found.converged and bool(error <= self.tolerance)
+            if done == most or (done >= least and (not found.converged or converged)):
+                break
+            # What rounding left of the covector, K^T times what it left of y with it.
+            lowered = block.rmatvec(image - target.y)
+            rest = {
+                p.name: (0.0 if e is None else e[p.name])
+                - p.space.flat(x[p.name])
+                - lowered[p.name]
                 for p in block.parts
             }
-            more = self._target(None, left, None)
+            more = self._target(block, None, rest, None)
             again = self._iterate(more, None, self.tolerance**0.5, limit)
-            correction = self._vectors(again, left, None)
+            correction = self._vectors(block, again, rest, None)
+            moved = self._image(block, correction)
+            own, _ = self._rounding(block, more, correction, moved)
+            left = (again.d + moved).norm() + own
             x = {name: x[name] + correction[name] for name in x}
-            velocity = velocity + more.b + again.md
-            used += again.iterations
-        return Solution(x, velocity, block, "cg", used, found.converged, found.error)
+            image, velocity = image + moved, velocity + more.b + again.md
+            used, done = used + again.iterations, done + 1
+        x = {p.name: x[p.name].to(p.space.point) for p in self.block.parts}
+        return Solution(x, velocity, self.block, "cg", used, converged, error)
 
     def complaint(self, found: Solution) -> str:
         """Return what to say of a solution that has not converged."""
@@ -135,18 +161,52 @@ class IterativeSolver:
         )
 
     def _target(
-        self,
-        y: Tensor | None,
-        e: Vectors | None,
-        source: Mapping[str, MetricFactor] | None,
+        self, block: Block, y: Tensor | None, e: Vectors | None, source: Source
     ) -> Target:
-        block = self.block
-        zero = torch.zeros(block.rank, dtype=block.precision, device=block.device)
-        y = zero if y is None else y.to(block.precision)
+        own = self.block
+        zero = torch.zeros(own.rank, dtype=own.precision, device=own.device)
+        y = zero if y is None else y.to(zero)
         if e is None:
             return Target(y, zero, zero.sum())
-        base = block.pair(e, block.sharp(e)).to(block.precision)
-        return Target(y, block.image(e, source).to(block.precision), base)
+        base = block.pair(e, block.sharp(e)).to(zero)
+        return Target(y, block.image(e, source).to(zero), base)
+
+    def _cast(
+        self, block: Block, e: Vectors | None, source: Source
+    ) -> tuple[Vectors | None, Source]:
+        """Return covectors, and what they are sums of, in the precision of a block."""
+        if e is None or block.dtype == self.block.dtype:
+            return e, source
+        if source is not None:
+            source = {name: factor.double() for name, factor in source.items()}
+        return {name: covector.double() for name, covector in e.items()}, source
+
+    def _exact_enough(self, target: Target, found: Iterates) -> Block:
+        """Return the block, in float64 where the step would lose its digits else."""
+        block = self._wide or self.block
+        if block.dtype == torch.float64 or block.device.type != "cpu":
+            return block
+        lost = torch.finfo(block.dtype).eps * self._root_trace * found.d.norm()
+        allowed = 0.25 * self.tolerance * target.energy(found.d, found.md).sqrt()
+        return block.double() if bool(lost > allowed) else block
+
+    def _image(self, block: Block, x: Vectors) -> Tensor:
+        return block.matvec(x).to(self.block.precision)
+
+    def _rounding(
+        self, block: Block, target: Target, x: Vectors, image: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return what rounding of ``K^T`` times a vector does to x, and the norm of x.
+
+        Both are norms in the metric.
+        """
+        flat = {p.name: p.space.flat(x[p.name]) for p in block.parts}
+        own = block.pair(flat, x).clamp_min(0.0)
+        size = (own + image.square().sum()).sqrt()
+        summed = (target.y - image).norm() + own.sqrt()
+        noise = target.base.clamp_min(0.0).sqrt() + self._root_trace * summed
+        tiny = torch.finfo(size.dtype).tiny
+        return torch.finfo(block.dtype).eps * noise, size.clamp_min(tiny)
 
     def _scaled(self, start: Tensor, target: Target) -> tuple[Tensor, Tensor]:
         """Return the multiple of a guess that is best in the norm of S, and M of it."""
@@ -188,11 +248,7 @@ class IterativeSolver:
         return replace(found, iterations=used)
 
     def _vectors(
-        self,
-        found: Iterates,
-        e: Vectors | None,
-        source: Mapping[str, MetricFactor] | None,
+        self, block: Block, found: Iterates, e: Vectors | None, source: Source
     ) -> dict[str, Tensor]:
-        if e is None:
-            return self.block.direction(found.d)
-        return self.block.direction(-found.d, e, source)
+        d = found.d.to(block.precision)
+        return block.direction(d) if e is None else block.direction(-d, e, source)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import mpmath
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -196,6 +197,83 @@ def test_the_reported_error_is_a_bound(seed: int, rank: int, log_mass: float) ->
         error = (x - exact) @ G @ (x - exact) / (x @ G @ x)
         assert float(error) ** 0.5 <= float(found.error) * (1.0 + 1e-6) + 1e-7
         assert found.converged == (float(found.error) <= 1e-9)
+
+
+def exact_step(K: Tensor, mass: float, y: Tensor, e: Tensor | None) -> mpmath.matrix:
+    """The solution of ``(mass + K^T K) x = K^T y + e`` with 60 digits."""
+    with mpmath.workdps(60):
+        rows = mpmath.matrix(K.tolist())
+        covector = rows.T * mpmath.matrix(y.tolist())
+        if e is not None:
+            covector += mpmath.matrix(e.tolist())
+        G = rows.T * rows + mpmath.mpf(mass) * mpmath.eye(K.shape[1])
+        return mpmath.lu_solve(G, covector)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@given(
+    seed=SEEDS,
+    shape=st.tuples(st.integers(1, 8), st.integers(1, 4)),
+    spread=st.floats(0.0, 4.0),
+    log_mass=st.floats(-8.0, 0.0),
+    fits=st.booleans(),
+    rest=st.booleans(),
+)
+@example(seed=0, shape=(4, 1), spread=4.0, log_mass=-6.0, fits=False, rest=False)
+@example(seed=0, shape=(8, 3), spread=1.0, log_mass=-8.0, fits=False, rest=False)
+@settings(max_examples=25, deadline=None)
+def test_rounding_is_in_the_reported_error(
+    dtype, seed: int, shape, spread: float, log_mass: float, fits: bool, rest: bool
+) -> None:
+    (rank, dim), generator, mass = shape, seeded(seed), 10.0**log_mass
+    K = torch.randn(rank, dim, generator=generator)
+    K = (torch.logspace(spread, 0.0, rank).unsqueeze(1) * K).to(dtype)
+    y = torch.randn(rank, generator=generator).to(dtype)
+    y = K @ torch.randn(dim, generator=generator).to(dtype) if fits else y
+    e = torch.randn(dim, generator=generator).to(dtype) if rest else None
+    space = TangentSpace(
+        rm.manifolds.Euclidean(), torch.zeros(dim, dtype=dtype), rm.Mass(scalar=mass)
+    )
+    metric = LayerMetric([Part("w", space, DenseFactor(K))], solver="cg")
+    solver = metric.inverse.strategy.iterative
+    found = solver.solve(y, None if e is None else {"w": e}, None, 500, None)
+    x = exact_step(K, mass, y, e)
+    with mpmath.workdps(60):
+        rows = mpmath.matrix(K.tolist())
+
+        def size(u: mpmath.matrix) -> mpmath.mpf:
+            image = rows * u
+            return mpmath.sqrt(mpmath.mpf(mass) * (u.T * u)[0] + (image.T * image)[0])
+
+        error = size(mpmath.matrix(found.vectors["w"].tolist()) - x) / size(x)
+        stored = size(mpmath.matrix([abs(float(u)) for u in x])) / size(x)
+    # Of the step that is stored, rounded to the data type.
+    stored = float(stored) * torch.finfo(dtype).eps * dim**0.5
+    reported = float(found.error)
+    assert error <= reported * (1.0 + 1e-6) / (1.0 - min(reported, 0.5)) + stored
+    assert found.converged == (reported <= solver.tolerance)
+
+
+def test_more_rows_than_parameters_are_solved_to_the_tolerance() -> None:
+    generator = seeded(0)
+    for dtype, mass in ((torch.float64, 1e-2), (torch.float32, 1e-2)):
+        K = 10.0 * torch.randn(300, 6, generator=generator).to(dtype)
+        residual = torch.randn(300, generator=generator).to(dtype)
+        # Most of it is out of reach of the parameters.
+        inside = K @ torch.linalg.lstsq(K, residual.unsqueeze(1)).solution.squeeze(1)
+        y = residual - 0.9 * inside
+        space = TangentSpace(
+            rm.manifolds.Euclidean(), torch.zeros(6, dtype=dtype), rm.Mass(scalar=mass)
+        )
+        metric = LayerMetric([Part("w", space, DenseFactor(K))], solver="cg")
+        found = metric.solve(residual=y)
+        assert found.branch == "cg"
+        wide = with_solver(metric.double(), "primal")
+        expected = wide.solve(residual=y.double()).vectors
+        vectors = {name: x.double() for name, x in found.vectors.items()}
+        assert (
+            gap(wide, vectors, expected) <= metric.inverse.strategy.iterative.tolerance
+        )
 
 
 @given(seed=SEEDS, rank=st.integers(2, 20), pivots=st.integers(0, 20))
