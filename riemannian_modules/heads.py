@@ -16,6 +16,7 @@ from riemannian_modules.errors import (
 )
 from riemannian_modules.finite import looks_finite
 from riemannian_modules.output import OutputMetric
+from riemannian_modules.output.rows import rounded_to
 
 __all__ = [
     "Head",
@@ -274,14 +275,15 @@ def _head_rows(head: Head, costate: Tensor | None, reduction: Reduction) -> _Fou
     terms = metric.terms(outputs) or 1.0
     weight = 1.0 / terms if reduction == "mean" else 1.0
     wide = _wide(outputs)
-    if costate is not None and type(metric).split is not OutputMetric.split:
-        rows, y, rest = metric.split(wide, _wide(costate))
-        _require_rows(metric, rows, outputs)
-    else:
-        rows, y, rest = metric.factor(wide), None, wide
-        _require_rows(metric, rows, outputs)
-        if costate is not None:
-            y, rest = metric.whiten(wide, _wide(costate))
+    with rounded_to(outputs.dtype):
+        if costate is not None and type(metric).split is not OutputMetric.split:
+            rows, y, rest = metric.split(wide, _wide(costate))
+            _require_rows(metric, rows, outputs)
+        else:
+            rows, y, rest = metric.factor(wide), None, wide
+            _require_rows(metric, rows, outputs)
+            if costate is not None:
+                y, rest = metric.whiten(wide, _wide(costate))
     if costate is not None:
         _require_split(metric, rows, y, rest, outputs)
     if y is not None:

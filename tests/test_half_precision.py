@@ -200,3 +200,59 @@ def test_derivatives_by_half_precision_outputs() -> None:
 @pytest.mark.parametrize("name", MUTANTS)
 def test_ways_that_lose_them_are_found(name: str) -> None:
     assert loses_digits(MUTANTS[name])
+
+
+class Differences(rm.output.OutputMetric):
+    """Sees differences of outputs only, and leaves the whitening to the default."""
+
+    def factor(self, outputs: Tensor) -> Tensor:
+        d = outputs.shape[-1]
+        rows = torch.eye(d, dtype=outputs.dtype)[:-1] - 1.0 / d
+        return rows.expand(len(outputs), -1, -1)
+
+
+def sampled() -> rm.output.OutputMetric:
+    generator = torch.Generator().manual_seed(0)
+    return rm.output.Sampled(rm.output.Categorical(), generator=generator)
+
+
+def weighted() -> rm.output.OutputMetric:
+    weights = torch.tensor([1.0, 0.0, 3.0, 1.0, 0.5, 2.0, 1.0, 1.0])
+    return rm.output.Weighted(rm.output.Categorical(), weights)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "output", [rm.output.Categorical, weighted, sampled, Differences]
+)
+def test_rounding_of_the_cotangent_is_no_rest(output, dtype: torch.dtype) -> None:
+    # One over the mass times what is outside of the row space is the step there.
+    torch.manual_seed(0)
+    model, x = nn.Linear(20, 10).float(), torch.randn(8, 20).float()
+    targets = torch.randint(10, (8,))
+    steps = []
+    for wide in (False, True):
+        metric = rm.LayerwiseMetric(model, output=output(), mass=1e-6)
+        with torch.autocast("cpu", dtype=dtype):
+            with metric.record():
+                z = model(x)
+                z = z.float() if wide else z
+            losses = F.cross_entropy(z, targets, reduction="none")
+        own = metric.output
+        w = own.weights if isinstance(own, rm.output.Weighted) else torch.ones(8)
+        metric.backward((losses * w).sum() / w.sum(), z)
+        steps.append({n: u.double() for n, u in metric.natural_gradient().items()})
+    assert error(*steps) < 3e-2
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_rest_beyond_rounding_is_kept(dtype: torch.dtype) -> None:
+    model, x = nn.Linear(20, 10).float(), torch.randn(8, 20).float()
+    metric = rm.LayerwiseMetric(model, output=rm.output.Categorical(), mass=1.0)
+    with torch.autocast("cpu", dtype=dtype):
+        with metric.record():
+            z = model(x)
+        loss = (F.cross_entropy(z, torch.arange(8)) + z[:, 0].mean()).float()
+    metric.backward(loss, z)
+    (solution,) = metric.solve().values()
+    assert solution.branch == "push-through + woodbury"

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from riemannian_modules.errors import EmptyBatchError, OutputMetricError, ShapeError
-from riemannian_modules.output.rows import ROUNDING
+from riemannian_modules.output.rows import rounding
 
 __all__ = ["OutputMetric"]
 
@@ -135,7 +135,8 @@ class OutputMetric(ABC):
         y = torch.where(y.isfinite(), y, 0.0)
         rest = target - combine(rows, y.double())
         summands = target.abs() + combine(rows.abs(), y.double().abs())
-        noise = rest.abs() <= ROUNDING * eps * summands.amax(-1, keepdim=True)
+        part = rounding(outputs.dtype)
+        noise = rest.abs() <= part * summands.amax(-1, keepdim=True)
         rest = torch.where(noise, 0.0, rest).to(outputs.dtype)
         return y, rest.view_as(outputs)
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from riemannian_modules.errors import ShapeError
 from riemannian_modules.output.base import OutputMetric
-from riemannian_modules.output.rows import ROUNDING, block_rows
+from riemannian_modules.output.rows import block_rows, rounding
 
 __all__ = ["Categorical"]
 
@@ -48,11 +48,11 @@ class Categorical(OutputMetric):
     of v at a position where a row that v needs is out of the range of the dtype
     (``sqrt(p_j q_j / q_(j-1))`` below 1e-31 in float32, 1e-292 in float64). A sum
     counts as zero when rounding explains it: up to ``16 + 4 sqrt(C)`` eps times the
-    largest sum of ``|v|`` in the batch, or, for v of the form ``w (p - e_k)``, times
-    w. So a confident example, whose ``w (p_k - 1)`` lost its digits to
-    cancellation, has no spurious rest. (The two cannot be told apart: v with one
-    entry zero and the others positive, at a p that rounds to one there, is read as
-    such a loss.)
+    largest sum of ``|v|`` in the batch (in a pass whose outputs are in half precision,
+    at least up to 4 eps of that), or, for v of the form ``w (p - e_k)``, times w. So
+    a confident example, whose ``w (p_k - 1)`` lost its digits to cancellation, has no
+    spurious rest. (The two cannot be told apart: v with one entry zero and the others
+    positive, at a p that rounds to one there, is read as such a loss.)
 
     :meth:`terms` is n times the number of positions, which is what
     ``F.cross_entropy(..., reduction="mean")`` divides by, without class weights and
@@ -119,7 +119,7 @@ class Categorical(OutputMetric):
         lost = ((scale < floor) & (scaled != 0.0)) | (y.abs() > info.max)
         lost = lost.any(-1, keepdim=True)
         total = sums[:, :1]
-        rest = (p * total).masked_fill_(_is_rounding(total, v, p, info), 0.0)
+        rest = (p * total).masked_fill_(_is_rounding(total, v, p, outputs.dtype), 0.0)
         rest = torch.where(lost, v, rest).to(outputs.dtype).view(outputs.shape)
         y = y.masked_fill_(lost, 0.0).to(outputs.dtype)
         return y.view(outputs.shape[0], -1), rest
@@ -136,7 +136,7 @@ class Categorical(OutputMetric):
         v = cotangent.detach().double()
         info = torch.finfo(outputs.dtype)
         # As in `whiten`, but for the whole batch; that looks at each example.
-        tolerance = _tolerance(p.shape[-1], info)
+        tolerance = _tolerance(p.shape[-1], outputs.dtype)
         within = tolerance * v.abs().sum(-1).amax()
         floor = max((info.tiny / info.eps) ** 2, _LEAST)
         if not (v.sum(-1).abs().amax() <= within and p.amin() >= floor):
@@ -233,12 +233,12 @@ def _logarithms(outputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return z, tails, log_scale
 
 
-def _tolerance(classes: int, info: torch.finfo) -> float:
+def _tolerance(classes: int, dtype: torch.dtype) -> float:
     """Return up to what a sum over classes is rounding, relative to its summands."""
-    return ROUNDING * (1.0 + 0.25 * math.sqrt(classes)) * info.eps
+    return rounding(dtype, 1.0 + 0.25 * math.sqrt(classes))
 
 
-def _is_rounding(total: Tensor, v: Tensor, p: Tensor, info: torch.finfo) -> Tensor:
+def _is_rounding(total: Tensor, v: Tensor, p: Tensor, dtype: torch.dtype) -> Tensor:
     """Return where rounding of a loss's cotangent explains its sum over classes.
 
     The summands are ``w p_i`` and ``w t_i`` for a loss of weight w, and ``|v_i|`` may
@@ -246,7 +246,7 @@ def _is_rounding(total: Tensor, v: Tensor, p: Tensor, info: torch.finfo) -> Tens
     targets show it at each position, as ``v_i / p_i`` of all classes but one, whose
     own entry is zero or at least a rounding unit of w.
     """
-    tolerance = _tolerance(v.shape[-1], info)
+    tolerance, info = _tolerance(v.shape[-1], dtype), torch.finfo(dtype)
     size = total.abs()
     # NaN sorts last and compares false: too few classes of a resolved probability.
     weights = (v / p).masked_fill_(p < info.tiny / info.eps, math.nan)

@@ -9,7 +9,7 @@ from torch import Tensor
 from riemannian_modules.errors import ManifoldContractError, ShapeError
 from riemannian_modules.manifolds.contract import ensure_contract
 from riemannian_modules.output.base import OutputMetric
-from riemannian_modules.output.rows import ROUNDING, divide
+from riemannian_modules.output.rows import divide, rounding
 
 __all__ = ["OnManifold"]
 
@@ -192,5 +192,5 @@ def _remainder(v: Tensor, part: Tensor) -> Tensor:
     """Return ``v - part`` with entries at the level of rounding set to zero."""
     rest = v - part
     size = v.abs().flatten(1).amax(1).view(-1, *[1] * (v.ndim - 1))
-    noise = ROUNDING * torch.finfo(v.dtype).eps * size
+    noise = rounding(v.dtype) * size
     return torch.where(rest.abs() <= noise, 0.0, rest)

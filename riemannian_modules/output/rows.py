@@ -1,12 +1,55 @@
 """Factors that are diagonal, or block-diagonal over the positions of an output."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 from torch import Tensor
 
-__all__ = ["ROUNDING", "block_rows", "diagonal_rows", "divide"]
+__all__ = [
+    "block_rows",
+    "diagonal_rows",
+    "divide",
+    "rounded_to",
+    "rounding",
+]
 
-# A remainder below this multiple of eps times its summands counts as rounding.
-ROUNDING = 16.0
+# A remainder below this multiple of eps times its summands counts as rounding: of
+# operations in the data type, and of a cotangent that went through half precision.
+_COMPUTED = 16.0
+_STORED = 4.0
+_coarsest = ContextVar("coarsest", default=0.0)
+
+
+@contextmanager
+def rounded_to(dtype: torch.dtype) -> Iterator[None]:
+    """Say what cotangents were rounded to before they were cast, inside this scope.
+
+    Args:
+        dtype: that of the outputs; only half precision makes a difference.
+
+    >>> with rounded_to(torch.bfloat16):
+    ...     rounding(torch.float32)
+    0.03125
+    """
+    half = dtype.itemsize < 4
+    token = _coarsest.set(torch.finfo(dtype).eps if half else 0.0)
+    try:
+        yield
+    finally:
+        _coarsest.reset(token)
+
+
+def rounding(dtype: torch.dtype, operations: float = 1.0) -> float:
+    """Return up to what a remainder is rounding, relative to its summands.
+
+    Args:
+        dtype: in which it was computed.
+        operations: grows with the number of summands.
+    """
+    computed = _COMPUTED * operations * torch.finfo(dtype).eps
+    return max(computed, _STORED * _coarsest.get())
 
 
 def diagonal_rows(scale: Tensor) -> Tensor:
