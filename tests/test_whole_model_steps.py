@@ -81,6 +81,83 @@ def test_they_go_on_after_the_minimum(name: str, dtype: torch.dtype) -> None:
         assert 1e-12 < declared.mass.scalar < 1e6
 
 
+class Refusing(rm.retractions.Retraction):
+    """Goes straight on, and raises at the second point that a parameter is put to."""
+
+    def __init__(self, error: type[BaseException], parameters: int) -> None:
+        self.error, self.left = error, parameters
+
+    def order(self, manifold: Any) -> int:
+        return 1
+
+    def __call__(self, manifold: Any, x: Tensor, u: Tensor) -> Tensor:
+        self.left -= 1
+        if self.left < 0:
+            raise self.error("outside of the injectivity radius")
+        return x + u
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("name", ALL)
+def test_an_error_at_the_second_point_puts_the_parameters_back(
+    name: str, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = curved()
+    optimizer = ALL[name](problem.metric)
+    optimizer.retraction = Refusing(error, len(problem.values()))
+    problem.backward()
+    before, mass = problem.values(), problem.metric.state_dict()["mass"]
+    start = float(problem.loss().detach())
+    monkeypatch.setattr(F, "mse_loss", higher(start))
+    with pytest.raises(error, match="injectivity"):
+        problem.step(optimizer)
+    assert all(map(torch.equal, before, problem.values()))
+    assert problem.metric.state_dict()["mass"] == mass
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_an_error_between_the_points_puts_the_parameters_back(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = curved()
+    optimizer = ALL[name](problem.metric)
+    problem.backward()
+    before = problem.values()
+
+    def interrupted(*args: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(problem.metric, "joint_loss", interrupted)
+    monkeypatch.setattr("riemannian_modules.optim.output_map.OutputMap.total", later())
+    with pytest.raises(KeyboardInterrupt):
+        problem.step(optimizer)
+    assert all(map(torch.equal, before, problem.values()))
+
+
+def higher(start: float) -> Callable[[Tensor, Tensor], Tensor]:
+    """A loss that is higher wherever it is not what it was."""
+    mse_loss = F.mse_loss
+
+    def loss(z: Tensor, y: Tensor) -> Tensor:
+        found = mse_loss(z, y)
+        return found if float(found.detach()) == start else found + 10.0
+
+    return loss
+
+
+def later() -> Callable[..., float]:
+    """What counts the loss of all processes, and is interrupted at the second one."""
+    calls = []
+
+    def total(self: Any, value: float) -> float:
+        calls.append(value)
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+        return value
+
+    return total
+
+
 @pytest.mark.parametrize("what", [None, "a", [1.0], 1j, "vector", "complex"])
 @pytest.mark.parametrize("name", SEARCHING)
 def test_a_closure_that_returns_no_number(name: str, what: Any) -> None:

@@ -190,8 +190,9 @@ class GaussNewton(WeighingOptimizer):
             )
         metric.require_intact()
         metric.parameters.verify()
-        with self._undone():
-            self.report = self._search(outputs, loss)
+        trial = Trial({d.name: d for d in metric.parameters}, self.retraction)
+        with self._undone(), trial.undone():
+            self.report = self._search(trial, outputs, loss)
         return self.report.new_loss
 
     def _linearise(
@@ -231,11 +232,12 @@ class GaussNewton(WeighingOptimizer):
         return _Point(map, gradient, value)
 
     def _search(
-        self, outputs: Callable[[], OutputLike], loss: Callable[[Any], Tensor]
+        self,
+        trial: Trial,
+        outputs: Callable[[], OutputLike],
+        loss: Callable[[Any], Tensor],
     ) -> GaussNewtonReport:
-        group = self.param_groups[0]
-        moving = {d.name: d for d in self.metric.parameters}
-        trial = Trial(moving, self.retraction)
+        group, moving = self.param_groups[0], trial.moving
         inverse = self._preconditioner(moving)
         before = self._before(moving)
 
@@ -322,15 +324,6 @@ class GaussNewton(WeighingOptimizer):
         return KroneckerInverse(
             Part(name, d.space(), factors.get(name)) for name, d in moving.items()
         )
-
-    def _before(self, moving: Mapping[str, Declared]) -> dict[str, Tensor] | None:
-        found = {}
-        for name, declared in moving.items():
-            last = self.state.get(declared.tensor, {}).get("step")
-            if last is None:
-                return None
-            found[name] = declared.space().project(last)
-        return found
 
     def _remember(
         self,

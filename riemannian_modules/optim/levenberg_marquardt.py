@@ -148,17 +148,18 @@ class LevenbergMarquardt(WeighingOptimizer):
             TypeError: no closure.
         """
         evaluate, loss = self._begin(closure)
-        with torch.no_grad(), self._undone():
-            self.report = self._search(evaluate, loss)
+        points = Trial(self._moving(), self.retraction)
+        with torch.no_grad(), self._undone(), points.undone():
+            self.report = self._search(points, evaluate, loss)
         self._stepped = self.metric.passes
         return self.report.new_loss
 
-    def _search(self, closure: Callable[[], Any], loss: float) -> TrialReport:
-        group = self.param_groups[0]
-        moving = self._moving()
-        points = Trial(moving, self.retraction)
+    def _search(
+        self, points: Trial, closure: Callable[[], Any], loss: float
+    ) -> TrialReport:
+        group, moving = self.param_groups[0], points.moving
         gradient = self._gradient(moving)
-        before = self._before(moving)
+        before = self._before(moving) if group["momentum"] else None
         for trial in range(1, group["trials"] + 1):
             model = QuadraticModel(self.metric, gradient)
             step, bent = self._propose(model, moving, before)
@@ -215,17 +216,6 @@ class LevenbergMarquardt(WeighingOptimizer):
             return step, False
         corrected = {name: u + found[name] for name, u in step.vectors.items()}
         return Step(step.coefficients, corrected, step.decrease), True
-
-    def _before(self, moving: dict[str, Declared]) -> dict[str, Tensor] | None:
-        if not self.param_groups[0]["momentum"]:
-            return None
-        found = {}
-        for name, declared in moving.items():
-            last = self.state.get(declared.tensor, {}).get("step")
-            if last is None:
-                return None
-            found[name] = declared.space().project(last)
-        return found
 
     def _remember(
         self, moving: dict[str, Declared], vectors: dict[str, Tensor]

@@ -102,15 +102,16 @@ class LineSearch(WholeModelOptimizer):
             TypeError: no closure.
         """
         evaluate, loss = self._begin(closure)
-        with self.metric.frozen():
-            self.report = self._search(evaluate, loss)
+        trial = Trial(self._moving(), self.retraction)
+        with self.metric.frozen(), trial.undone():
+            self.report = self._search(trial, evaluate, loss)
         self._stepped = self.metric.passes
         return self.report.new_loss
 
-    def _search(self, closure: Callable[[], Any], loss: float) -> LineSearchReport:
-        group = self.param_groups[0]
-        moving = self._moving()
-        trial = Trial(moving, self.retraction)
+    def _search(
+        self, trial: Trial, closure: Callable[[], Any], loss: float
+    ) -> LineSearchReport:
+        group, moving = self.param_groups[0], trial.moving
         with torch.no_grad():
             down = self._descent(moving)
             slope = sum(
@@ -192,8 +193,7 @@ class RetractedCurve:
                 return found.detach()
             return torch.tensor(float(found), dtype=torch.float64)
 
-        # The error of another process puts the parameters back, too.
-        return float(self._trial.look(lambda: self._joined(own)))
+        return float(self._joined(own))
 
     def _value(self) -> Any:
         self._loss = self._trial.value(self._closure)

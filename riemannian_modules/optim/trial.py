@@ -1,7 +1,8 @@
 """Trial points: parameters that are moved, looked at, and put back bit for bit."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ class Trial:
         self.moving = dict(moving)
         self._retraction = retraction
         self.start = {n: d.tensor.detach().clone() for n, d in moving.items()}
+        self._away = False
 
     def point(self, name: str) -> Tensor:
         """Return where a parameter started, as a plain tensor."""
@@ -40,6 +42,7 @@ class Trial:
     def move(self, vectors: Mapping[str, Tensor]) -> None:
         """Put the parameters where tangent vectors lead from the start."""
         points = {name: self.along(name, vectors[name]) for name in self.moving}
+        self._away = True
         for name, declared in self.moving.items():
             declared.tensor.copy_(points[name])
             declared.verified = declared.tensor._version
@@ -50,26 +53,25 @@ class Trial:
         for name, declared in self.moving.items():
             declared.tensor.copy_(self.start[name])
             declared.verified = declared.linearised = declared.tensor._version
+        self._away = False
+
+    @contextmanager
+    def undone(self) -> Iterator[None]:
+        """Put the parameters back if an error is raised inside this scope."""
+        try:
+            yield
+        except BaseException:
+            if self._away:
+                self.restore()
+            raise
 
     def value(self, closure: Callable[[], Any]) -> Any:
-        """Return the loss that a closure finds here, as :meth:`look`.
+        """Return the loss that a closure finds here.
 
         Infinity where it refuses the point, since outputs or parameters are not finite
         there: one more loss that is too large.
         """
-
-        def loss() -> Any:
-            try:
-                return closure()
-            except NonFiniteError:
-                return math.inf
-
-        return self.look(loss)
-
-    def look(self, closure: Callable[[], Any]) -> Any:
-        """Return what the closure says; an error puts the parameters back."""
         try:
             return closure()
-        except BaseException:
-            self.restore()
-            raise
+        except NonFiniteError:
+            return math.inf

@@ -129,16 +129,17 @@ class TrustRegion(WholeModelOptimizer):
             TypeError: no closure.
         """
         evaluate, loss = self._begin(closure)
-        with torch.no_grad():
-            self.report = self._search(evaluate, loss)
+        trial = Trial(self._moving(), self.retraction)
+        with torch.no_grad(), trial.undone():
+            self.report = self._search(trial, evaluate, loss)
         self._stepped = self.metric.passes
         return self.report.new_loss
 
-    def _search(self, closure: Callable[[], Any], loss: float) -> TrustRegionReport:
-        group = self.param_groups[0]
-        moving = self._moving()
+    def _search(
+        self, trial: Trial, closure: Callable[[], Any], loss: float
+    ) -> TrustRegionReport:
+        group, moving = self.param_groups[0], trial.moving
         gradient = self._gradient(moving)
-        trial = Trial(moving, self.retraction)
         model = QuadraticModel(self.metric, gradient)
         best = model.best([self._descent(moving)])
         slope = model.slope(best.vectors)

@@ -4,6 +4,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from torch import Tensor
+
+from riemannian_modules.declared import Declared
 from riemannian_modules.mass import Mass
 from riemannian_modules.optim.whole_model import WholeModelOptimizer
 
@@ -53,6 +56,16 @@ class WeighingOptimizer(WholeModelOptimizer):
             metric.set_mass(masses)
             group["scale"] = scale
             raise
+
+    def _before(self, moving: Mapping[str, Declared]) -> dict[str, Tensor] | None:
+        """Return the step before as tangent vectors here, or None."""
+        found = {}
+        for name, declared in moving.items():
+            last = self.state.get(declared.tensor, {}).get("step")
+            if last is None:
+                return None
+            found[name] = declared.space().project(last)
+        return found
 
     def _accepted(self) -> None:
         """Remember a mass that a step was taken with."""

@@ -85,11 +85,7 @@ class WholeModelOptimizer(torch.optim.Optimizer):
 
     def _joint(self, trial: Trial, closure: Callable[[], Any]) -> float:
         """Return the loss of all processes; the error of one is that of all."""
-        metric = self.metric
-        # A process that hears of it puts the parameters back as the one that failed.
-        return float(
-            trial.look(lambda: metric.joint_loss(lambda: trial.value(closure)))
-        )
+        return float(self.metric.joint_loss(lambda: trial.value(closure)))
 
     def _moving(self) -> dict[str, Declared]:
         """Return the parameters that have a gradient."""
