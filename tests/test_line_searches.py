@@ -444,6 +444,58 @@ def test_regions_train_blocks_and_manifolds(manifold, blocks):
     assert optimizer.report.radius > 1e-2
 
 
+def near_the_minimum(**options):
+    """Least squares in float32, where a short step gains less than rounding."""
+    torch.manual_seed(0)
+    x, y = torch.randn(20, 3).float(), torch.randn(20, 1).float()
+    model = nn.Linear(3, 1).float()
+    found = torch.linalg.lstsq(torch.cat([x, torch.ones_like(y)], 1), y).solution
+    with torch.no_grad():
+        model.weight.copy_(found[:3].mT + 1e-3)
+        model.bias.copy_(found[3])
+    metric = rm.LayerwiseMetric(model, Euclidean(2.0), mass=1e-3)
+    with metric.record():
+        z = model(x)
+    metric.backward(F.mse_loss(z, y), z)
+    optimizer = TrustRegion(metric, **options)
+    return metric, optimizer, lambda: F.mse_loss(model(x), y)
+
+
+@pytest.mark.parametrize(
+    ("options", "most"),
+    [
+        ({"radius": 1e-6, "largest": 1e-6}, 1e-6),
+        ({"radius": 1e-6}, 1e-6),
+        ({"radius": 1e-5, "largest": 1e-4}, 1e-5),
+        ({"largest": 1e-6}, 1e-6),
+    ],
+)
+def test_no_step_is_longer_than_a_radius_that_was_given(options, most):
+    metric, optimizer, loss = near_the_minimum(**options)
+    before = {d.name: d.tensor.detach().clone() for d in metric.parameters}
+    optimizer.step(loss)
+    assert optimizer.report.norm <= most * (1.0 + 1e-6)
+    (block,) = metric.blocks.values()
+    moved = {d.name: d.tensor.detach() - before[d.name] for d in metric.parameters}
+    # The parameters themselves are rounded.
+    assert float(block.norm(moved)) <= most + 1e-6
+    # It may have grown, once.
+    assert optimizer.report.radius <= min(2.0 * most, options.get("largest", math.inf))
+
+
+def test_a_radius_that_the_search_has_found_is_widened_up_to_the_largest():
+    _, optimizer, loss = near_the_minimum(radius=1.0)
+    group = optimizer.param_groups[0]
+    group["radius"] = group["found"] = 1e-7
+    optimizer.step(loss)
+    assert optimizer.report.norm > 1e-4
+    _, optimizer, loss = near_the_minimum(largest=1e-3)
+    group = optimizer.param_groups[0]
+    group["radius"] = group["found"] = 1e-7
+    optimizer.step(loss)
+    assert 1e-4 < optimizer.report.norm <= 1e-3 * (1.0 + 1e-9)
+
+
 def test_regions_of_sampled_metrics_and_their_largest_radius():
     _, metric, loss, backward = problem(output=Sampled(Euclidean(1.0)))
     optimizer = TrustRegion(metric, radius=0.01, largest=0.03)

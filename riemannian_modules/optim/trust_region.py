@@ -32,9 +32,10 @@ class TrustRegion(WholeModelOptimizer):
 
     Args:
         metric: the model's geometry.
-        radius: bound of the first step's norm; None: the first step is not bounded,
-            and its length is the first radius.
-        largest: the radius never exceeds it.
+        radius: bound of the first step's norm; None: ``largest`` bounds it, and its
+            length is the first radius. A radius that the search has found is widened
+            where no decrease of the loss could be told from rounding within it.
+        largest: no step and no radius is longer.
         good: ratio above which a step that was bounded makes the radius grow.
         bad: ratio below which the radius shrinks.
         accept: ratio above which a step is taken; at least 0 and at most ``bad``.
@@ -147,7 +148,7 @@ class TrustRegion(WholeModelOptimizer):
         whole = math.sqrt(max(0.0, -slope))
         curvature = max(0.0, -2.0 * (best.decrease + slope))
         radius = group["radius"]
-        if radius is not None and slope < 0.0:
+        if radius is not None and radius == group.get("found") and slope < 0.0:
             # A decrease of rounding errors says nothing, so no radius is that short.
             assert self.metric.loss is not None
             eps = torch.finfo(self.metric.loss.dtype).eps
@@ -155,7 +156,8 @@ class TrustRegion(WholeModelOptimizer):
         taken, count = False, 0
         while count < group["trials"] and not taken:
             count += 1
-            part = 1.0 if radius is None or whole <= radius else radius / whole
+            bound = min(math.inf if radius is None else radius, group["largest"])
+            part = 1.0 if whole <= bound else bound / whole
             predicted = -part * slope - 0.5 * part * part * curvature
             step = {name: part * x for name, x in best.vectors.items()}
             trial.move(step)
@@ -180,15 +182,17 @@ class TrustRegion(WholeModelOptimizer):
             trial.restore()
             if whole > 0.0 and self._hopeless(step):
                 # As at the minimum: what comes next has the radius that served last.
-                radius = group.get("proved")
-        group["radius"] = radius
+                radius = group.get("proved", self.defaults["radius"])
+        if radius != group["radius"]:
+            given = radius == self.defaults["radius"]
+            group["radius"], group["found"] = radius, None if given else radius
         return TrustRegionReport(
             loss,
             reached if taken else loss,
             predicted,
             ratio,
             norm,
-            math.inf if radius is None else radius,
+            group["largest"] if radius is None else radius,
             part == 1.0,
             count,
             taken,
