@@ -34,12 +34,6 @@ _LOSS = 1e-3
 Source = Mapping[str, MetricFactor] | None
 
 
-def _loses_digits(block: Block, trace: float) -> bool:
-    # The subtracting form loses log10 |S| digits; the trace bounds that.
-    # Where it is not known, or negative by rounding, refine always.
-    return not 0.0 <= torch.finfo(block.dtype).eps * trace <= _LOSS
-
-
 class Inverse:
     """Solves ``g(x, .) = K^T y + e`` for one block, in the form that suits its shape.
 
@@ -194,6 +188,33 @@ class Inverse:
         branch = f"cg, then {direct.branch}"
         return replace(direct, branch=branch, iterations=found.iterations)
 
+    def logdet(self) -> Tensor:
+        """Return the log-determinant of ``1 + K sharp K^T``, a scalar.
+
+        Raises:
+            NotPositiveDefiniteError: the factorisation failed and singular values are
+                out of reach or cannot help.
+        """
+        if not self._failed:
+            return self.factor.logdet()
+        if self._wider is not None:
+            return self._wider.logdet()
+        return torch.linalg.svdvals(self._rows_of_failed()).square().log1p().sum()
+
+    @property
+    def _failed(self) -> bool:
+        # Reading a flag is free on the CPU only; elsewhere `succeeded` carries it.
+        info = self.factor.info
+        return info.device.type == "cpu" and int(info) != 0
+
+    @cached_property
+    def _wider(self) -> "Inverse | None":
+        """The same in float64; None where the matrix that failed was."""
+        block, double = self.block, torch.float64
+        if self.form == "primal" or self.factor.lower.dtype == double:
+            return None
+        return Inverse(Block(block.parts, block.name, double), double)
+
     def _direct(
         self,
         y: Tensor | None,
@@ -201,13 +222,16 @@ class Inverse:
         source: Source,
         refinements: int | None,
     ) -> Solution:
-        # Reading a flag is free on the CPU only; elsewhere `succeeded` carries it.
-        if self.factor.info.device.type == "cpu" and int(self.factor.info) != 0:
-            return self._retry(y, e)
+        if self._failed:
+            wider = self._wider
+            return self._qr(y, e) if wider is None else wider.solve(y, e)
         if self.form == "primal":
             return self._coordinates(y, e, self.factor.solve, "primal")
         if refinements is None:
-            refinements = int(e is not None and _loses_digits(self.block, self._trace))
+            # The subtracting form loses log10 |S| digits, which the trace bounds; where
+            # that is not known, or negative by rounding, refine always.
+            lost = torch.finfo(self.block.dtype).eps * self._trace
+            refinements = int(e is not None and not 0.0 <= lost <= _LOSS)
         return self._dual(y, e, source, refinements)
 
     def _base(self, e: Vectors | None) -> Solution:
@@ -305,15 +329,12 @@ class Inverse:
         }
         return Solution(x, rows @ z, self.block, branch)
 
-    def _retry(self, y: Tensor | None, e: Vectors | None) -> Solution:
-        block = self.block
-        double = torch.float64
-        if self.form == "primal" or self.factor.lower.dtype == double:
-            return self._qr(y, e)
-        wider = Block(block.parts, block.name, double)
-        return Inverse(wider, double).solve(y, e)
-
     def _qr(self, y: Tensor | None, e: Vectors | None) -> Solution:
+        KC = self._rows_of_failed()
+        return self._coordinates(y, e, lambda g: woodbury.qr(KC, 1.0, g), "qr")
+
+    def _rows_of_failed(self) -> Tensor:
+        """Return ``K C`` of a block whose matrix could not be factorised in float64."""
         block = self.block
         ones = {p.name: torch.ones_like(p.space.point) for p in block.parts}
         finite = bool(block.matvec(ones).isfinite().all())
@@ -326,5 +347,4 @@ class Inverse:
                 f"{int(self.factor.info)}: {why}; masses {masses}. Raise the mass or "
                 "lower the learning rate"
             )
-        KC = torch.cat(list(block.coordinate_rows()))
-        return self._coordinates(y, e, lambda g: woodbury.qr(KC, 1.0, g), "qr")
+        return torch.cat(list(block.coordinate_rows()))

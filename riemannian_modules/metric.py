@@ -203,12 +203,16 @@ class LayerMetric:
     # --- what it looks like
 
     def logdet(self) -> Tensor:
-        """Return the log-determinant of g relative to g0, at the cost of a solve."""
+        """Return the log-determinant of g relative to g0, at the cost of a solve.
+
+        Raises:
+            NotPositiveDefiniteError: as :meth:`solve`.
+        """
         logs = [part.space.mass.logdet(part.space.dim) for part in self.parts]
         total = torch.as_tensor(
             sum(logs), dtype=self._block.precision, device=self._block.device
         )
-        return total + self.inverse.factor.logdet() if self.rank else total
+        return total + self.inverse.logdet() if self.rank else total
 
     def gram_spectrum(self) -> Tensor:
         """Return the min(rank, dim) largest eigenvalues of ``K sharp K^T``, descending.

@@ -1,5 +1,7 @@
 """The laws of a layer metric, over metrics on both sides of rank = dimension."""
 
+import math
+
 import geoopt
 import pytest
 import torch
@@ -156,6 +158,30 @@ def test_log_determinant_and_spectrum_of_an_explicit_matrix(seed, rank, log_mass
     inner = torch.eye(rank) + M if rank < 5 else torch.eye(5) + K.mT @ K / mass
     expected = torch.linalg.cond(inner)
     torch.testing.assert_close(metric.condition(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("solver", ["auto", "cholesky", "primal"])
+def test_log_determinants_of_matrices_that_are_singular_by_rounding(solver, dtype):
+    # Two equal rows: the smallest eigenvalue of the dual matrix is one.
+    size = 1e6
+    row = torch.tensor([3.0, 1.0, -2.0], dtype=torch.float64)
+    K, mass = size * torch.stack([row, row]).to(dtype), 1e-10
+    space = TangentSpace(
+        geoopt.Euclidean(), torch.zeros(3, dtype=dtype), Mass(scalar=mass)
+    )
+    metric = LayerMetric(
+        [Part("w", space, DenseFactor(K))], solver=solver, precision=dtype
+    )
+    expected = math.log(2.0 * 14.0 * size**2) + 2.0 * math.log(mass)
+    assert abs(float(metric.logdet()) - expected) < 1e-4 * abs(expected)
+
+
+def test_a_log_determinant_out_of_reach_is_an_error(monkeypatch):
+    monkeypatch.setattr("riemannian_modules.inverse._FALLBACK_ENTRIES", 1)
+    metric = euclidean(1e9 * torch.ones(2, 3), 1e-10)
+    with pytest.raises(NotPositiveDefiniteError, match="the mass is too small"):
+        metric.logdet()
 
 
 @given(seed=SEEDS, rank=st.integers(1, 8))
