@@ -334,7 +334,7 @@ class Inverse:
         return self._coordinates(y, e, lambda g: woodbury.qr(KC, 1.0, g), "qr")
 
     def _rows_of_failed(self) -> Tensor:
-        """Return ``K C`` of a block whose matrix could not be factorised in float64."""
+        # K C, where the matrix could not be factorised in float64 either.
         block = self.block
         ones = {p.name: torch.ones_like(p.space.point) for p in block.parts}
         finite = bool(block.matvec(ones).isfinite().all())

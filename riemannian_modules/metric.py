@@ -265,9 +265,9 @@ class LayerMetric:
             return torch.ones(
                 (), dtype=self._block.precision, device=self._block.device
             )
-        # In ambient coordinates the normal directions keep the eigenvalue 1.
-        embedded = self.inverse.form == "primal" and self._block.size > self.dim
-        smallest = torch.zeros_like(values[-1]) if embedded else values[-1]
+        # Normal directions, and rows or columns beyond the rank, have the eigenvalue 1.
+        order = self._block.size if self.inverse.form == "primal" else self.rank
+        smallest = torch.zeros_like(values[0]) if order > len(values) else values[-1]
         return (1.0 + values[0]) / (1.0 + smallest)
 
     def basis(self) -> list[dict[str, Tensor]]:

@@ -160,6 +160,18 @@ def test_log_determinant_and_spectrum_of_an_explicit_matrix(seed, rank, log_mass
     torch.testing.assert_close(metric.condition(), expected, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("solver", ["auto", "cholesky", "primal"])
+@given(seed=SEEDS, rank=st.integers(1, 9))
+def test_the_condition_is_that_of_the_matrix_that_is_factorised(solver, seed, rank):
+    K = torch.randn(rank, 5, generator=seeded(seed))
+    metric = LayerMetric(euclidean(K, 1e-2).parts, solver=solver)
+    dual = solver == "cholesky" or (solver == "auto" and rank < 5)
+    S = torch.eye(rank) + K @ K.mT / 1e-2
+    G = torch.eye(5) + K.mT @ K / 1e-2
+    expected = torch.linalg.cond(S if dual else G)
+    torch.testing.assert_close(metric.condition(), expected, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("solver", ["auto", "cholesky", "primal"])
 def test_log_determinants_of_matrices_that_are_singular_by_rounding(solver, dtype):
