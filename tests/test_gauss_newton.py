@@ -25,7 +25,7 @@ from riemannian_modules.optim import GaussNewton, kronecker
 from riemannian_modules.optim.conjugate import Proximal
 from riemannian_modules.optim.kronecker import KroneckerInverse, sides
 from riemannian_modules.optim.output_map import OutputMap
-from riemannian_modules.output import Categorical, Euclidean, Sampled
+from riemannian_modules.output import Categorical, Euclidean, Sampled, Weighted
 
 SEEDS = st.integers(0, 2**31 - 1)
 MANIFOLDS = {
@@ -91,9 +91,12 @@ def map_findings(kind, output, seed):
     J = dense_jacobian(model, x)
     u = {n: torch.randn_like(p) for n, p in model.named_parameters()}
     v = torch.randn_like(z)
-    exact = output.metric if isinstance(output, Sampled) else output
+    exact = output
+    if isinstance(exact, Weighted) and isinstance(exact.metric, Sampled):
+        exact = Weighted(exact.metric.metric, exact.weights)
+    exact = exact.metric if isinstance(exact, Sampled) else exact
     L = exact.factor(z.detach()).flatten(2)
-    H = torch.block_diag(*(L.mT @ L)) / len(x)
+    H = torch.block_diag(*(L.mT @ L)) / exact.terms(z)
     return {
         "push": torch.allclose(map.push(u)[0].reshape(-1), J @ stacked(u)),
         "pull": torch.allclose(stacked(map.pull([v])), J.mT @ v.reshape(-1)),
@@ -101,7 +104,19 @@ def map_findings(kind, output, seed):
     }
 
 
-@pytest.mark.parametrize("output", [Euclidean(0.7), Sampled(Categorical())], ids=repr)
+WEIGHTS = torch.tensor([1.0, 0.0, 2.0, 0.5, 1.0])
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        Euclidean(0.7),
+        Sampled(Categorical()),
+        Weighted(Sampled(Categorical()), WEIGHTS),
+        Sampled(Weighted(Euclidean(), WEIGHTS)),
+    ],
+    ids=repr,
+)
 @given(seed=SEEDS)
 @settings(max_examples=10)
 def test_products_are_those_of_the_dense_jacobian(output, seed):

@@ -17,7 +17,7 @@ from riemannian_modules.heads import (
     Reduction,
     pair,
 )
-from riemannian_modules.output import OutputMetric, Sampled
+from riemannian_modules.output import OutputMetric
 
 __all__ = ["OutputMap"]
 
@@ -63,7 +63,7 @@ class OutputMap:
     ) -> None:
         self._tensors = {name: t for name, t in tensors.items() if t.requires_grad}
         heads = pair(output, outputs)
-        self._metrics = [_exact(metric) for _, metric in heads]
+        self._metrics = [_required(metric) for _, metric in heads]
         self.outputs = [z for z, _ in heads]
         self._values = [z.detach() for z in self.outputs]
         self._weights = [
@@ -182,13 +182,13 @@ def _differentiable_twice() -> Iterator[None]:
         ) from error
 
 
-def _exact(metric: OutputMetric | None) -> OutputMetric:
+def _required(metric: OutputMetric | None) -> OutputMetric:
     if metric is None:
         raise OutputMetricError(
             "an output has no metric, so that the quadratic model of the loss has no "
             "second-order term; give the model's metric an output metric"
         )
-    return metric.metric if isinstance(metric, Sampled) else metric
+    return metric
 
 
 def _unreachable() -> NotRecordedError:
