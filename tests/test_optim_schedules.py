@@ -99,6 +99,32 @@ def test_a_factor_that_is_no_mass_changes_nothing(value):
     assert schedule.last_step == 0
 
 
+@pytest.mark.parametrize("wrong", ["value", "other", "count"])
+def test_a_state_that_does_not_fit_changes_nothing(wrong):
+    _, metric = make()
+    saved = MassSchedule(metric, decay)
+    saved.step()
+    saved.step()
+    state = saved.state_dict()
+    _, metric = make(mass=3.0)
+    schedule = MassSchedule(
+        metric, lambda step: -1.0 if wrong == "value" and step == 2 else 0.5**step
+    )
+    schedule.step()
+    before = copy.deepcopy(metric.state_dict())
+    if wrong == "other":
+        state["start"] = {"nowhere": state["start"]["0.weight"]}
+    if wrong == "count":
+        del state["last_step"]
+    with pytest.raises((MassError, KeyError)):
+        schedule.load_state_dict(state)
+    assert metric.state_dict() == before
+    assert schedule.last_step == 1
+    schedule.function = decay
+    schedule.step()
+    assert metric.parameters["0.weight"].mass.scalar == pytest.approx(3.0 * 0.7**2)
+
+
 def test_probes_follow_the_function():
     sampled = rm.output.Sampled(rm.output.Categorical())
     _, metric = make(sampled)
@@ -127,7 +153,14 @@ def test_probes_of_several_outputs():
     assert outputs["a"].probes == outputs["c"].probes == 3
 
 
-@pytest.mark.parametrize("value", [0, 1.5, "two"])
+def test_probes_are_any_whole_number():
+    sampled = rm.output.Sampled(rm.output.Categorical())
+    ProbeSchedule(make(sampled)[1], lambda step: torch.arange(4).numpy()[2])
+    assert type(sampled.probes) is int
+    assert sampled.probes == 2
+
+
+@pytest.mark.parametrize("value", [0, 1.5, "two", True])
 def test_probes_are_a_positive_number(value):
     _, metric = make(rm.output.Sampled(rm.output.Categorical()))
     with pytest.raises(ValueError, match="at least one row"):

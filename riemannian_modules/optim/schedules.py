@@ -4,6 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from numbers import Integral
 from typing import Any, final
 
 from riemannian_modules.errors import MassError
@@ -42,9 +43,18 @@ class Schedule(ABC):
 
         Args:
             state: what :meth:`state_dict` returned. The function is not part of it.
+
+        Raises:
+            ValueError: the function returned no value that can be used, or the state
+                is that of another metric; nothing was changed.
         """
+        before = self._start()
         self._restart(state["start"])
-        self._set(int(state["last_step"]))
+        try:
+            self._set(int(state["last_step"]))
+        except BaseException:
+            self._restart(before)
+            raise
         self.last_step = int(state["last_step"])
 
     @abstractmethod
@@ -107,9 +117,7 @@ class MassSchedule(Schedule):
         return {name: asdict(mass) for name, mass in self._masses.items()}
 
     def _restart(self, start: Mapping[str, Any]) -> None:
-        masses = {name: Mass(**mass) for name, mass in start.items()}
-        self.metric.set_mass(masses)
-        self._masses = masses
+        self._masses = {name: Mass(**mass) for name, mass in start.items()}
 
 
 @final
@@ -151,13 +159,14 @@ class ProbeSchedule(Schedule):
 
     def _set(self, count: int) -> None:
         probes = self.function(count)
-        if not isinstance(probes, int) or probes < 1:
+        whole = isinstance(probes, int | Integral) and not isinstance(probes, bool)
+        if not whole or probes < 1:
             raise ValueError(
                 f"the probe schedule's function returned {probes!r} for step {count}; "
-                "at least one row for each example is needed"
+                "a whole number is needed, at least one row for each example"
             )
         for output in self._sampled:
-            output.probes = probes
+            output.probes = int(probes)
 
     def _start(self) -> None:
         return None
