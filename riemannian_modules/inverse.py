@@ -32,6 +32,7 @@ _FALLBACK_ENTRIES = 1 << 23
 _LOSS = 1e-3
 
 Source = Mapping[str, MetricFactor] | None
+Map = Callable[[Tensor], Tensor]
 
 
 class Inverse:
@@ -261,8 +262,12 @@ class Inverse:
 
     def _pushing(self, y: Tensor) -> Solution:
         a = self._solve(y)
-        x = self.block.direction(a)
-        return Solution(x, y - a, self.block, "push-through")
+        x, velocity = self.block.direction(a), y - a
+        # Where the difference cancels, as of a y that no step can change by much.
+        least = torch.finfo(self.factor.lower.dtype).eps ** 0.5
+        if y.device.type == "cpu" and bool(velocity.norm() < least * y.norm()):
+            velocity = self.block.matvec(x).to(y)
+        return Solution(x, velocity, self.block, "push-through")
 
     def _solve(self, rhs: Tensor) -> Tensor:
         lower = self.factor.lower
@@ -286,11 +291,7 @@ class Inverse:
         return self.block.direction(c, e, source), c
 
     def _coordinates(
-        self,
-        y: Tensor | None,
-        e: Vectors | None,
-        solve: Callable[[Tensor], Tensor],
-        branch: str,
+        self, y: Tensor | None, e: Vectors | None, solve: Map, branch: str
     ) -> Solution:
         # A small block: all of it in float64, since G^-1 amplifies what rounding
         # leaves in K^T y by the inverse of the mass.
@@ -309,12 +310,7 @@ class Inverse:
         return Solution(narrow, wide.matvec(x), self.block, branch)
 
     def _from_rows(
-        self,
-        rows: Tensor,
-        y: Tensor | None,
-        e: Vectors | None,
-        solve: Callable[[Tensor], Tensor],
-        branch: str,
+        self, rows: Tensor, y: Tensor | None, e: Vectors | None, solve: Map, branch: str
     ) -> Solution:
         spaces = {p.name: p.space.to(torch.float64) for p in self.block.parts}
         total = rows.new_zeros(rows.shape[1]) if y is None else rows.mT @ y.double()

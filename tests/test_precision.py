@@ -302,6 +302,26 @@ def test_autocast_does_not_round_the_small_matrix(digits: Digits) -> None:
     assert error(metric.natural_gradient(), exact) < 0.1
 
 
+@pytest.mark.parametrize("gap", [0.0, 20.0, 40.0, 60.0, 100.0, 200.0])
+def test_the_velocity_of_outputs_that_hardly_move(gap: float) -> None:
+    # The whitened residual is exp(gap / 2), and of it next to nothing is left.
+    torch.manual_seed(0)
+    model, x = nn.Linear(4, 3).double(), torch.randn(3, 4).double()
+    with torch.no_grad():
+        model.bias.copy_(torch.tensor([gap, 0.0, 0.0]))
+    metric = rm.LayerwiseMetric(model, output=rm.output.Categorical(), mass=1e-2)
+    optimizer = rm.optim.RiemannianSGD(metric, lr=0.1)
+    with metric.record():
+        z = model(x)
+    metric.backward(F.cross_entropy(z, torch.tensor([1, 2, 1])), z)
+    (solution,) = metric.solve().values()
+    (block,) = metric.blocks.values()
+    measured = block.image(solution.vectors)
+    assert (solution.velocity - measured).norm() <= 1e-7 * measured.norm()
+    optimizer.step()
+    assert all(0.0 <= block.residual <= 1e-7 for block in optimizer.report)
+
+
 @pytest.mark.parametrize("solver", ["auto", "cg"])
 @pytest.mark.parametrize("mass", [1e-2, 1e-6, 1e-10])
 def test_rows_that_are_nearly_normal_to_their_manifold(solver, mass: float) -> None:

@@ -127,12 +127,15 @@ class BlockReport:
 
     @cached_property
     def residual(self) -> float:
-        """Relative residual of the solve, measured on ``K x``. Cost: one product."""
+        """How far ``K x`` is from what the solve says of it, relative to the larger.
+
+        Cost: one product.
+        """
         if self.rank == 0:
             return 0.0
         measured = self.metric.image(self.solution.vectors)
         error = (measured - self.solution.velocity).norm()
-        size = self.solution.velocity.norm()
+        size = torch.maximum(measured.norm(), self.solution.velocity.norm())
         return float(error / size.clamp_min(torch.finfo(size.dtype).tiny))
 
     @cached_property
