@@ -71,8 +71,7 @@ class ModelMetric:
         loss: value of the loss in the last backward pass, or None.
         gradients: what the last backward pass left in ``.grad``.
         waiting: passes that wait for the last one of their batch.
-        exchange: what makes one batch of those of several processes, or None; see
-            :func:`riemannian_modules.distributed.data_parallel`.
+        exchange: what :func:`riemannian_modules.distributed.data_parallel` made.
     """
 
     def __init__(
@@ -109,6 +108,7 @@ class ModelMetric:
         self.waiting = Waiting(self.parameters)
         self._passed = Tape()
         self._frozen = False
+        self.refusal: str | None = None
         self._found: Linearization | None = None
         self.gradients = Gradients(self.parameters, fills=fill_grad)
         self.passes = 0
@@ -292,6 +292,8 @@ class ModelMetric:
 
     @contextmanager
     def _guard(self) -> Iterator[None]:
+        if self.refusal is not None:
+            raise TypeError(self.refusal)
         shared = nullcontext() if self.exchange is None else self.exchange.guard()
         with full_precision(self.parameters), shared:
             yield

@@ -327,7 +327,7 @@ def test_it_asks_for_what_it_needs():
     with pytest.raises(NotRecordedError, match="before every"):
         optimizer.step(loss)
     backward()
-    with pytest.raises(TypeError, match="as a function"):
+    with pytest.raises(TypeError, match="needs a function"):
         optimizer.step()
     optimizer.step(loss)
     with pytest.raises(NotRecordedError, match="before every"):

@@ -38,6 +38,12 @@ class Problem:
     def loss(self) -> Tensor:
         return F.mse_loss(self.model(self.x), self.y)
 
+    def loss_at(self, values: list[Tensor]) -> Tensor:
+        names = [name for name, _ in self.model.named_parameters()]
+        point = dict(zip(names, values, strict=True))
+        z = torch.func.functional_call(self.model, point, (self.x,))
+        return F.mse_loss(z, self.y).detach()
+
     def backward(self) -> None:
         with self.metric.record():
             z = self.model(self.x)
@@ -79,6 +85,37 @@ def test_they_go_on_after_the_minimum(name: str, dtype: torch.dtype) -> None:
     assert final < 1e-9
     for declared in problem.metric.parameters:
         assert 1e-12 < declared.mass.scalar < 1e6
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("name", SEARCHING)
+def test_a_closure_that_goes_backward_changes_nothing(name: str, plain: bool) -> None:
+    problem = curved()
+    optimizer = SEARCHING[name](problem.metric)
+
+    def closure() -> Tensor:
+        if plain:
+            problem.model.zero_grad()
+            loss = problem.loss()
+            loss.backward()
+            return loss
+        problem.backward()
+        return problem.loss()
+
+    with pytest.raises(rm.errors.NotRecordedError, match="only evaluates the loss"):
+        optimizer.step(closure)
+    problem.backward()
+    before, mass = problem.values(), problem.metric.state_dict()
+    passes = problem.metric.passes
+    with pytest.raises(
+        TypeError, match=r"only evaluates the loss.* go backward before"
+    ):
+        optimizer.step(closure)
+    assert all(map(torch.equal, before, problem.values()))
+    assert (problem.metric.state_dict(), problem.metric.passes) == (mass, passes)
+    # It took the gradients away by itself.
+    problem.backward()
+    assert problem.step(optimizer) < float(problem.loss_at(before))
 
 
 class Refusing(rm.retractions.Retraction):

@@ -104,12 +104,13 @@ def require_differentiable(loss: object) -> None:
     )
 
 
-def require_pass(metric: ModelMetric, stepped: int) -> None:
+def require_pass(metric: ModelMetric, stepped: int, more: str = "") -> None:
     """Check that there was a backward pass since the last step.
 
     Args:
         metric: the metric.
         stepped: number of the pass that the last step was made of.
+        more: what else to say.
 
     Raises:
         NotRecordedError: there was none.
@@ -118,7 +119,7 @@ def require_pass(metric: ModelMetric, stepped: int) -> None:
         raise NotRecordedError(
             "call metric.backward(loss, outputs) before every optimizer.step(); "
             "loss.backward() alone does not renew the metric, and passes with "
-            "accumulate=True wait for one without"
+            f"accumulate=True wait for one without{more}"
         )
 
 

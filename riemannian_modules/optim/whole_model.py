@@ -16,6 +16,12 @@ from riemannian_modules.retractions import Default, Retraction
 
 __all__ = ["WholeModelOptimizer"]
 
+_EVALUATES = (
+    "step() takes a function that only evaluates the loss: "
+    "optimizer.step(lambda: loss_function(model(x), y)); record and go backward before "
+    "it"
+)
+
 
 class WholeModelOptimizer(torch.optim.Optimizer):
     """An optimizer with one group, all parameters of its metric.
@@ -73,15 +79,12 @@ class WholeModelOptimizer(torch.optim.Optimizer):
         """
         refuse_scaler(self)
         if closure is None:
-            raise TypeError(
-                "step() needs the loss as a function, to try points: "
-                "optimizer.step(lambda: loss_function(model(x), y))"
-            )
+            raise TypeError(f"step() needs a function, to try points. {_EVALUATES}")
         metric = self.metric
-        require_pass(metric, self._stepped)
+        require_pass(metric, self._stepped, f". {_EVALUATES}")
         require_ready(metric, self.param_groups)
         assert metric.loss is not None
-        return partial(_number, closure), float(metric.loss)
+        return partial(_number, closure, metric), float(metric.loss)
 
     def _joint(self, trial: Trial, closure: Callable[[], Any]) -> float:
         """Return the loss of all processes; the error of one is that of all."""
@@ -128,13 +131,31 @@ class WholeModelOptimizer(torch.optim.Optimizer):
         return moved <= eps**2 * size
 
 
-def _number(closure: Callable[[], Any]) -> Any:
-    """Return what a closure says, if it is a number.
+def _number(closure: Callable[[], Any], metric: ModelMetric) -> Any:
+    """Return what a closure says, if it is a number and nothing but evaluates.
 
     Raises:
-        TypeError: it is none.
+        TypeError: it is none, or the closure goes backward.
+        RuntimeError: any other error of torch, as it is.
     """
-    value = closure()
+
+    def refuse(*_: object) -> None:
+        raise TypeError(_EVALUATES)
+
+    # Before autograd adds to .grad, and before the metric takes another pass.
+    tensors = [d.tensor for d in metric.parameters if d.tensor.requires_grad]
+    hooks = [tensor.register_hook(refuse) for tensor in tensors]
+    metric.refusal = _EVALUATES
+    try:
+        value = closure()
+    except RuntimeError as error:
+        if "does not require grad" not in str(error):
+            raise
+        raise TypeError(_EVALUATES) from error
+    finally:
+        metric.refusal = None
+        for hook in hooks:
+            hook.remove()
     if isinstance(value, Tensor):
         if value.numel() == 1 and not value.is_complex():
             return value.reshape(())
