@@ -411,6 +411,55 @@ def test_groups_have_their_own_rates() -> None:
     assert torch.equal(values(model)["2.bias"], before["2.bias"])
 
 
+def two_layers() -> tuple[nn.Sequential, rm.LayerwiseMetric]:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    return model, rm.LayerwiseMetric(model, rm.output.Euclidean())
+
+
+@pytest.mark.parametrize("key", ["mass", "betas"])
+def test_options_that_a_step_does_not_know_are_refused(key: str) -> None:
+    model, metric = two_layers()
+    hint = r"LayerwiseMetric\(.*mass=" if key == "mass" else "there are clip, dampening"
+    groups = [{"params": model[0].parameters(), key: 1e3}]
+    with pytest.raises(ValueError, match=f"'{key}'.*{hint}"):
+        rm.optim.RiemannianSGD(metric, groups, lr=0.1)
+    optimizer = rm.optim.RiemannianSGD(metric, model[0].parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=f"'{key}'"):
+        optimizer.add_param_group({"params": model[2].parameters(), key: 1e3})
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("lr", [0.1, None])
+def test_what_schedulers_write_into_groups_stays(lr: float | None) -> None:
+    schedulers = torch.optim.lr_scheduler
+    model, metric = two_layers()
+    optimizer = rm.optim.RiemannianSGD(metric, lr=lr)
+    schedulers.OneCycleLR(optimizer, 0.1, total_steps=9, cycle_momentum=False)
+    schedulers.CyclicLR(optimizer, 0.1, 0.2, cycle_momentum=False)
+    state = optimizer.state_dict()
+    assert {"initial_lr", "max_lr", "min_lr"} <= set(state["param_groups"][0])
+    other = rm.optim.RiemannianSGD(metric, lr=lr)
+    other.load_state_dict(state)
+    assert other.state_dict()["param_groups"] == state["param_groups"]
+    group = {**optimizer.param_groups[0], "name": "first"}
+    group["params"] = list(model[0].parameters())
+    rm.optim.RiemannianSGD(metric, [group], lr=0.1 if lr is None else lr)
+
+
+def test_a_learning_rate_goes_by_name() -> None:
+    model, metric = two_layers()
+    with pytest.raises(TypeError, match=r"RiemannianSGD\(metric, lr=0.1\)"):
+        rm.optim.RiemannianSGD(metric, 0.1)  # type: ignore[arg-type]
+    groups = [
+        {"params": layer.parameters(), "lr": 0.1} for layer in (model[0], model[2])
+    ]
+    with pytest.raises(ValueError, match="give the optimizer an lr, too"):
+        rm.optim.RiemannianSGD(metric, groups)
+    factors = [{"params": model[0].parameters()}, {**groups[1]}]
+    optimizer = rm.optim.RiemannianSGD(metric, factors)
+    assert [group["lr"] for group in optimizer.param_groups] == [1.0, 0.1]
+
+
 def test_groups_have_their_own_momentum() -> None:
     model = chain()
     metric = layer_metric(model)

@@ -2,7 +2,8 @@
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from riemannian_modules.model_metric import ModelMetric
 from riemannian_modules.retractions import Retraction
 
 __all__ = [
+    "groups_of",
+    "options_of",
     "refuse_scaler",
     "require_differentiable",
     "require_kinds",
@@ -58,6 +61,66 @@ def require_kinds(call: str, metric: object, retraction: object) -> None:
             f"retraction={retraction!r}; pass an instance of a Retraction, such as "
             "riemannian_modules.retractions.Exponential()"
         )
+
+
+def groups_of(metric: ModelMetric, params: object, lr: float | None) -> Any:
+    """Return the parameters or groups that an optimizer is given.
+
+    Args:
+        metric: whose parameters they are if there are none.
+        params: what was given.
+        lr: the optimizer's learning rate.
+
+    Raises:
+        TypeError: a number, which is meant as learning rate.
+        ValueError: all groups have an ``lr``, as if it were a step length.
+    """
+    if params is None:
+        return [declared.tensor for declared in metric.parameters]
+    if isinstance(params, Real):
+        raise TypeError(
+            f"the second argument is {params}; parameters or groups go there, and lr "
+            f"goes by name: RiemannianSGD(metric, lr={params})"
+        )
+    if isinstance(params, Tensor) or not isinstance(params, Iterable):
+        return params
+    groups = list(params)
+    each = [isinstance(group, dict) and "lr" in group for group in groups]
+    if lr is None and groups and all(each):
+        raise ValueError(
+            "all groups have an lr and the optimizer has none, so that theirs would be "
+            "factors of the length that each step finds: give the optimizer an lr, "
+            "too, if they are step lengths; else leave out one that is 1"
+        )
+    return groups
+
+
+# What torch's schedulers and users write into groups.
+_NOTES = {"params", "param_names", "name", "initial_lr", "max_lr", "min_lr", "swa_lr"}
+_NOTES |= {"base_momentum", "max_momentum"}
+
+
+def options_of(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a parameter group; refuse those that no step looks at.
+
+    Args:
+        group: what was given.
+        defaults: the optimizer's options.
+
+    Raises:
+        ValueError: there is one.
+    """
+    for key in group:
+        if key in defaults or key in _NOTES:
+            continue
+        masses = 'LayerwiseMetric(model, ..., mass={"0.*": 1e3, "*": 1e-2})'
+        hint = f"; masses belong to the metric: {masses}" if key == "mass" else ""
+        known = ", ".join(sorted(set(defaults) - {"automatic", "trust", "lowest"}))
+        raise ValueError(
+            f"a group has the option {key!r}, which is unknown here{hint}; there are "
+            f"{known}"
+        )
+    return {**defaults, **group}
 
 
 def refuse_scaler(optimizer: torch.optim.Optimizer) -> None:

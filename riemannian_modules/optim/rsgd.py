@@ -21,6 +21,8 @@ from riemannian_modules.errors import (
 from riemannian_modules.layerwise import LayerwiseMetric
 from riemannian_modules.model_metric import ModelMetric
 from riemannian_modules.optim.kinds import (
+    groups_of,
+    options_of,
     refuse_scaler,
     require_kinds,
     require_numbers,
@@ -87,7 +89,7 @@ class RiemannianSGD(torch.optim.Optimizer):
     Raises:
         ValueError: a hyperparameter out of its range, or a parameter that is not in
             the metric.
-        TypeError: no metric, or a retraction that is none.
+        TypeError: no metric, a number for ``params``, or a retraction that is none.
 
     Needs from a manifold: ``egrad2rgrad``, ``proju``, and what the retraction needs.
 
@@ -147,8 +149,7 @@ class RiemannianSGD(torch.optim.Optimizer):
         self._report: StepReport | None = None
         self._healthy: Tensor | None = None
         self._stepped = 0
-        everything = [declared.tensor for declared in metric.parameters]
-        super().__init__(everything if params is None else params, defaults)
+        super().__init__(groups_of(metric, params, lr), defaults)
 
     def __reduce_ex__(self, protocol: object) -> str:
         raise TypeError(
@@ -170,10 +171,10 @@ class RiemannianSGD(torch.optim.Optimizer):
             param_group: as in torch.optim.Optimizer.
 
         Raises:
-            ValueError: a parameter is not in the metric, a number is out of its range,
-                or the group wants another rule for steps than all others.
+            ValueError: a parameter is not in the metric, an option is unknown or out of
+                range, or the group wants another rule for steps than all others.
         """
-        options = {**self.defaults, **param_group}
+        options = options_of(param_group, self.defaults)
         if options["lr"] is not None:
             require_numbers(options | ({"lr": None} if options["automatic"] else {}))
         super().add_param_group(param_group)
@@ -309,8 +310,7 @@ class RiemannianSGD(torch.optim.Optimizer):
         plans, first = plans_of(self, self.metric), self.param_groups[0]
         rule = Rule(**{name: first[name] for name in Rule.__dataclass_fields__})
         lowest = lower(first["lowest"], self.metric.loss)
-        known = first["trust"], lowest
-        solutions, motion = propose(self.metric, plans, rule, *known)
+        solutions, motion = propose(self.metric, plans, rule, first["trust"], lowest)
         vectors = {n: x for s in solutions.values() for n, x in s.vectors.items()}
         sign, length = -1.0 if motion is None else 1.0, None
         if motion is not None:
