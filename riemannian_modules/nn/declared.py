@@ -6,6 +6,7 @@ import geoopt
 from torch import Tensor, nn
 
 from riemannian_modules.manifolds import Euclidean, base_of
+from riemannian_modules.manifolds.nested import nested
 
 __all__ = ["Declared", "declared", "manifold_of"]
 
@@ -39,15 +40,5 @@ def declared(module: nn.Module) -> Declared:
     >>> {k: m.name for k, m in declared(block)["module"].items()}
     {'weight': 'Stiefel', 'bias': 'Euclidean'}
     """
-    nested: Declared = {}
-    for name, parameter in module.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        inner = nested
-        *path, attribute = name.split(".")
-        for step in path:
-            following = inner.setdefault(step, {})
-            assert isinstance(following, dict)
-            inner = following
-        inner[attribute] = manifold_of(parameter)
-    return nested
+    trainable = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    return nested({name: manifold_of(p) for name, p in trainable.items()})

@@ -9,11 +9,17 @@ import torch
 from torch import Tensor
 
 from riemannian_modules.errors import ShapeError
-from riemannian_modules.factors import DenseFactor, MetricFactor
-from riemannian_modules.linearize import Linearization
+from riemannian_modules.factors import DenseFactor, MetricFactor, energies
+from riemannian_modules.linearization import Linearization
 from riemannian_modules.tangent import TangentSpace
 
-__all__ = ["Neglected", "RowReduction", "combinations", "require_count"]
+__all__ = [
+    "Neglected",
+    "RowReduction",
+    "combinations",
+    "require_count",
+    "total_energies",
+]
 
 Spaces = Mapping[str, TangentSpace]
 
@@ -116,6 +122,12 @@ def require_count(who: object, count: int) -> None:
             f"{type(who).__name__}({count!r}): a whole number of rows, at least one "
             "row has to be kept"
         )
+
+
+def total_energies(found: Linearization, spaces: Spaces) -> Tensor:
+    """Return the energy of each row of all parameters together, ``(rank,)``."""
+    parts = [energies(f, spaces[name]) for name, f in found.factors.items()]
+    return torch.stack(parts).sum(0)
 
 
 def combinations(

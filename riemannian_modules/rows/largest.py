@@ -4,7 +4,6 @@ from dataclasses import replace
 from typing import final
 
 import torch
-from torch import Tensor
 
 from riemannian_modules.factors import (
     Shared,
@@ -13,12 +12,13 @@ from riemannian_modules.factors import (
     energies,
     taken,
 )
-from riemannian_modules.linearize import Linearization
+from riemannian_modules.linearization import Linearization
 from riemannian_modules.rows.base import (
     Neglected,
     RowReduction,
     Spaces,
     require_count,
+    total_energies,
 )
 
 __all__ = ["Largest"]
@@ -72,7 +72,7 @@ class Largest(RowReduction):
         Returns:
             The pass and what is left out. Cost: :func:`energies` of every factor.
         """
-        energy = _total_energies(found, spaces)
+        energy = total_energies(found, spaces)
         rank, n, y = len(energy), found.examples, found.residual
         more = 0 if y is None else n
         if self.count + more >= rank:
@@ -102,8 +102,3 @@ class Largest(RowReduction):
         kept = self.count + more
         reduced = replace(found, factors=factors, residual=y, examples=kept)
         return reduced, Neglected(left.clamp_min(0.0), energy.sum(), kept, rank)
-
-
-def _total_energies(found: Linearization, spaces: Spaces) -> Tensor:
-    parts = [energies(f, spaces[name]) for name, f in found.factors.items()]
-    return torch.stack(parts).sum(0)

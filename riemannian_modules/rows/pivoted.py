@@ -6,14 +6,15 @@ from typing import final
 import torch
 from torch import Tensor
 
-from riemannian_modules.factors import column, energies
-from riemannian_modules.linearize import Linearization
+from riemannian_modules.factors import column
+from riemannian_modules.linearization import Linearization
 from riemannian_modules.rows.base import (
     Neglected,
     RowReduction,
     Spaces,
     combinations,
     require_count,
+    total_energies,
 )
 
 __all__ = ["Pivoted"]
@@ -61,8 +62,7 @@ class Pivoted(RowReduction):
             The pass and what is left out. Cost: a column of the Gram matrix for each
             pivot, O(rank count^2), and a backward product for each row.
         """
-        parts = [energies(f, spaces[name]) for name, f in found.factors.items()]
-        energy = torch.stack(parts).sum(0)
+        energy = total_energies(found, spaces)
         rank, y = len(energy), found.residual
         if self.count + (y is not None) >= rank:
             zero = energy.new_zeros(())

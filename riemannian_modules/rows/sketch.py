@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from riemannian_modules.errors import ShapeError
-from riemannian_modules.factors import energies
-from riemannian_modules.linearize import Linearization
+from riemannian_modules.linearization import Linearization
 from riemannian_modules.rows.base import (
     Neglected,
     RowReduction,
     Spaces,
     combinations,
     require_count,
+    total_energies,
 )
 
 __all__ = ["Sketch"]
@@ -79,8 +79,7 @@ class Sketch(RowReduction):
             The pass, and the energy that is left out on average: none. Cost: a
             backward product for each row.
         """
-        parts = [energies(f, spaces[name]) for name, f in found.factors.items()]
-        energy = torch.stack(parts).sum(0)
+        energy = total_energies(found, spaces)
         rank, y = len(energy), found.residual
         zero = energy.new_zeros(())
         if self.count + (y is not None) >= rank:

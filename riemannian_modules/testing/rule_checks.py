@@ -25,6 +25,7 @@ from riemannian_modules.tangent import TangentSpace
 from riemannian_modules.testing.factor_checks import factor_laws
 from riemannian_modules.testing.guarded import guarded, worst
 from riemannian_modules.testing.metric_probe import MetricProbe, relative_gap
+from riemannian_modules.testing.module_case import factors_of, largest_gap
 from riemannian_modules.testing.reference import dense_sharp
 from riemannian_modules.testing.result import CheckResult
 from riemannian_modules.testing.rule_probe import (
@@ -42,26 +43,6 @@ _MASS = 0.1
 
 def _metric(model: Around) -> LayerwiseMetric:
     return LayerwiseMetric(model, Euclidean(), mass=_MASS, reduction="sum")
-
-
-def _factors(metric: LayerwiseMetric) -> dict[str, MetricFactor]:
-    return {
-        part.name: part.factor
-        for block in metric.blocks.values()
-        for part in block.parts
-        if part.factor is not None
-    }
-
-
-def _gap(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:
-    """Return the largest error of a parameter, relative to its size or the average."""
-    if set(found) != set(wanted):
-        return math.inf
-    floor = 1e-2 * max(float(each.norm()) for each in wanted.values())
-    return worst(
-        relative_gap(found[n], each, max(float(each.norm()), floor))
-        for n, each in wanted.items()
-    )
 
 
 _MESSAGES = {
@@ -84,8 +65,8 @@ def _rows(case: RuleCase, kind: str) -> Iterator[CheckResult]:
         yield CheckResult(kind, False, math.inf, case.exact, f"{message}: {error}")
         return
     case.found[kind] = metric
-    found = {name: each.to_dense() for name, each in _factors(metric).items()}
-    yield CheckResult.at_most(kind, _gap(found, wanted), case.exact, message)
+    found = {name: each.to_dense() for name, each in factors_of(metric).items()}
+    yield CheckResult.at_most(kind, largest_gap(found, wanted), case.exact, message)
 
 
 def _explained(case: RuleCase) -> CheckResult:
@@ -121,7 +102,8 @@ def _gradient(case: RuleCase) -> Iterator[CheckResult]:
         )
         return
     own = {n: p.grad for n, p in tensors.items() if p.grad is not None}
-    yield CheckResult.at_most("gradient", _gap(own, gradient), case.exact, message)
+    gap = largest_gap(own, gradient)
+    yield CheckResult.at_most("gradient", gap, case.exact, message)
     wide = model.wide()
     spaces = {d.name: d.space() for d in DeclaredParameters(wide, _MASS)}
     covector = {name: value.double() for name, value in gradient.items()}
@@ -132,7 +114,7 @@ def _gradient(case: RuleCase) -> Iterator[CheckResult]:
     )
     yield CheckResult.at_most(
         "natural_gradient",
-        _gap(metric.natural_gradient(), solution),
+        largest_gap(metric.natural_gradient(), solution),
         case.exact + 50.0 * case.eps * amp,
         "the Riemannian gradient is the dense one",
     )
@@ -143,7 +125,7 @@ def _products(case: RuleCase) -> Iterator[CheckResult]:
         for block in metric.blocks.values():
             for law in factor_laws(MetricProbe(block, case.generator)):
                 yield replace(law, message=f"{_MESSAGES[kind]}: {law.message}")
-    for name, factor in _factors(case.found["factor"]).items():
+    for name, factor in factors_of(case.found["factor"]).items():
         yield from _parts(case, name, factor)
         yield from _curved(case, name, factor)
 
