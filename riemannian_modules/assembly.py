@@ -13,7 +13,7 @@ from riemannian_modules.block import Vectors
 from riemannian_modules.declared import DeclaredParameters
 from riemannian_modules.errors import ShapeError
 from riemannian_modules.factors import MetricFactor
-from riemannian_modules.linearize import Linearization
+from riemannian_modules.linearization import Linearization
 from riemannian_modules.metric import LayerMetric, Part
 from riemannian_modules.precision import without_autocast
 from riemannian_modules.strategy import Solver

@@ -10,7 +10,7 @@ from torch import Tensor
 from riemannian_modules.factors import MetricFactor
 from riemannian_modules.heads import Reduction
 from riemannian_modules.joining import Size
-from riemannian_modules.linearize import Linearization
+from riemannian_modules.linearization import Linearization
 from riemannian_modules.metric import LayerMetric, Solution
 
 __all__ = ["Exchange"]

@@ -12,7 +12,8 @@ from riemannian_modules.declared import DeclaredParameters
 from riemannian_modules.errors import LinearizationError, NotRecordedError
 from riemannian_modules.heads import Rows
 from riemannian_modules.layout import Layout, bit_probes, find_layout, is_linear
-from riemannian_modules.linearize import Graph, Linearization, assemble, taken_apart
+from riemannian_modules.linearization import Linearization
+from riemannian_modules.linearize import Graph, assemble, taken_apart
 from riemannian_modules.reverse import joint
 from riemannian_modules.rules.job import UnexplainedError
 from riemannian_modules.tape import Tape, Use

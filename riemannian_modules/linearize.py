@@ -32,9 +32,7 @@ from riemannian_modules.watch import Watch
 __all__ = [
     "Assembled",
     "Graph",
-    "Linearization",
     "assemble",
-    "linearize",
     "taken_apart",
 ]
 
@@ -222,25 +220,6 @@ def _require_explicable(use: Use, job: Job) -> None:
             "call metric.backward before they change"
         )
         raise UnexplainedError(job.names, reason)
-
-
-def linearize(
-    whole: Mapping[str, MetricFactor],
-    rows: Rows,
-    examples: int,
-) -> Linearization:
-    """Take rows, costate and rest apart.
-
-    Args:
-        whole: factors of all cotangents that were carried down.
-        rows: what they were.
-        examples: number of examples.
-
-    Returns:
-        The linearisation.
-    """
-    uses = {name: [[factor]] for name, factor in whole.items()}
-    return taken_apart(Assembled(examples, uses), rows)
 
 
 def taken_apart(whole: Assembled, rows: Rows) -> Linearization:

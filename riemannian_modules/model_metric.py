@@ -31,7 +31,7 @@ from riemannian_modules.heads import (
     require_output_metrics,
 )
 from riemannian_modules.joining import Passed, Size, Waiting
-from riemannian_modules.linearize import Linearization
+from riemannian_modules.linearization import Linearization
 from riemannian_modules.manifolds import Product
 from riemannian_modules.mass import Mass, MassLike
 from riemannian_modules.memory_model import parse_bytes

@@ -26,7 +26,8 @@ from riemannian_modules.errors import LinearizationError, NotRecordedError
 from riemannian_modules.explore import explore
 from riemannian_modules.heads import Head, Reduction, output_rows
 from riemannian_modules.layout import random_scales
-from riemannian_modules.linearize import Graph, Linearization, assemble, taken_apart
+from riemannian_modules.linearization import Linearization
+from riemannian_modules.linearize import Graph, assemble, taken_apart
 from riemannian_modules.reverse import batching_pays, loss_scale
 from riemannian_modules.rules.job import UnexplainedError
 from riemannian_modules.survey import survey

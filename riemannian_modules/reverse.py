@@ -158,7 +158,6 @@ def reverse_pass(
     cotangents: Sequence[Tensor],
     *,
     batched: bool | None,
-    keep: bool = False,
 ) -> tuple[list[Tensor | None], bool]:
     """Carry cotangents at the outputs back to places in the graph.
 
@@ -167,7 +166,6 @@ def reverse_pass(
         edges: places in the autograd graph.
         cotangents: ``(k, n, *output)`` for each output.
         batched: whether all at once, or None.
-        keep: whether to keep the graph.
 
     Returns:
         For each edge a tensor ``(k, *shape)`` or None if the outputs do not depend
@@ -176,9 +174,7 @@ def reverse_pass(
     Raises:
         RuntimeError: autograd refuses the pass.
     """
-    found, batched = reverse_passes(
-        outputs, edges, cotangents, batched=batched, keep=keep
-    )
+    found, batched = reverse_passes(outputs, edges, cotangents, batched=batched)
     return joint(found), batched
 
 

@@ -28,7 +28,7 @@ from riemannian_modules.factors import (
     summed,
     taken,
 )
-from riemannian_modules.linearize import Linearization
+from riemannian_modules.linearization import Linearization
 from riemannian_modules.output import Categorical
 from riemannian_modules.rows import (
     FewerRows,

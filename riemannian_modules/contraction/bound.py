@@ -116,7 +116,6 @@ def conclude(
     source: str,
     region: str | None = None,
     average: str | None = None,
-    trivial: float | None = None,
 ) -> Bound:
     """Return a bound whose verdict follows from its constants.
 
@@ -132,7 +131,6 @@ def conclude(
         source: The theorem.
         region: The region on which the caller says that all constants hold.
         average: See :class:`Bound`.
-        trivial: See :class:`Bound`.
 
     Returns:
         The bound.
@@ -156,5 +154,4 @@ def conclude(
         tuple(premises),
         source,
         average,
-        trivial,
     )

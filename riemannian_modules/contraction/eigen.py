@@ -89,27 +89,24 @@ def dense(H: Tensor, G: Tensor, error: float = 0.0) -> Smallest:
     return Smallest(value, Side.EXACT, noise, above, vector, "dense eigenvalues")
 
 
-def inertia(
-    H: Tensor, G: Tensor, above: float, error: float = 0.0, tries: int = 30
-) -> Smallest:
+def inertia(H: Tensor, G: Tensor, above: float, error: float = 0.0) -> Smallest:
     """Return a proved lower bound of the smallest eigenvalue, by inertia.
 
-    Implements :eq:`inertia`. Cheaper than eigenvalues by an order of magnitude.
+    Implements :eq:`inertia`. Cheaper than eigenvalues by an order of magnitude. The
+    distance from ``above`` is doubled up to 30 times, from 1e-6 of its size.
 
     Args:
         H: symmetric.
         G: symmetric positive definite.
         above: an upper bound of the smallest eigenvalue, such as a Ritz value.
         error: bound on the norm of an error in H.
-        tries: how often the distance from ``above`` is doubled, from 1e-6 of its
-            size.
 
     Returns:
         The largest number tried for which ``H - s G`` has a Cholesky factor; minus
         infinity if there is none.
     """
     gap = 1e-6 * max(abs(above), float(torch.linalg.matrix_norm(H, "fro")) * 1e-6)
-    for _ in range(tries):
+    for _ in range(30):
         s = above - gap
         _, info = torch.linalg.cholesky_ex(H - s * G)
         if int(info) == 0:

@@ -18,7 +18,7 @@ from riemannian_modules.contraction.result import Side, Verdict
 from riemannian_modules.errors import ContractionError, NotRecordedError
 from riemannian_modules.factors import MetricFactor
 from riemannian_modules.layerwise import LayerwiseMetric
-from riemannian_modules.linearize import Linearization
+from riemannian_modules.linearization import Linearization
 from riemannian_modules.metric import LayerMetric, Part
 
 __all__ = [

@@ -196,7 +196,7 @@ def chained(gains: Sequence[Gain], what: str) -> Gain:
     Returns:
         The gain; unknown if one of them is.
     """
-    return _joined(gains, times_up(*(gain.value for gain in gains)), what)
+    return added(gains, times_up(*(gain.value for gain in gains)), what)
 
 
 def added(gains: Sequence[Gain], value: float, what: str) -> Gain:
@@ -210,10 +210,6 @@ def added(gains: Sequence[Gain], value: float, what: str) -> Gain:
     Returns:
         The gain; unknown if one of them is.
     """
-    return _joined(gains, value, what)
-
-
-def _joined(gains: Sequence[Gain], value: float, what: str) -> Gain:
     for gain in gains:
         if gain.verdict is not Verdict.CERTIFIED:
             return Gain(math.inf, verdict=Verdict.NOT_CERTIFIED, source=gain.source)

@@ -22,7 +22,7 @@ from riemannian_modules.exchange import Exchange
 from riemannian_modules.factors import MetricFactor
 from riemannian_modules.heads import Reduction
 from riemannian_modules.joining import Header, Size, header_of, join, shares
-from riemannian_modules.linearize import Linearization
+from riemannian_modules.linearization import Linearization
 from riemannian_modules.metric import LayerMetric, Solution
 from riemannian_modules.model_metric import ModelMetric
 

@@ -29,7 +29,7 @@ from riemannian_modules.functional.pointwise import Function
 from riemannian_modules.functional.streamed import point_set
 from riemannian_modules.heads import OutputLike, Reduction, output_rows, require_loss
 from riemannian_modules.joining import size_of
-from riemannian_modules.linearize import Linearization
+from riemannian_modules.linearization import Linearization
 from riemannian_modules.mass import MassLike
 from riemannian_modules.model_metric import ModelMetric
 from riemannian_modules.output import Euclidean, OutputMetric

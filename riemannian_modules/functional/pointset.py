@@ -23,7 +23,7 @@ from riemannian_modules.factors import (
 )
 from riemannian_modules.finite import looks_finite
 from riemannian_modules.heads import Rows
-from riemannian_modules.linearize import Linearization
+from riemannian_modules.linearization import Linearization
 from riemannian_modules.twice import DifferentiableTwice
 
 __all__ = ["Point", "PointSet", "joined", "refuse_others", "require_pairs"]

@@ -13,7 +13,8 @@ from riemannian_modules.functional.binding import Binding
 from riemannian_modules.functional.parameters import Parameters
 from riemannian_modules.functional.pointset import Point, PointSet, refuse_others
 from riemannian_modules.heads import Rows
-from riemannian_modules.linearize import Linearization, linearize
+from riemannian_modules.linearization import Linearization
+from riemannian_modules.linearize import Assembled, taken_apart
 from riemannian_modules.rules.agree import agree
 
 __all__ = ["Function", "Pointwise", "finished"]
@@ -188,6 +189,7 @@ def finished(
         The linearisation.
     """
     if y is None:
-        return linearize(whole, rows, examples)
+        uses = {name: [[factor]] for name, factor in whole.items()}
+        return taken_apart(Assembled(examples, uses), rows)
     gradient = {name: factor.rmatvec(y) for name, factor in whole.items()}
     return Linearization(list(whole), whole, gradient, y, None, None, {}, examples)

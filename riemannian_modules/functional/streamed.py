@@ -22,7 +22,7 @@ from riemannian_modules.functional.pointset import Point, PointSet, refuse_other
 from riemannian_modules.functional.pointwise import Function, Pointwise, finished
 from riemannian_modules.functional.streams import Streams
 from riemannian_modules.heads import Rows
-from riemannian_modules.linearize import Linearization
+from riemannian_modules.linearization import Linearization
 from riemannian_modules.reverse import reverse_pass
 
 __all__ = ["Streamed", "point_set"]

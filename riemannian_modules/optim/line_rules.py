@@ -80,11 +80,11 @@ def _cubic(a: float, fa: float, sa: float, b: float, fb: float, sb: float) -> fl
     return b - (b - a) * (sb + root - d) / below if below != 0.0 else math.nan
 
 
-def _inside(t: float, a: float, b: float, edge: float) -> float:
+def _inside(t: float, a: float, b: float) -> float:
     """Return t, kept away from both ends of an interval; its middle for NaN."""
     if not math.isfinite(t):
         return 0.5 * (a + b)
-    low, high = sorted((a + edge * (b - a), b - edge * (b - a)))
+    low, high = sorted((a + 0.1 * (b - a), b - 0.1 * (b - a)))
     return min(max(t, low), high)
 
 
@@ -213,5 +213,5 @@ class StrongWolfe(LineRule):
             return low.t + 0.1 * (high.t - low.t)
         ends = (low.t, low.value, low.slope, high.t, high.value)
         if math.isfinite(high.slope):
-            return _inside(_cubic(*ends, high.slope), low.t, high.t, 0.1)
-        return _inside(_parabola(*ends), low.t, high.t, 0.1)
+            return _inside(_cubic(*ends, high.slope), low.t, high.t)
+        return _inside(_parabola(*ends), low.t, high.t)

@@ -7,7 +7,7 @@ from typing import final
 
 from riemannian_modules.errors import ShapeError
 from riemannian_modules.factors import MetricFactor, Shared, concatenated, owned, scaled
-from riemannian_modules.linearize import Linearization
+from riemannian_modules.linearization import Linearization
 
 __all__ = ["History", "Past"]
 

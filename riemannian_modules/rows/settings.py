@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 
 from riemannian_modules.declared import DeclaredParameters
-from riemannian_modules.linearize import Linearization
+from riemannian_modules.linearization import Linearization
 from riemannian_modules.rows.base import Neglected, RowReduction
 from riemannian_modules.rows.history import History, Past
 
