@@ -15,6 +15,7 @@ from riemannian_modules.errors import (
 )
 from riemannian_modules.factors import MetricFactor
 from riemannian_modules.finite import looks_finite
+from riemannian_modules.leaves import leaves_of
 from riemannian_modules.reverse import loss_scale, scaled_grad
 from riemannian_modules.tape import Tape
 
@@ -32,8 +33,6 @@ __all__ = [
     "refuse_scaled_gradients",
     "require_finite",
 ]
-
-# How torch begins when saved tensors are gone.
 
 
 def batch_norms(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -167,19 +166,8 @@ def parameters_reached(
     Returns:
         Their names.
     """
-    found = set()
-    seen, waiting = set(stops), list(starts)
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        leaf = getattr(node, "variable", None)
-        name = None if leaf is None else parameters.name_of(leaf)
-        if name is not None:
-            found.add(name)
-        waiting += [following for following, _ in node.next_functions]
-    return found
+    names = map(parameters.name_of, leaves_of(starts, stops))
+    return {name for name in names if name is not None}
 
 
 def refuse_direct_terms(

@@ -485,10 +485,7 @@ def test_broken_manifolds_of_a_parameter(
     make: Callable[[], geoopt.Manifold], remedy: str
 ) -> None:
     model = nn.Linear(3, 5)
-    point = geoopt.Sphere().projx(torch.eye(5, 3)) if remedy == "mass" else None
-    point = torch.eye(5, 3) if point is None else point
-    if remedy == "mass":
-        point = torch.eye(3).repeat(2, 1)[:5]
+    point = torch.eye(3).repeat(2, 1)[:5] if remedy == "mass" else torch.eye(5, 3)
     model.weight = geoopt.ManifoldParameter(point, manifold=make())
     with refused(errors.ManifoldContractError, "weight", "geoopt", remedy):
         rm.LayerwiseMetric(model, output=rm.output.Categorical())

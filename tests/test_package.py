@@ -31,7 +31,7 @@ LAYERS = (
         "strategy",
     },
     {"output"},
-    {"layout", "nested", "place", "tape"},
+    {"layout", "leaves", "nested", "place", "tape"},
     {"rules"},
     {"model_checks", "module_tree"},
     {"declared", "reverse"},
@@ -46,7 +46,7 @@ LAYERS = (
     {"nn"},
     {"action", "distributed", "optim"},
     {"__init__"},
-    {"demo", "interop", "testing"},
+    {"interop", "testing"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 LEAVES = LAYERS[-1]

@@ -23,6 +23,7 @@ from riemannian_modules.factors import (
 )
 from riemannian_modules.finite import looks_finite
 from riemannian_modules.heads import Rows
+from riemannian_modules.leaves import leaves_of
 from riemannian_modules.linearization import Linearization
 from riemannian_modules.twice import DifferentiableTwice
 
@@ -226,14 +227,14 @@ def refuse_others(
     names = {id(tensor): f"'{name}'" for name, tensor in model.named_parameters()}
     given = {id(each) for each in known}
     found = [
-        (which, tensor)
-        for which, tensor in _leaves_of(outputs).items()
-        if which not in given and (not inner or isinstance(tensor, nn.Parameter))
+        leaf
+        for leaf in leaves_of([outputs.grad_fn])
+        if id(leaf) not in given and (not inner or isinstance(leaf, nn.Parameter))
     ]
     if not found:
         return
-    which, tensor = found[0]
-    name = names.get(which, f"of shape {tuple(tensor.shape)} outside the model")
+    stray = found[0]
+    name = names.get(id(stray), f"of shape {tuple(stray.shape)} outside the model")
     raise LinearizationError(
         f"{label} depends on parameters otherwise than through its first argument "
         f"(on the parameter {name}), so its derivative by them would be lost. Use the "
@@ -241,22 +242,6 @@ def refuse_others(
         "riemannian_modules.functional.Parameters module if there is more than a "
         "network. What is constant needs requires_grad_(False)"
     )
-
-
-def _leaves_of(outputs: Tensor) -> dict[int, Tensor]:
-    """Return the tensors that a graph ends in, by their identity."""
-    found: dict[int, Tensor] = {}
-    waiting, seen = [outputs.grad_fn], set()
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)
-        if variable is not None:
-            found[id(variable)] = variable
-        waiting += [following for following, _ in node.next_functions]
-    return found
 
 
 def joined(parts: Sequence[Linearization]) -> Linearization:

@@ -7,7 +7,7 @@ and going backward a cotangent v at the outcome is replaced by the u that solves
 is recorded once, as any other layer is.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.graph import Node, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 
 from riemannian_modules.errors import LinearizationError, ShapeError
+from riemannian_modules.leaves import leaves_of
 from riemannian_modules.nn.adjoint import Adjoint, AdjointSolver, Direct, Krylov
 from riemannian_modules.nn.solvers import OnFailure, Solver, gap, settle
 from riemannian_modules.reverse import reverse_pass
@@ -111,7 +112,7 @@ def fixed_point(
         )
     if not image.requires_grad:
         return image, report
-    if all(variable is leaf for variable in _variables(image)):
+    if all(variable is leaf for variable in leaves_of([image.grad_fn])):
         return image.detach(), report
     return _attach(image, _System(image, leaf, method, report)), report
 
@@ -134,20 +135,6 @@ def _transformed() -> bool:
     except RuntimeError:
         return True
     return False
-
-
-def _variables(tensor: Tensor) -> Iterator[Tensor]:
-    """Yield the leaves of a graph."""
-    seen: set[Node] = set()
-    waiting = [tensor.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            yield node.variable
-        waiting += [following for following, _ in node.next_functions]
 
 
 class _System:

@@ -19,6 +19,7 @@ from torch.func import vjp, vmap
 from riemannian_modules.errors import LinearizationError
 from riemannian_modules.factors import DenseFactor, MetricFactor
 from riemannian_modules.layout import Layout, candidates
+from riemannian_modules.leaves import leaves_of
 from riemannian_modules.nested import map_tensors, tensors_in
 from riemannian_modules.rules.agree import agree
 from riemannian_modules.rules.base import Call, Entry
@@ -188,18 +189,8 @@ class _Replay:
         """
         with torch.enable_grad(), self.stand_in.scope():
             outputs = self.one(self._leaves(), self._examples()[0])
-        waiting, seen = [z.grad_fn for z in outputs], set()
-        while waiting:
-            node = waiting.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            leaf = getattr(node, "variable", None)
-            name = None if leaf is None else self.call.name_of(leaf)
-            if name is not None:
-                return name
-            waiting += [following for following, _ in node.next_functions]
-        return None
+        names = map(self.call.name_of, leaves_of(z.grad_fn for z in outputs))
+        return next((name for name in names if name is not None), None)
 
     def _leaves(self) -> Rows:
         return {k: v.clone().requires_grad_() for k, v in self.theta.items()}
