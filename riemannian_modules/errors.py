@@ -10,6 +10,7 @@ __all__ = [
     "MassError",
     "MemoryBoundError",
     "NonFiniteError",
+    "NotConvergedError",
     "NotConvergedWarning",
     "NotOnManifoldError",
     "NotPositiveDefiniteError",
@@ -61,8 +62,12 @@ class NotPositiveDefiniteError(RiemannianModulesError, RuntimeError):
     """The small matrix of a layer metric could not be factorised."""
 
 
+class NotConvergedError(RiemannianModulesError, RuntimeError):
+    """An iteration ended before its residual was below the tolerance."""
+
+
 class NotConvergedWarning(RuntimeWarning):
-    """Conjugate gradients ended above their tolerance, a direct solve is too dear."""
+    """An iteration ended before its residual was below the tolerance."""
 
 
 class NotRecordedError(RiemannianModulesError, RuntimeError):

@@ -15,6 +15,7 @@ __all__ = [
     "batching_pays",
     "joint",
     "loss_scale",
+    "per_example",
     "rescaled",
     "reverse_pass",
     "reverse_passes",
@@ -134,7 +135,7 @@ def unit_scaled(stacks: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
     sizes = torch.stack([each.abs().flatten(1).amax(1) for each in stacks]).amax(0)
     exponent = torch.frexp(sizes).exponent
     back = torch.ldexp(torch.ones_like(sizes), exponent)
-    return [each / _column(back, each) for each in stacks], back
+    return [each / per_example(back, each) for each in stacks], back
 
 
 def rescaled(carried: Tensor, back: Tensor) -> Tensor:
@@ -145,10 +146,11 @@ def rescaled(carried: Tensor, back: Tensor) -> Tensor:
         back: ``(k,)``.
     """
     wide = carried.float() if carried.itemsize < 4 else carried
-    return wide * _column(back.to(wide), wide)
+    return wide * per_example(back.to(wide), wide)
 
 
-def _column(values: Tensor, like: Tensor) -> Tensor:
+def per_example(values: Tensor, like: Tensor) -> Tensor:
+    """Return ``(n,)`` with the dimensions of ``(n, *shape)``."""
     return values.view(-1, *[1] * (like.ndim - 1))
 
 

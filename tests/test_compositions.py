@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import riemannian_modules as rm
+from riemannian_modules import errors
 from riemannian_modules import nn as rnn
 from riemannian_modules.errors import LinearizationError, ShapeError
 from riemannian_modules.mass import Mass
@@ -677,6 +678,7 @@ def test_what_does_not_converge() -> None:
     picard = rnn.Picard(iterations=5)
     with pytest.raises(rnn.NotConvergedError, match="5 iterations"):
         rnn.FixedPoint(expanding(), 3, solver=picard)(x)
+    assert rnn.NotConvergedWarning is errors.NotConvergedWarning
     with pytest.warns(rnn.NotConvergedWarning, match="5 iterations"):
         rnn.FixedPoint(expanding(), 3, solver=picard, on_failure="warn")(x)
     quiet = rnn.FixedPoint(expanding(), 3, solver=picard, on_failure="ignore")

@@ -1,5 +1,6 @@
 """Manifold-typed layers and their compositions."""
 
+from riemannian_modules.errors import NotConvergedError, NotConvergedWarning
 from riemannian_modules.nn.adjoint import Adjoint, AdjointSolver, Direct, Krylov
 from riemannian_modules.nn.base import RiemannianModule
 from riemannian_modules.nn.certificates import dynamics
@@ -17,8 +18,6 @@ from riemannian_modules.nn.residual import Residual
 from riemannian_modules.nn.sequential import Sequential
 from riemannian_modules.nn.solvers import (
     Anderson,
-    NotConvergedError,
-    NotConvergedWarning,
     Picard,
     Solved,
     Solver,

@@ -12,7 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from riemannian_modules.nn.solvers import per_example, tolerance_of
+from riemannian_modules.nn.solvers import tolerance_of
+from riemannian_modules.reverse import per_example
 
 __all__ = ["Adjoint", "AdjointSolver", "Direct", "Krylov", "LinearSystem", "probe"]
 

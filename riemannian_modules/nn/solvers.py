@@ -13,18 +13,16 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from riemannian_modules.errors import RiemannianModulesError
+from riemannian_modules.errors import NotConvergedError, NotConvergedWarning
+from riemannian_modules.reverse import per_example
 
 __all__ = [
     "Anderson",
-    "NotConvergedError",
-    "NotConvergedWarning",
     "OnFailure",
     "Picard",
     "Solved",
     "Solver",
     "gap",
-    "per_example",
     "settle",
     "told",
     "tolerance_of",
@@ -32,14 +30,6 @@ __all__ = [
 
 Step = Callable[[Tensor], Tensor]
 OnFailure = Literal["raise", "warn", "ignore"]
-
-
-class NotConvergedError(RiemannianModulesError, RuntimeError):
-    """An iteration ended before its residual was below the tolerance."""
-
-
-class NotConvergedWarning(UserWarning):
-    """An iteration ended before its residual was below the tolerance."""
 
 
 @dataclass(frozen=True)
@@ -189,11 +179,6 @@ def _flat(z: Tensor) -> Tensor:
 def _wide(z: Tensor) -> Tensor:
     # Linear algebra knows no half precision.
     return z.to(torch.promote_types(z.dtype, torch.float32))
-
-
-def per_example(values: Tensor, like: Tensor) -> Tensor:
-    """Return ``(n,)`` with the dimensions of ``(n, *state)``."""
-    return values.view(-1, *[1] * (like.ndim - 1))
 
 
 def gap(after: Tensor, before: Tensor) -> Tensor:
