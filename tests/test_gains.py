@@ -320,6 +320,13 @@ def test_a_user_teaches_a_module() -> None:
     assert lipschitz(Other()).verdict is Verdict.NOT_CERTIFIED
 
 
+@pytest.mark.parametrize("kind", [nn.Sequential, rnn.Sequential])
+def test_a_layer_that_runs_twice_counts_twice(kind) -> None:
+    layer = nn.Linear(1, 1)
+    nn.init.constant_(layer.weight, 3.0)
+    assert lipschitz(kind(layer, layer)).value == pytest.approx(9.0)
+
+
 def test_every_constant_is_tested() -> None:
     tested = {type(layer) for layer in ACTIVATIONS} | {
         nn.Linear,
