@@ -14,13 +14,13 @@ import torch
 from riemannian_modules.block import Block
 from riemannian_modules.factors import DenseFactor, LinearFactor, MetricFactor
 from riemannian_modules.factors.cotangents import CotangentFactor
+from riemannian_modules.factors.slabs import _FEWEST_ROWS
 
 __all__ = ["Held", "held", "parse_bytes"]
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _DECIMAL = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _TILE_ROWS = 384
-_FEWEST_ROWS = 16
 # Tensors that exist for each chunk: its rows, their images, and one on the way.
 _COPIES = 4
 

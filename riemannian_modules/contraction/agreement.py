@@ -5,7 +5,7 @@ from torch import Tensor
 
 from riemannian_modules.contraction.autodiff import jvp
 from riemannian_modules.contraction.derivatives import curvature
-from riemannian_modules.contraction.eigen import UNIT
+from riemannian_modules.contraction.eigen import ROUNDING
 from riemannian_modules.contraction.geometry import Geometry
 from riemannian_modules.contraction.replica import Replica
 from riemannian_modules.errors import ContractionError
@@ -88,7 +88,7 @@ def _require_derivative(geometry: Geometry, v: Tensor) -> None:
     found = jvp(measured, z, dz)[1]
     allowed = 1e-3 * float(expected.norm()) + 1e-7 * float(measured(z).norm())
     # A measure that nearly vanishes is a difference of numbers as large as its weight.
-    blur = UNIT / step * geometry.weight(z) * len(expected) ** 0.5
+    blur = ROUNDING / step * geometry.weight(z) * len(expected) ** 0.5
     if not float((found - expected).norm()) <= allowed + blur:
         raise ContractionError(
             "the output metric's derivative is wrong: its apply or factor detaches the "

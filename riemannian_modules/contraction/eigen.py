@@ -22,12 +22,12 @@ from torch import Tensor
 from riemannian_modules.contraction.result import Side
 from riemannian_modules.errors import ContractionError
 
-__all__ = ["UNIT", "Smallest", "dense", "inertia", "lanczos"]
+__all__ = ["ROUNDING", "Smallest", "dense", "inertia", "lanczos"]
 
 Product = Callable[[Tensor], Tensor]
 Vector = NDArray[np.float64]
 
-UNIT = 16.0 * float(np.finfo(np.float64).eps)
+ROUNDING = 16.0 * float(np.finfo(np.float64).eps)
 _SINGULAR = (
     "Lanczos' method saw no vector with a length: the metric is singular in float64; "
     "raise the mass, or ask for method='dense'"
@@ -139,7 +139,7 @@ def _slip(
         error: norm of another error in H.
         least: ``v^T G v`` for v of length one.
     """
-    unit = UNIT * d
+    unit = ROUNDING * d
     room = least - unit * G
     if not room > 0.0:
         return math.inf
@@ -254,7 +254,7 @@ def _ritz(
     # Vectors without length are nothing but rounding.
     ratios = squares / V.square().sum(1)
     size = float((GV.norm(dim=1) / V.norm(dim=1)).max())
-    long = ratios > UNIT * size
+    long = ratios > ROUNDING * size
     if not bool(long.any()):
         raise ContractionError(_SINGULAR)
     sizes = float((HV.norm(dim=1) / V.norm(dim=1)).max()), size

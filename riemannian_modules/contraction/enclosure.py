@@ -6,12 +6,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from riemannian_modules.contraction.verified import spectral_norm, upper_eigenvalue
+from riemannian_modules.contraction.verified import (
+    UNIT,
+    spectral_norm,
+    upper_eigenvalue,
+)
 from riemannian_modules.errors import ContractionError
 
 __all__ = ["MetricRoot", "interval_feedback", "interval_gain", "interval_rate"]
-
-UNIT = 2.0**-53
 
 
 @dataclass(frozen=True)

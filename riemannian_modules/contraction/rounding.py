@@ -5,7 +5,7 @@ from torch import Tensor
 
 from riemannian_modules.contraction.autodiff import jvp, vjp
 from riemannian_modules.contraction.derivatives import curvature
-from riemannian_modules.contraction.eigen import UNIT
+from riemannian_modules.contraction.eigen import ROUNDING
 from riemannian_modules.contraction.geometry import Tensors
 from riemannian_modules.contraction.hessian import Hessian
 
@@ -33,7 +33,7 @@ def rounding(
         as a tangent vector changes. Cost: two gradients, and for a ``true`` rate one
         product with H, and with ``D2f`` if that is not known.
     """
-    geometry, unit = hessian.geometry, UNIT * len(v)
+    geometry, unit = hessian.geometry, ROUNDING * len(v)
     if hessian.kind == "frozen" and not geometry.curved:
         flat = Hv
     elif flat is None:
@@ -47,7 +47,7 @@ def rounding(
     terms += outputs * (1.0 + max(_norm(each) for each in moved))
     residual = hessian.metric(X) - slope
     # Where the metric is small, what rounding the gradient loses is all there is.
-    blur = UNIT * slope.norm() / v.norm() * geometry.chart.restrict(v)
+    blur = ROUNDING * slope.norm() / v.norm() * geometry.chart.restrict(v)
     wrong = hessian.sharp(residual.abs() * v.sign() + blur)
     lost = hessian.along(v, wrong) - flat
     return unit * terms + float(lost.norm())

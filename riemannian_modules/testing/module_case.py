@@ -4,12 +4,13 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from riemannian_modules.declared import Blocks
 from riemannian_modules.factors import MetricFactor
+from riemannian_modules.heads import Reduction
 from riemannian_modules.layerwise import LayerwiseMetric
 from riemannian_modules.mass import MassLike
 from riemannian_modules.output import OutputMetric
@@ -18,11 +19,9 @@ from riemannian_modules.testing.metric_probe import relative_gap
 from riemannian_modules.testing.reference import sharp_values
 
 __all__ = [
-    "Blocks",
     "Loss",
     "Masses",
     "ModuleCase",
-    "Reduction",
     "factors_of",
     "floor_of",
     "largest_gap",
@@ -30,8 +29,6 @@ __all__ = [
 
 Loss = Callable[[Tensor], Tensor]
 Masses = MassLike | Mapping[str, MassLike]
-Blocks = Literal["tensor", "layer", "model"]
-Reduction = Literal["mean", "sum"]
 
 
 @dataclass

@@ -11,16 +11,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from riemannian_modules.declared import Blocks
 from riemannian_modules.errors import LinearizationError
+from riemannian_modules.heads import Reduction
 from riemannian_modules.layerwise import LayerwiseMetric
 from riemannian_modules.output import OutputMetric
 from riemannian_modules.testing.guarded import guarded, worst
 from riemannian_modules.testing.module_case import (
-    Blocks,
     Loss,
     Masses,
     ModuleCase,
-    Reduction,
     factors_of,
     floor_of,
     largest_gap,

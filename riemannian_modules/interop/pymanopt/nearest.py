@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from pymanopt import manifolds as pm
 from pymanopt.manifolds.manifold import Manifold
 
-__all__ = ["nearest_point"]
+__all__ = ["Array", "nearest_point"]
 
 Array = NDArray[np.float64]
 

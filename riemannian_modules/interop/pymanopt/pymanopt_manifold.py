@@ -7,17 +7,15 @@ import geoopt
 import numpy as np
 import torch
 from geoopt.utils import size2shape
-from numpy.typing import NDArray
 from pymanopt.manifolds.manifold import Manifold, RetrAsExpMixin
 from torch import Tensor
 
 from riemannian_modules.errors import ManifoldContractError
-from riemannian_modules.interop.pymanopt.nearest import nearest_point
+from riemannian_modules.interop.pymanopt.nearest import Array, nearest_point
 from riemannian_modules.interop.pymanopt.view import pymanopt_state_kept
 
 __all__ = ["Nearest", "PymanoptManifold"]
 
-Array = NDArray[np.float64]
 Nearest = Callable[[Array], Array]
 
 

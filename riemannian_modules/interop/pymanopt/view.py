@@ -8,11 +8,11 @@ from contextlib import contextmanager
 import geoopt
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from pymanopt.manifolds.manifold import Manifold
 from torch import Tensor
 
 from riemannian_modules.errors import ShapeError
+from riemannian_modules.interop.pymanopt.nearest import Array
 from riemannian_modules.interop.pymanopt.typical import typical_distance
 from riemannian_modules.manifolds import MetricManifold, MetricProduct
 from riemannian_modules.manifolds.acceleration import base_hessian
@@ -20,8 +20,6 @@ from riemannian_modules.manifolds.riesz import riesz
 from riemannian_modules.retractions import Retraction
 
 __all__ = ["Array", "ManifoldView", "drawn", "pymanopt_seed", "retracted"]
-
-Array = NDArray[np.float64]
 
 
 @contextmanager
