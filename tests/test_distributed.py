@@ -1,6 +1,5 @@
 """Several processes take the step that one takes with all of their examples."""
 
-import importlib.util
 import json
 import math
 import os
@@ -18,6 +17,7 @@ from distributed_cases import CASES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mutants.distributed import MUTANTS
+from scripts import loaded
 from torch import Tensor
 
 import riemannian_modules as rm
@@ -231,12 +231,7 @@ def test_without_a_process_group() -> None:
 
 
 def test_the_example_runs_alone(capsys: pytest.CaptureFixture[str]) -> None:
-    path = WORKER.parents[1] / "examples" / "distributed.py"
-    spec = importlib.util.spec_from_file_location("distributed_example", path)
-    assert spec is not None
-    assert spec.loader is not None
-    distributed = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(distributed)
+    distributed = loaded("examples/distributed.py")
     assert distributed.main(["--steps", "30"]) == 0
     said = capsys.readouterr().out
     loss, accuracy = (float(x) for x in re.findall(r"(\d+\.\d+)", said))

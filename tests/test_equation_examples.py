@@ -1,7 +1,6 @@
 """The examples on differential equations, smaller or shorter."""
 
 import importlib
-import re
 from pathlib import Path
 from types import ModuleType
 
@@ -67,12 +66,3 @@ def test_the_race_is_run_and_told(load, name, capsys):
     assert all(len(run.errors) == 2 for run in runs)
     printed = capsys.readouterr().out
     assert all(run.name in printed for run in runs)
-
-
-def test_the_code_of_the_page_runs():
-    page = (EXAMPLES.parent / "docs" / "functional.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
-    namespace: dict[str, object] = {"__name__": "functional"}
-    for number, block in enumerate(blocks):
-        exec(compile(block, f"functional.md, block {number}", "exec"), namespace)
-    assert len(blocks) >= 3

@@ -1,43 +1,19 @@
-"""The example's parts that need no training, and the code of README and docs."""
+"""The example's parts that need no training."""
 
 import gzip
-import importlib.util
-import re
 import struct
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
-
-REPOSITORY = Path(__file__).parents[1]
-PAGES = [
-    REPOSITORY / "README.md",
-    *(
-        REPOSITORY / "docs" / f"{name}.md"
-        for name in (
-            "quickstart",
-            "tasks",
-            "how-to-choose",
-            "extending",
-            "certificates",
-        )
-    ),
-]
+from scripts import loaded
 
 
 @pytest.fixture(scope="module")
 def digits() -> ModuleType:
     pytest.importorskip("tqdm", reason="belongs to the extra 'examples'")
-    path = REPOSITORY / "examples" / "digits.py"
-    spec = importlib.util.spec_from_file_location("digits_example", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return loaded("examples/digits.py")
 
 
 def idx(array: torch.Tensor) -> bytes:
@@ -138,21 +114,3 @@ def test_the_example_runs_on_other_data(digits, tmp_path: Path, capsys) -> None:
     printed = capsys.readouterr().out
     for word in ("layer metric", "Adam", "geoopt", "validation", "|step|"):
         assert word in printed
-
-
-def python_blocks(page: Path) -> list[str]:
-    text = page.read_text(encoding="utf-8")
-    return re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_code_of_the_page_runs(page: Path) -> None:
-    hooks = hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks")
-    if page.stem == "tasks" and not hooks:
-        pytest.skip("attention with dropout needs a newer torch")
-    torch.set_default_dtype(torch.float32)  # what a reader has
-    blocks = python_blocks(page)
-    assert blocks
-    namespace: dict[str, object] = {"__name__": page.stem}
-    for number, block in enumerate(blocks):
-        exec(compile(block, f"{page.name}, block {number}", "exec"), namespace)

@@ -1,7 +1,6 @@
 """Manifolds and models in pymanopt, pymanopt's manifolds in geoopt."""
 
 import copy
-import importlib.util
 import re
 import subprocess
 import sys
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from manifold_cases import OURS, Case
+from scripts import loaded
 from torch import Tensor, nn
 
 import riemannian_modules as rm
@@ -1076,14 +1076,7 @@ else:
 
 @pytest.fixture(scope="module")
 def rayleigh() -> ModuleType:
-    path = REPOSITORY / "examples" / "pymanopt_rayleigh.py"
-    spec = importlib.util.spec_from_file_location("rayleigh_example", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return loaded("examples/pymanopt_rayleigh.py")
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -1098,13 +1091,3 @@ def test_the_layer_metric_conditions_a_rayleigh_quotient(
     assert not base.converged
     assert base.iterations == 300
     assert base.errors[-1] > 1e-4
-
-
-def test_code_of_the_page_runs() -> None:
-    torch.set_default_dtype(torch.float32)  # what a reader has
-    text = (REPOSITORY / "docs" / "interop.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 4
-    namespace: dict[str, object] = {"__name__": "interop"}
-    for number, block in enumerate(blocks):
-        exec(compile(block, f"interop.md, block {number}", "exec"), namespace)

@@ -1,6 +1,5 @@
 """The tables of docs/manifolds.md, computed anew."""
 
-import importlib.util
 import inspect
 from functools import cache
 from pathlib import Path
@@ -9,11 +8,11 @@ from types import ModuleType
 import geoopt
 import pytest
 from manifold_cases import GEOOPT, OURS, Case
+from scripts import loaded
 
 from riemannian_modules import manifolds
 from riemannian_modules.retractions import Default
 
-SCRIPT = Path(__file__).parents[1] / "docs" / "manifold_table.py"
 ALL = [*GEOOPT, *OURS]
 
 # They pass what is measured, and are refused for what cannot be.
@@ -22,12 +21,7 @@ PASSING_AND_REFUSED = {"PoincareBall (learnable)", "Stereographic (learnable)"}
 
 @cache
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("manifold_table", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return loaded("docs/manifold_table.py")
 
 
 def kinds(source: object, names: list[str]) -> set[type[geoopt.Manifold]]:

@@ -1,29 +1,16 @@
-"""The example of the stability page, and the code of the two pages."""
+"""The example of the stability page."""
 
-import importlib.util
-import re
-import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
-import torch
-
-REPOSITORY = Path(__file__).parents[1]
+from scripts import loaded
 
 
 @pytest.fixture(scope="module")
 def stability() -> ModuleType:
     pytest.importorskip("tqdm", reason="belongs to the extra 'examples'")
     pytest.importorskip("sklearn", reason="belongs to the extra 'examples'")
-    path = REPOSITORY / "examples" / "stability.py"
-    spec = importlib.util.spec_from_file_location("stability_example", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return loaded("examples/stability.py")
 
 
 def test_inputs_have_norms_of_at_most_one(stability) -> None:
@@ -59,15 +46,3 @@ def test_bad_arguments_are_refused(stability, argv: list[str], capsys) -> None:
     with pytest.raises(SystemExit):
         stability.arguments(argv)
     assert "--" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", ["stability", "action"])
-def test_code_of_the_page_runs(name: str, capsys) -> None:
-    torch.set_default_dtype(torch.float32)  # what a reader has
-    text = (REPOSITORY / "docs" / f"{name}.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
-    assert blocks
-    namespace: dict[str, object] = {"__name__": name}
-    for number, block in enumerate(blocks):
-        exec(compile(block, f"{name}.md, block {number}", "exec"), namespace)
-    assert capsys.readouterr().out

@@ -1,8 +1,6 @@
 """Systems: their certificates against Jacobians, samples and simulations."""
 
-import importlib.util
 import math
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +8,7 @@ import scipy.linalg
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scripts import loaded
 from torch import Tensor
 
 from riemannian_modules.contraction import (
@@ -24,7 +23,6 @@ from riemannian_modules.contraction import (
 )
 from riemannian_modules.errors import ContractionError
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
 SEEDS = st.integers(0, 2**31 - 1)
 REGION = {"a": (-1.5, 1.5), "b": (-1.5, 1.5)}
 START = {"a": [1.0, -1.0], "b": [0.5]}
@@ -359,12 +357,7 @@ def test_evidence_does_not_become_proof_further_up() -> None:
 
 @pytest.fixture(scope="module", params=["oscillators", "gene_regulation"])
 def example(request):
-    path = EXAMPLES / f"{request.param}.py"
-    spec = importlib.util.spec_from_file_location(f"{request.param}_example", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return loaded(f"examples/{request.param}.py")
 
 
 def test_derivatives_of_the_examples_are_right(example) -> None:
