@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from riemannian_modules.carry import by_use, in_float16
-from riemannian_modules.carrying import Look, carry_rows, travels_alone
+from riemannian_modules.carry_rows import Look, carry_rows, travels_alone
 from riemannian_modules.checks import (
     autograd_gradient,
     batch_norms,

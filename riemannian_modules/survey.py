@@ -7,7 +7,7 @@ from torch.autograd.graph import Node
 
 from riemannian_modules.declared import DeclaredParameters
 from riemannian_modules.errors import LinearizationError
-from riemannian_modules.moving import (
+from riemannian_modules.graph_kinds import (
     common_beginnings,
     kind_of,
     moves,

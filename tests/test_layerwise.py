@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import riemannian_modules as rm
-from riemannian_modules import carry as carrying
+from riemannian_modules import carry
 from riemannian_modules.recorder import Recorder
 from riemannian_modules.testing.reference import (
     dense_factor,
@@ -87,7 +87,7 @@ class Unbatched(nn.Module):
 def spied(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[bool | None, bool]]]:
     """Collect (asked for, found) of every reverse pass."""
     ways: list[tuple[bool | None, bool]] = []
-    reverse_passes = carrying.reverse_passes
+    reverse_passes = carry.reverse_passes
 
     def spy(*args: Any, **options: Any) -> Any:
         found = reverse_passes(*args, **options)
@@ -95,7 +95,7 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[bool | None, b
         return found
 
     with monkeypatch.context() as patch:
-        patch.setattr(carrying, "reverse_passes", spy)
+        patch.setattr(carry, "reverse_passes", spy)
         # Without the looks at where the examples are.
         patch.setattr(Recorder, "_scales", lambda *_: None)
         yield ways

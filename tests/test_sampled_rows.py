@@ -12,7 +12,7 @@ from mutants.rows import SAMPLED
 from torch import Tensor, nn
 
 import riemannian_modules as rm
-from riemannian_modules import carrying, recorder
+from riemannian_modules import carry_rows, recorder
 from riemannian_modules.contraction import loss_lipschitz
 from riemannian_modules.errors import ContractionError, OutputMetricError
 from riemannian_modules.output import (
@@ -267,13 +267,13 @@ def test_the_costate_is_not_carried_where_a_row_says_the_same(probes, monkeypatc
     torch.manual_seed(0)
     model, x = network(rm.manifolds.Stiefel()), torch.randn(5, 3)
     metric = linearised(model, Sampled(Categorical(), probes), x, mass=0.1)
-    carried, own = [], carrying.carry
+    carried, own = [], carry_rows.carry
 
     def counted(uses, outputs, stacks, **options):
         carried.append(len(stacks[0]))
         return own(uses, outputs, stacks, **options)
 
-    monkeypatch.setattr(carrying, "carry", counted)
+    monkeypatch.setattr(carry_rows, "carry", counted)
     monkeypatch.setattr(recorder.Recorder, "_scales", lambda *_: None)
     with metric.record():
         z = model(x)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from riemannian_modules.errors import ShapeError
 from riemannian_modules.manifolds.contract import base_of
+from riemannian_modules.manifolds.dotted import Nested, flattened, nested
 from riemannian_modules.manifolds.drawing import drawn
-from riemannian_modules.manifolds.nested import Nested, flattened, nested
 from riemannian_modules.manifolds.no_points import PossiblyEmpty
 from riemannian_modules.manifolds.parts import require_part
 from riemannian_modules.manifolds.quotient import Quotient

@@ -6,7 +6,7 @@ import geoopt
 from torch import Tensor, nn
 
 from riemannian_modules.manifolds import Euclidean, base_of
-from riemannian_modules.manifolds.nested import nested
+from riemannian_modules.manifolds.dotted import nested
 
 __all__ = ["Declared", "declared", "manifold_of"]
 
