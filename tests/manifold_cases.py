@@ -50,6 +50,10 @@ def draw(manifold: geoopt.Manifold, shape: Shape) -> Tensor:
     return manifold.random(*shape).data
 
 
+def gap(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / (1e-300 + b.norm()))
+
+
 def near_zero(manifold: geoopt.Manifold, shape: Shape) -> Tensor:
     """A chart of the sphere misses its pole, which lies at infinity."""
     return 0.3 * torch.randn(shape)

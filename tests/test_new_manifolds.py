@@ -11,17 +11,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from manifold_cases import gap
 from mutants import new_manifolds as mutants
 from torch import Tensor, nn
 
 import riemannian_modules as rm
-from riemannian_modules import LayerMetric, Mass, Part, TangentSpace, manifolds
+from riemannian_modules import manifolds
 from riemannian_modules.errors import ManifoldContractError
-from riemannian_modules.factors import DenseFactor
 from riemannian_modules.manifolds.riesz import (
     dimension,
     flat,
-    riesz,
     root,
     root_adjoint,
 )
@@ -36,7 +35,6 @@ from riemannian_modules.retractions import (
 )
 from riemannian_modules.testing import (
     check_base_manifold,
-    check_metric,
     check_retraction,
     error_slope,
     failures,
@@ -91,10 +89,6 @@ def size(manifold: geoopt.Manifold, x: Tensor, u: Tensor) -> Tensor:
     return manifold.inner(x, u, keepdim=True).sum().clamp_min(0.0).sqrt()
 
 
-def gap(a: Tensor, b: Tensor) -> float:
-    return float((a - b).norm() / (1e-300 + b.norm()))
-
-
 def largest_angle(manifold: geoopt.Manifold, x: Tensor, u: Tensor) -> Tensor:
     """How far u goes, where 1 is the least distance at which geodesics meet."""
     if isinstance(manifold, manifolds.Grassmann):
@@ -106,38 +100,7 @@ def largest_angle(manifold: geoopt.Manifold, x: Tensor, u: Tensor) -> Tensor:
     return (u / x).abs().max() / 5.0
 
 
-def dense(
-    manifold: geoopt.Manifold, x: Tensor, linear: Callable[..., Tensor]
-) -> Tensor:
-    eye = torch.eye(x.numel(), dtype=x.dtype).view(-1, *x.shape)
-    return linear(manifold, x, eye).reshape(x.numel(), -1).mT
-
-
 # ---- the contract ----------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("kind", "shape"), CASES)
-@FEW
-@given(seed=SEEDS)
-def test_every_check_passes(kind: str, shape: Shape, seed: int) -> None:
-    generator = torch.manual_seed(seed)
-    manifold = build(kind)
-    results = check_base_manifold(manifold, draw(manifold, shape), generator=generator)
-    raise_failures(results)
-    found = {result.name for result in results}
-    assert {"riesz", "projection_complete", "random_on_manifold"} <= found
-    assert ("expmap_geodesic" in found) == ((kind, shape) in GEODESIC)
-    assert ("distance" in found) == ((kind, shape) in GEODESIC)
-
-
-@pytest.mark.parametrize(("kind", "shape"), CASES)
-def test_every_check_passes_in_float32(kind: str, shape: Shape) -> None:
-    torch.set_default_dtype(torch.float32)
-    manifold = build(kind)
-    for _ in range(3):
-        point = draw(manifold, shape)
-        assert point.dtype == torch.float32
-        raise_failures(check_base_manifold(manifold, point))
 
 
 @pytest.mark.parametrize(("law", "make", "shape"), mutants.MANIFOLDS)
@@ -149,84 +112,7 @@ def test_wrong_manifolds_are_found(
     assert law in {r.name for r in failures(check_base_manifold(manifold, point))}
 
 
-@pytest.mark.parametrize(("kind", "shape"), CASES)
-def test_they_may_carry_a_layer_metric(kind: str, shape: Shape) -> None:
-    manifold = build(kind)
-    assert manifolds.ensure_contract(manifold) is manifold
-    view = manifolds.MetricManifold(manifold)
-    point = view.random(*shape)
-    assert point.manifold is view
-    assert view.check_point_on_manifold(point)
-
-
-@pytest.mark.parametrize(("kind", "shape"), CASES)
-@FEW
-@given(seed=SEEDS)
-def test_riesz_and_its_roots_in_a_tangent_basis(kind: str, shape: Shape, seed: int):
-    torch.manual_seed(seed)
-    manifold = build(kind)
-    x = draw(manifold, shape)
-    R, P = (dense(manifold, x, f) for f in (riesz, lambda m, x, u: m.proju(x, u)))
-    C, D = dense(manifold, x, root), dense(manifold, x, root_adjoint)
-    left, values, _ = torch.linalg.svd(P)
-    dim = int((values > 0.5).sum())
-    assert dim == dimension(manifold, x) == TangentSpace(manifold, x).dim
-    B = left[:, :dim].mT
-    basis = B.view(dim, *shape)
-    G = torch.stack(
-        [
-            torch.stack([manifold.inner(x, u, v, keepdim=True).sum() for v in basis])
-            for u in basis
-        ]
-    )
-    torch.testing.assert_close(R, B.mT @ torch.linalg.solve(G, B))
-    torch.testing.assert_close(C @ D, R)
-    torch.testing.assert_close(D, C.mT)
-    F = flat(manifold, x, basis).reshape(dim, -1)
-    torch.testing.assert_close(B @ F.mT, G)
-    torch.testing.assert_close((R @ F.mT).mT, B)
-
-
-@pytest.mark.parametrize(
-    ("kind", "shape", "expected"),
-    [
-        ("grassmann", (5, 2), 6),
-        ("grassmann", (2, 5), 6),
-        ("grassmann", (3, 5, 2), 18),
-        ("rotations", (4, 4), 6),
-        ("rotations", (2, 3, 3), 6),
-        ("columns", (4, 3), 9),
-        ("rows", (4, 3), 8),
-        ("rows", (2, 4, 3), 16),
-        ("positive", (2, 3), 6),
-        ("rank_2", (4, 3), 10),
-        ("rank_2", (2, 4, 3), 20),
-        ("rank_3", (3, 3), 9),
-    ],
-)
-def test_dimensions(kind: str, shape: Shape, expected: int) -> None:
-    manifold = build(kind)
-    assert dimension(manifold, draw(manifold, shape)) == expected
-
-
 # ---- the layer metric ------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
-@pytest.mark.parametrize(("kind", "shape"), [case for case in CASES if case[1]])
-@FEW
-@given(seed=SEEDS, offset=st.integers(-2, 2), log_mass=st.floats(-3, 3))
-def test_layer_metrics_are_the_dense_ones(
-    kind: str, shape: Shape, dtype, seed: int, offset: int, log_mass: float
-) -> None:
-    generator = torch.manual_seed(seed)
-    manifold = build(kind)
-    x = draw(manifold, shape, dtype=dtype)
-    rank = max(1, dimension(manifold, x) + offset)
-    space = TangentSpace(manifold, x, Mass(scalar=math.exp(log_mass)), "w")
-    factor = DenseFactor(torch.randn(rank, *shape, dtype=dtype) / rank)
-    metric = LayerMetric([Part("w", space, factor)])
-    raise_failures(check_metric(metric, generator=generator))
 
 
 class Energy(nn.Module):

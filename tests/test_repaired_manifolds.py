@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from manifold_cases import draw, own_product, spd
+from manifold_cases import draw, gap, own_product, spd
 from mutants import repaired_manifolds as mutants
 from torch import Tensor, nn
 
@@ -21,7 +21,6 @@ from riemannian_modules import LayerMetric, Mass, Part, TangentSpace, manifolds
 from riemannian_modules.errors import ManifoldContractError, MassError
 from riemannian_modules.factors import DenseFactor
 from riemannian_modules.manifolds.riesz import (
-    dimension,
     flat,
     require_own_formulas,
     riesz,
@@ -31,13 +30,12 @@ from riemannian_modules.manifolds.riesz import (
 from riemannian_modules.retractions import Default, Exponential, Projection, Retraction
 from riemannian_modules.testing import (
     check_base_manifold,
-    check_metric,
     check_retraction,
     error_slope,
     failures,
     raise_failures,
 )
-from riemannian_modules.testing.reference import dense_natural_gradient, dense_sharp
+from riemannian_modules.testing.reference import dense_natural_gradient
 
 SEEDS = st.integers(0, 2**31 - 1)
 FEW = settings(max_examples=max(4, settings.default.max_examples // 5))
@@ -103,35 +101,7 @@ def length(manifold: geoopt.Manifold, x: Tensor, u: Tensor) -> Tensor:
     return manifold.inner(x, u, keepdim=True).sum().sqrt()
 
 
-def gap(a: Tensor, b: Tensor) -> float:
-    return float((a - b).norm() / (1e-300 + b.norm()))
-
-
 # ---- the contract ----------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("kind", "shape"), CASES)
-@FEW
-@given(seed=SEEDS)
-def test_every_check_passes(kind: str, shape: Shape, seed: int) -> None:
-    generator = torch.manual_seed(seed)
-    manifold = build(kind)
-    results = check_base_manifold(manifold, draw(manifold, shape), generator=generator)
-    raise_failures(results)
-    found = {result.name for result in results}
-    assert {"riesz", "projection_complete", "random_on_manifold"} <= found
-    assert ("expmap_geodesic" in found) == (kind not in NO_GEODESICS)
-    assert ("distance" in found) == (kind not in NO_DISTANCE)
-
-
-@pytest.mark.parametrize(("kind", "shape"), CASES)
-def test_every_check_passes_in_float32(kind: str, shape: Shape) -> None:
-    torch.set_default_dtype(torch.float32)
-    manifold = build(kind)
-    for _ in range(3):
-        point = draw(manifold, shape)
-        assert point.dtype == torch.float32
-        raise_failures(check_base_manifold(manifold, point))
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
@@ -302,17 +272,6 @@ def test_half_a_repair_is_none() -> None:
         manifolds.ensure_contract(HalfMended())
 
 
-@pytest.mark.parametrize(("kind", "shape"), CASES)
-def test_they_may_carry_a_layer_metric(kind: str, shape: Shape) -> None:
-    manifold = build(kind)
-    assert manifolds.ensure_contract(manifold) is manifold
-    require_own_formulas(manifold, "w")
-    view = manifolds.MetricManifold(manifold)
-    point = view.random(*shape)
-    assert point.manifold is view
-    assert view.check_point_on_manifold(point, atol=1e-12, rtol=1e-12)
-
-
 def test_they_are_parts_of_products() -> None:
     manifold = own_product()
     assert manifolds.ensure_contract(manifold) is manifold
@@ -337,86 +296,7 @@ def test_a_metric_of_its_own_would_get_the_wrong_formulas() -> None:
 # ---- Riesz map and companions ----------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
-@pytest.mark.parametrize(("kind", "shape"), CASES)
-@FEW
-@given(seed=SEEDS)
-def test_riesz_and_its_roots_in_a_tangent_basis(
-    kind: str, shape: Shape, dtype: torch.dtype, seed: int
-) -> None:
-    torch.manual_seed(seed)
-    manifold = build(kind)
-    x = draw(manifold, shape).to(dtype)
-    x = manifold.projx(x)
-    eye = torch.eye(x.numel(), dtype=dtype).view(-1, *shape)
-
-    def matrix(f: Callable[..., Tensor]) -> Tensor:
-        return f(manifold, x, eye).reshape(x.numel(), -1).mT
-
-    R, P = matrix(riesz), matrix(lambda m, x, u: m.proju(x, u))
-    C, D = matrix(root), matrix(root_adjoint)
-    left, values, _ = torch.linalg.svd(P)
-    dim = int((values > 0.5).sum())
-    rank = int(torch.linalg.matrix_rank(R, rtol=1e3 * torch.finfo(dtype).eps))
-    assert dim == rank == dimension(manifold, x) == TangentSpace(manifold, x).dim
-    B = left[:, :dim].mT
-    basis = B.view(dim, *shape)
-    G = torch.stack(
-        [
-            torch.stack([manifold.inner(x, u, v, keepdim=True).sum() for v in basis])
-            for u in basis
-        ]
-    )
-    tolerance = 1e3 * torch.finfo(dtype).eps * float(torch.linalg.cond(G))
-    assert gap(R, B.mT @ torch.linalg.solve(G, B)) <= tolerance
-    assert gap(C @ D, R) <= tolerance
-    assert gap(D, C.mT) <= tolerance
-    F = flat(manifold, x, basis).reshape(dim, -1)
-    assert gap(B @ F.mT, G) <= tolerance
-    assert gap((R @ F.mT).mT, B) <= tolerance
-
-
-@pytest.mark.parametrize(
-    ("kind", "shape", "expected"),
-    [
-        ("lorentz", (4,), 3),
-        ("lorentz", (3, 4), 9),
-        ("birkhoff", (4, 4), 9),
-        ("birkhoff", (2, 3, 3), 8),
-        ("log_euclidean", (3, 3), 6),
-        ("log_euclidean", (2, 3, 3), 12),
-        ("scaled_stiefel", (3, 5), 9),
-        ("scaled_birkhoff", (3, 3), 4),
-    ],
-)
-def test_dimensions(kind: str, shape: Shape, expected: int) -> None:
-    manifold = build(kind)
-    assert dimension(manifold, draw(manifold, shape)) == expected
-
-
 # ---- the layer metric ------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
-@pytest.mark.parametrize(("kind", "shape"), CASES)
-@FEW
-@given(seed=SEEDS, offset=st.integers(-2, 2), log_mass=st.floats(-3, 3))
-def test_layer_metrics_are_the_dense_ones(
-    kind: str, shape: Shape, dtype: torch.dtype, seed: int, offset: int, log_mass: float
-) -> None:
-    generator = torch.manual_seed(seed)
-    manifold = build(kind)
-    x = manifold.projx(draw(manifold, shape).to(dtype))
-    rank = max(1, dimension(manifold, x) + offset)
-    space = TangentSpace(manifold, x, Mass(scalar=math.exp(log_mass)), "w")
-    factor = DenseFactor(torch.randn(rank, *shape, dtype=dtype) / rank)
-    metric = LayerMetric([Part("w", space, factor)])
-    raise_failures(check_metric(metric, generator=generator))
-    if dtype == torch.float64:
-        e = torch.randn(shape)
-        K = factor.rows(0, rank).flatten(1)
-        expected = dense_sharp({"w": space}, {"w": K}, {"w": e})["w"]
-        torch.testing.assert_close(metric.sharp(e), expected, rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize(
