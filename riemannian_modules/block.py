@@ -242,7 +242,7 @@ class Block:
 
     def coordinate_rows(self) -> Iterator[Tensor]:
         """Yield ``K C`` in float64, in chunks of rows that bound the memory."""
-        step = max(1, most_entries() // self.size)
+        step = max(1, most_entries() // max(1, self.size))
         wide = [(part.factor, part.space.to(torch.float64)) for part in self.parts]
         for start in range(0, self.rank, step):
             stop = min(start + step, self.rank)

@@ -47,7 +47,7 @@ def assert_close(found: Tensor, wanted: Tensor) -> None:
 
 
 @pytest.mark.parametrize("given", ["nothing", "covectors", "factors"])
-@pytest.mark.parametrize("positions", [1, 3])
+@pytest.mark.parametrize("positions", [0, 1, 3])
 @pytest.mark.parametrize("name", NAMES)
 def test_direction(name: str, positions: int, given: str) -> None:
     pairs, a = block_of(name, positions), torch.randn(6)
@@ -78,12 +78,13 @@ def test_a_bias_with_another_source_than_its_weight() -> None:
 
 @pytest.mark.parametrize("width", [2, 40])
 @pytest.mark.parametrize("known", [False, True], ids=["fresh", "after-gram"])
+@pytest.mark.parametrize("positions", [0, 1])
 @pytest.mark.parametrize("name", NAMES)
-def test_image(name: str, known: bool, width: int) -> None:
+def test_image(name: str, positions: int, known: bool, width: int) -> None:
     # More and fewer examples than inputs; the kernel of the Gram matrix serves again.
-    pairs = block_of(name, 1)
+    pairs = block_of(name, positions)
     if name == "euclidean":
-        weight = linear_factor((4, width), 1, 3)
+        weight = linear_factor((4, width), positions, 3)
         pairs[0] = weight, space_of(BASES[name], weight.shape)
         pairs[1] = fs.BiasFactor(weight.cotangents), pairs[1][1]
     own, last = part(pairs, 0, 6), part(pairs, 6, 9)
@@ -99,7 +100,7 @@ def test_image(name: str, known: bool, width: int) -> None:
     assert_close(found, torch.stack(wanted).sum(0))
 
 
-@pytest.mark.parametrize("positions", [1, 3])
+@pytest.mark.parametrize("positions", [0, 1, 3])
 @pytest.mark.parametrize("name", NAMES)
 def test_gram_of_two_layers(name: str, positions: int) -> None:
     # The second layer is added to the matrix of the first.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import riemannian_modules as rm
 from riemannian_modules import factors as fs
 from riemannian_modules.testing import check_rule, failures, raise_failures
+from riemannian_modules.testing.reference import dense_natural_gradient
 
 CONVOLUTIONS = {
     (1, False): nn.Conv1d,
@@ -83,6 +84,74 @@ class Head(nn.Module):
         y = torch.tanh(self.body(x)).flatten(1)
         head = torch.arange(1.0, 1.0 + 2 * y.shape[1]).sin().view(-1, 2)
         return y @ head.to(y)
+
+
+# ---- nothing to see --------------------------------------------------------------
+
+
+class Context(nn.Module):
+    """What an example says by itself, and by a context of any number of vectors."""
+
+    def __init__(self, inner: nn.Module, own: Tensor) -> None:
+        super().__init__()
+        self.inner, self.own, self.head = inner, own, nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.inner(x).sum(1) + self.own)
+
+
+@pytest.mark.parametrize("blocks", ["tensor", "layer", "model"])
+@pytest.mark.parametrize("n", [1, 4, 5])
+def context_steps(model: nn.Module, x: Tensor, blocks: Any) -> dict[str, Tensor]:
+    output = rm.output.Categorical()
+    metric = rm.LayerwiseMetric(model, output, mass=0.1, blocks=blocks)
+    for _ in range(3):
+        with metric.record():
+            z = model(x)
+        metric.backward(z.square().mean(), z)
+        found = metric.natural_gradient()
+    return found
+
+
+@pytest.mark.parametrize("blocks", ["tensor", "layer", "model"])
+@pytest.mark.parametrize("n", [1, 4, 5])
+@pytest.mark.parametrize("kind", ["linear", "embedding", "norm"])
+def test_an_empty_context(kind: str, n: int, blocks: Any) -> None:
+    makers: dict[str, tuple[nn.Module, Tensor]] = {
+        "linear": (nn.Linear(4, 4), torch.randn(n, 0, 4)),
+        "embedding": (nn.Embedding(5, 4), torch.zeros(n, 0, dtype=torch.long)),
+        "norm": (nn.LayerNorm(4), torch.randn(n, 0, 4)),
+    }
+    inner, x = makers[kind]
+    model, output = Context(inner, torch.randn(n, 4)), rm.output.Categorical()
+    found = context_steps(model, x, blocks)
+    expected = dense_natural_gradient(
+        model, output, x, lambda z: z.square().mean(), mass=0.1, blocks=blocks
+    )
+    for name, vector in expected.items():
+        torch.testing.assert_close(found[name], vector, rtol=1e-8, atol=1e-9)
+
+
+class Shift(nn.Module):
+    def __init__(self, bias: Tensor) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(bias.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bias.expand(*x.shape[:2], -1)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("blocks", ["tensor", "layer", "model"])
+@pytest.mark.parametrize("n", [1, 4])
+def test_a_weight_without_entries(n: int, blocks: Any) -> None:
+    model, x = Context(nn.Linear(0, 4), torch.randn(n, 4)), torch.randn(n, 2, 0)
+    plain = copy.deepcopy(model)
+    plain.inner = Shift(model.inner.bias)
+    found, wanted = (context_steps(each, x, blocks) for each in (model, plain))
+    assert found.pop("inner.weight").shape == (4, 0)
+    for name, vector in wanted.items():
+        torch.testing.assert_close(found[name], vector, rtol=1e-8, atol=1e-9)
 
 
 # ---- convolutions ----------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Gram matrices of structured factors: every way to form them gives the dense one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from riemannian_modules import Mass, TangentSpace
 from riemannian_modules import factors as fs
 from riemannian_modules.factors import chunks, embedding, linear, linear_gram, slabs
 from riemannian_modules.factors import tokens as tokens_of
+from riemannian_modules.factors.stacked import StackedFactor
 from riemannian_modules.manifolds.riesz import riesz
 
 Reshaped = rm.manifolds.Reshaped
@@ -317,6 +318,83 @@ def test_products_are_those_of_the_rows(name: str) -> None:
     assert float(part.magnitude()) >= float(K[3:].norm(dim=1).sum())
     assert float(factor.magnitude()) >= float(K.norm(dim=1).sum())
     assert factor.to(torch.float32).double().dtype == torch.float64
+
+
+# ---- nothing to sum over ---------------------------------------------------------
+
+
+def without_tokens() -> fs.EmbeddingFactor:
+    none = torch.zeros(0, dtype=torch.long)
+    return fs.EmbeddingFactor(none, torch.randn(2, 3, 2, 3), 7, none, torch.randn(0))
+
+
+def without_uses(transposed: bool = False) -> fs.ConvolutionFactor:
+    factor = convolution(1, transposed)
+    x, l = factor.inputs[:, :0], factor.cotangents[:, :, :0]
+    return fs.ConvolutionFactor(factor.convolution, x, l, factor.shape)
+
+
+NOTHING: dict[str, Callable[[], fs.MetricFactor]] = {
+    "linear": lambda: linear_factor((7, 3), 0),
+    "stacked": lambda: StackedFactor([linear_factor((4, 3), 0) for _ in range(2)]),
+    "convolution": without_uses,
+    "transposed": lambda: without_uses(True),
+    "embedding": lambda: tokens(0),
+    "bags": without_tokens,
+    "embedding-twice": lambda: tokens(0) + without_tokens(),
+    "tied": lambda: tokens(0) + linear_factor((7, 3), 0),
+    "no-inputs": lambda: linear_factor((7, 0), 2),
+    "no-outputs": lambda: linear_factor((0, 3), 2),
+    "no-entries": lambda: fs.DenseFactor(torch.randn(6, 0, 3)),
+}
+
+
+@pytest.fixture
+def _fresh_memory_is_nan() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(1).isnan()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("_fresh_memory_is_nan")
+@pytest.mark.parametrize("form", [False, True], ids=["pairs", "rows"])
+@pytest.mark.parametrize("name", BASES)
+def test_no_positions(name: str, form: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "forms_rows", lambda *sizes: form)
+    space, factor = space_of(BASES[name]), linear_factor(BASES[name].shape, 0)
+    assert_gram(factor, space)
+    onto = torch.eye(factor.rank)
+    torch.testing.assert_close(
+        factor.gram(space, torch.float64, onto=onto), torch.eye(factor.rank)
+    )
+
+
+@pytest.mark.usefixtures("_fresh_memory_is_nan")
+@pytest.mark.parametrize("base", ["euclidean", "euclidean-diagonal", "unknown"])
+@pytest.mark.parametrize("name", NOTHING)
+def test_a_sum_of_nothing_is_zero(name: str, base: str) -> None:
+    factor = NOTHING[name]()
+    mass = (
+        BASES[base].mass(*(*factor.shape, 1)[:2]) if len(factor.shape) == 2 else Mass()
+    )
+    space = TangentSpace(BASES[base].make(), torch.randn(factor.shape), mass)
+    rank, u, a = factor.rank, torch.randn(factor.shape), torch.randn(factor.rank)
+    assert torch.equal(factor.rows(0, rank), torch.zeros(rank, *factor.shape))
+    assert torch.equal(
+        lower(factor.gram(space, torch.float64)), torch.zeros(rank, rank)
+    )
+    assert torch.equal(factor.matvec(u), torch.zeros(rank))
+    assert torch.equal(factor.rmatvec(a), torch.zeros(factor.shape))
+    assert torch.equal(factor.row_sum(), torch.zeros(factor.shape))
+    assert torch.equal(factor.magnitude(), torch.zeros(()))
+    assert torch.equal(factor.image(space, u, factor), torch.zeros(rank))
+    assert torch.equal(factor.narrow(3, 6).matvec(u), torch.zeros(3))
+    block = fs.BlockFactor([(factor, space)])
+    assert torch.equal(block.gram_product(a), torch.zeros(rank))
+    some = torch.tensor([4, 1])
+    assert torch.equal(block.gram_columns(some), torch.zeros(rank, 2))
+    assert torch.equal(block.gram_diagonal(), torch.zeros(rank))
 
 
 class Largest(TorchDispatchMode):

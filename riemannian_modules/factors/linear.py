@@ -145,7 +145,7 @@ class LinearFactor(CotangentFactor, SlabFactor):
     ) -> bool:
         """Whether :meth:`image` needs no product with the weight's covector."""
         n, positions, width = self.inputs.shape
-        if positions > 1 or space.divisor is None or not self.shares_inputs(source):
+        if positions != 1 or space.divisor is None or not self.shares_inputs(source):
             return False
         return n < width or (self.dtype, 1.0 / space.divisor, bias) in self._kernels
 

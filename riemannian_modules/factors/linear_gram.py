@@ -168,6 +168,8 @@ def linear_gram(
         mass = replace(mass, scalar=mass.scalar * manifold.scale**2)
         return linear_gram(manifold.base, W, x, l, mass, bias, known, onto)
     r, n, positions, _ = l.shape
+    if not positions:
+        return l.new_zeros(r * n, r * n) if onto is None else onto
     out = l.new_empty(r * n, r * n) if onto is None else onto
     if (
         type(manifold) is geoopt.Euclidean

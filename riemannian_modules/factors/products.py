@@ -111,7 +111,7 @@ def _(
     left, right = l[index], x[index % n]
     if not has_kernel(factor, space):
         images = space.sharp(left.mT @ right)
-        step = max(1, _most() // (n * positions * out))
+        step = max(1, _most() // max(1, n * positions * out))
         return torch.cat([_times(factor, u) for u in images.split(step)], 1)
     assert space.divisor is not None
     kernel = torch.addmm(
@@ -152,7 +152,7 @@ def gram_diagonal(
         l, x = factor.cotangents.squeeze(2), factor.inputs.squeeze(1)
         lengths = x.square().sum(-1) / space.divisor + bias
         return (l.square().sum(-1) * lengths).view(-1)
-    step = max(1, _most() // space.point.numel())
+    step = max(1, _most() // max(1, space.point.numel()))
     found = []
     for start in range(0, factor.rank, step):
         rows = factor.rows(start, min(start + step, factor.rank))

@@ -269,7 +269,7 @@ def slab_gram(factor: SlabFactor, space: TangentSpace, dtype: torch.dtype) -> Te
         ``(rank, rank)``, lower triangle valid.
     """
     origin, factor, space = factor, factor.to(dtype), space.to(dtype)
-    if not acts_by_row(space):
+    if not (acts_by_row(space) and len(space.point)):
         return gram_of_whole_rows(factor, space)
     rank, out = factor.rank, space.point.shape[0]
     flat = isinstance(space.manifold, geoopt.Euclidean) and space.mass.is_scalar
@@ -288,7 +288,7 @@ def slab_gram(factor: SlabFactor, space: TangentSpace, dtype: torch.dtype) -> Te
 def gram_of_whole_rows(factor: MetricFactor, space: TangentSpace) -> Tensor:
     """Return ``K sharp K^T``, lower triangle valid, from some whole rows at a time."""
     rank = factor.rank
-    step = max(_FEWEST_ROWS, most_entries() // space.point.numel())
+    step = max(_FEWEST_ROWS, most_entries() // max(1, space.point.numel()))
     total = torch.empty(rank, rank, dtype=factor.dtype, device=factor.device)
     for start in range(0, rank, step):
         stop = min(start + step, rank)
