@@ -214,6 +214,33 @@ def test_an_output_size_in_the_call() -> None:
         check(layer, torch.randn(4, 2, 3), options={"output_size": [size]})
 
 
+@pytest.mark.parametrize("order", [["output_size", "input"], ["input", "output_size"]])
+def test_keywords_in_any_order(order: list[str]) -> None:
+    class ByName(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.ConvTranspose1d(2, 3, 3, stride=2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            given = {"input": x, "output_size": [8]}
+            return self.conv(**{name: given[name] for name in order}).sum(2)
+
+    metric = assert_rows(ByName(), torch.randn(4, 2, 3))
+    assert isinstance(factor_of(metric, "conv.weight"), fs.ConvolutionFactor)
+
+
+def test_a_layer_that_names_its_input_otherwise() -> None:
+    class ByName(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.RMSNorm(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(x=x)
+
+    assert_rows(ByName(), torch.randn(4, 3))
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_an_unbatched_convolution(channels: int) -> None:
     class Single(nn.Module):

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from riemannian_modules.factors import MetricFactor
 from riemannian_modules.layout import Layout
+from riemannian_modules.nested import tensors_in
 from riemannian_modules.place import Finder
 
 __all__ = ["Call", "Entry", "Inside", "Rule", "entry_of", "register_rule"]
@@ -76,9 +77,11 @@ class Call:
 
     @property
     def input(self) -> Tensor:
-        """The first argument."""
-        first: Tensor = self.args[0] if self.args else next(iter(self.kwargs.values()))
-        return first
+        """The first argument; of keywords the one of that name, or the first tensor."""
+        if self.args:
+            return cast("Tensor", self.args[0])
+        first = next(tensors_in(dict(self.kwargs)))
+        return cast("Tensor", self.kwargs.get("input", first))
 
     @property
     def dtype(self) -> torch.dtype:
