@@ -98,7 +98,8 @@ def recorded_tape(tape: Tape | None, outputs: Sequence[Tensor]) -> Tape:
 
     Raises:
         NotRecordedError: nothing was recorded, or without gradients.
-        LinearizationError: everything ran inside a function transform.
+        LinearizationError: everything ran inside a function transform, or returned
+            objects in which no tensors are found.
     """
     if tape is not None and tape.hidden and not tape.uses:
         names = ", ".join(f"'{name}'" for name in sorted(tape.hidden))
@@ -108,6 +109,8 @@ def recorded_tape(tape: Tape | None, outputs: Sequence[Tensor]) -> Tape:
             "put the transform into the forward of a module, build the metric from "
             "that module, and call it inside metric.record()"
         )
+    if tape is not None and not tape.uses and tape.opaque:
+        raise LinearizationError(str(tape.says_nothing(min(tape.opaque))))
     if tape is None or not tape.uses or not any(z.requires_grad for z in outputs):
         raise NotRecordedError(
             "no recorded forward pass leads to these outputs: run the model inside "

@@ -17,7 +17,7 @@ from riemannian_modules.linearize import Graph, assemble, taken_apart
 from riemannian_modules.reverse import joint
 from riemannian_modules.rules.job import UnexplainedError
 from riemannian_modules.tape import Tape, Use
-from riemannian_modules.watch import Watch
+from riemannian_modules.watch import Watch, above
 
 __all__ = ["explore"]
 
@@ -271,7 +271,10 @@ def _explain_paths(
 
 
 def _outside(name: str, tape: Tape) -> str:
-    return _HIDDEN if name in tape.hidden else _OUTSIDE
+    if name in tape.hidden:
+        return _HIDDEN
+    silent = map(tape.says_nothing, above(name))
+    return next((reason for reason in silent if reason is not None), _OUTSIDE)
 
 
 def _families(watch: Watch, tape: Tape) -> dict[tuple[Use, ...], set[str]]:

@@ -1,6 +1,8 @@
 """Tensors in nested arguments, and what a module saw of them."""
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,7 +13,7 @@ __all__ = ["map_tensors", "own_memory", "seen", "tensors_in"]
 
 
 def tensors_in(value: object) -> Iterator[Tensor]:
-    """Yield the tensors of nested tuples, lists and dictionaries, in order."""
+    """Yield the tensors of nested tuples, lists, dictionaries and dataclasses."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):
@@ -20,6 +22,9 @@ def tensors_in(value: object) -> Iterator[Tensor]:
     elif isinstance(value, tuple | list):
         for each in value:
             yield from tensors_in(each)
+    elif is_dataclass(value) and not isinstance(value, type):
+        for each in fields(value):
+            yield from tensors_in(getattr(value, each.name, None))
 
 
 def map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
@@ -32,6 +37,14 @@ def map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
         return type(value)(*(map_tensors(each, change) for each in value))
     if isinstance(value, tuple | list):
         return type(value)(map_tensors(each, change) for each in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        # Not made anew: its class may work out, or forbid, what it is made of.
+        found = copy.copy(value)
+        for each in fields(value):
+            if hasattr(value, each.name):
+                changed = map_tensors(getattr(value, each.name), change)
+                object.__setattr__(found, each.name, changed)
+        return found
     return value
 
 

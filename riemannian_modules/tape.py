@@ -139,7 +139,7 @@ class Use:
     @property
     def label(self) -> str:
         """The module in words for an error."""
-        return f"layer '{self.name}'" if self.name else "the model"
+        return _label(self.name)
 
     def pattern(self, examples: int) -> tuple[object, ...]:
         """Return what is equal in passes in which the examples lie alike."""
@@ -158,6 +158,10 @@ class Use:
         )
 
 
+def _label(name: str) -> str:
+    return f"layer '{name}'" if name else "the model"
+
+
 @dataclass
 class Tape:
     """What happened in one recorded scope.
@@ -166,12 +170,15 @@ class Tape:
         uses: calls of watched modules, in the order in which they ended.
         hidden: parameters of modules that ran in a function transform of torch.func,
             which leaves no graph behind at their outputs.
+        opaque: of modules that returned nothing in which tensors are found, the name of
+            the class that they returned.
         partial: whether only modules were watched that had to explain something.
         read: of calls that are gone: a label, what they read, and its versions.
     """
 
     uses: list[Use] = field(default_factory=list)
     hidden: set[str] = field(default_factory=set)
+    opaque: dict[str, str] = field(default_factory=dict)
     partial: bool = False
     read: list[tuple[str, list[Tensor], list[int]]] = field(default_factory=list)
 
@@ -212,6 +219,8 @@ class Tape:
                 return
             # Under no_grad a view of a parameter asks for a gradient without a graph.
             if not outputs or not torch.is_grad_enabled():
+                if not every and output is not None:
+                    self.opaque[watched.name] = type(output).__name__
                 return
             called = kwargs
             if not kwargs and len(args) == 1 and isinstance(args[0], Tensor):
@@ -255,6 +264,15 @@ class Tape:
             )
 
         return remember
+
+    def says_nothing(self, path: str) -> str | None:
+        """Return why a module's outputs show nothing, for an error, or None."""
+        if path not in self.opaque:
+            return None
+        return (
+            f"{_label(path)} returned an object of class {self.opaque[path]}, in which "
+            "no tensors are looked for; return a tensor, tuple, dict or dataclass"
+        )
 
     @property
     def rounding(self) -> float:

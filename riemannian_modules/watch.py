@@ -13,7 +13,7 @@ from riemannian_modules.rules.job import Job
 from riemannian_modules.rules.shared import find_shared, shared_places
 from riemannian_modules.tape import Tape, Use, Watched
 
-__all__ = ["Watch"]
+__all__ = ["Watch", "above"]
 
 
 class Watch:
@@ -101,7 +101,7 @@ class Watch:
                 )
             if exploring:
                 for declared in self._parameters:
-                    kept.update((path, True) for path in _above(declared.name))
+                    kept.update((path, True) for path in above(declared.name))
             self._recorded[exploring] = [
                 Watched(
                     path,
@@ -197,7 +197,7 @@ class Watch:
         """Whether the replay of a module around this call explains a parameter."""
         return any(
             job.entry in (GENERIC, SHARED) and name in job.names
-            for path in (use.name, *_above(use.name))
+            for path in (use.name, *above(use.name))
             for job in self.jobs.get(path, [])
         )
 
@@ -238,14 +238,14 @@ class Watch:
         first = self._reasons.setdefault(name, reason)
         recorded = {use.name for use in tape.uses if use.values}
         tensor = self._parameters[name].tensor
-        above = _common(
+        around = _common(
             path
             for path, module in self._model.named_modules()
             if any(p is tensor for p in module._parameters.values())
         )
         options = [
             (path, entry)
-            for path in above
+            for path in around
             for entry in (SHARED, GENERIC)
             # A layer with a rule of its own adds nothing to its examples.
             if entry is GENERIC or entry_of(self._model.get_submodule(path)) is None
@@ -282,7 +282,7 @@ def _is_plain(module: nn.Module) -> bool:
     )
 
 
-def _above(path: str) -> Iterable[str]:
+def above(path: str) -> Iterable[str]:
     """Return the paths of the modules that contain this one, the nearest first."""
     while path:
         path = path.rpartition(".")[0]
@@ -291,5 +291,5 @@ def _above(path: str) -> Iterable[str]:
 
 def _common(paths: Iterable[str]) -> list[str]:
     """Return the paths of the modules that contain, or are, all of these."""
-    chains = [[path, *_above(path)] for path in paths]
+    chains = [[path, *above(path)] for path in paths]
     return [path for path in chains[0] if all(path in chain for chain in chains)]

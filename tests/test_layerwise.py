@@ -3,8 +3,9 @@
 import copy
 import pickle
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import geoopt
@@ -530,6 +531,98 @@ def test_inputs_may_be_passed_by_name() -> None:
         model, rm.output.Categorical(), X, cross_entropy, mass=0.1
     )
     assert_close(metric.natural_gradient(), expected, 1e-11)
+
+
+@dataclass
+class Plain:
+    hidden: Tensor
+    name: str = "plain"
+
+
+@dataclass(frozen=True)
+class Frozen:
+    hidden: Tensor
+    width: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "width", self.hidden.shape[1])
+
+
+@dataclass(slots=True)
+class Slotted:
+    hidden: Tensor
+    inner: Plain | None = None
+
+
+class Opaque:
+    def __init__(self, hidden: Tensor) -> None:
+        self.hidden = hidden
+
+
+class Between(nn.Module):
+    """A parameter that only a replay explains, between objects of some class."""
+
+    def __init__(self, kind: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.kind, self.weight = kind, nn.Parameter(torch.randn(4, 3))
+
+    def forward(self, given: Any) -> Any:
+        return self.kind(torch.tanh(given.hidden @ self.weight))
+
+
+class Around(nn.Module):
+    """Hands objects of some class to a module, and returns one."""
+
+    def __init__(self, kind: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.kind, self.first, self.between = kind, nn.Linear(5, 4), Between(kind)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.between(self.kind(torch.tanh(self.first(x))))
+
+
+class Hidden(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x).hidden
+
+
+@pytest.mark.parametrize("kind", [Plain, Frozen, Slotted])
+def test_dataclasses_in_and_out(kind: Callable[[Tensor], Any]) -> None:
+    model = Around(kind)
+    metric = layer_metric(model)
+    for _ in range(2):
+        with metric.record():
+            z = model(X).hidden
+        metric.backward(cross_entropy(z), z)
+    expected = dense_natural_gradient(
+        Hidden(model), rm.output.Categorical(), X, cross_entropy, mass=0.1
+    )
+    found = metric.natural_gradient()
+    found = {f"model.{name}": vector for name, vector in found.items()}
+    assert_close(found, expected, 1e-11)
+    assert "between.weight" in {p.name for p in metric.blocks["between"].parts}
+
+
+def test_an_object_that_hides_its_tensors() -> None:
+    model = Around(Opaque)
+    metric = layer_metric(model)
+    with metric.record():
+        z = model(X).hidden
+    words = (
+        r"'between.weight': layer 'between' returned an object of class Opaque.*dict"
+    )
+    with pytest.raises(rm.errors.LinearizationError, match=words):
+        metric.backward(cross_entropy(z), z)
+    alone = Between(Opaque)
+    metric = layer_metric(alone)
+    with metric.record():
+        z = alone(Plain(X[:, :4])).hidden
+    with pytest.raises(rm.errors.LinearizationError, match="the model returned an obj"):
+        metric.backward(cross_entropy(z), z)
 
 
 @pytest.mark.parametrize(
