@@ -190,7 +190,9 @@ class Recorder:
                 graph.foreign, graph.due = others, False
                 self._settled[glance] = graph
                 moving = False
-            self._exploring = moving or graph.due
+            # Where the examples are, a single one cannot show.
+            single = n == 1 and not self._static
+            self._exploring = moving or graph.due or single
             probes = moving and scales is not None
             graph.alone = travels_alone(rows, graph, probes=probes)
             return replace(taken_apart(whole, rows), foreign=foreign)

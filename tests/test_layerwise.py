@@ -263,6 +263,31 @@ def test_a_tied_weight_adds_its_factors() -> None:
 # --- versions
 
 
+def test_a_larger_batch_after_passes_with_one_example() -> None:
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.shift = nn.Linear(5, 3), nn.Parameter(torch.randn(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.tanh(self.inner(x)) + 2.0 * self.shift
+
+    model = Shifted()
+    metric = layer_metric(model)
+    for n in (1, 1, 1, 1, 4, 1, 1, 1, 6):
+        with metric.record():
+            z = model(X[:n])
+        metric.backward(F.cross_entropy(z, TARGET[:n]), z)
+        expected = dense_natural_gradient(
+            model,
+            rm.output.Categorical(),
+            X[:n],
+            lambda z: F.cross_entropy(z, TARGET[: len(z)]),
+            mass=0.1,
+        )
+        assert_close(metric.natural_gradient(), expected, 1e-11)
+
+
 def test_versions_count_the_pull_backs() -> None:
     model = chain()
     metric = layer_metric(model)
