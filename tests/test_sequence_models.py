@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from sequence_cases import STEPS, N
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.utils.rnn import pack_padded_sequence
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import riemannian_modules as rm
 from riemannian_modules.errors import LinearizationError
@@ -256,21 +256,59 @@ class Packed(nn.Module):
         return self.head(self.core(packed)[1][0])
 
 
-def test_packed_sequences_inside_a_model() -> None:
-    # The model as a whole explains them: it sees a batch. One row after the other, as
-    # torch.func cannot pack.
-    model, x = Packed(), torch.randn(4, STEPS, 4)
+def assert_packed(model: nn.Module, x: Tensor) -> None:
+    # One row after the other, as torch.func cannot pack.
     found, outputs = factors(model, x), model(x)
-    L = rm.output.Categorical().factor(outputs.detach()) / 2.0
+    scale = outputs.shape[:-1].numel() ** -0.5
+    L = rm.output.Categorical().factor(outputs.detach()) * scale
+    alone = torch.eye(len(x)).view(len(x), -1, *[1] * (outputs.ndim - 1))
     rows = [
         torch.autograd.grad(outputs, model.parameters(), l, retain_graph=True)
-        for l in torch.diag_embed(L.movedim(0, -1)).movedim(1, -1).flatten(0, 1)
+        for l in (L.movedim(1, 0).unsqueeze(1) * alone).flatten(0, 1)
     ]
     for (name, _), column in zip(
         model.named_parameters(), zip(*rows, strict=True), strict=True
     ):
         dense = torch.stack(column).flatten(1)
         torch.testing.assert_close(found[name].to_dense(), dense, atol=1e-12, rtol=0)
+
+
+def test_packed_sequences_inside_a_model() -> None:
+    # The model as a whole explains them: it sees a batch.
+    assert_packed(Packed(), torch.randn(4, STEPS, 4))
+
+
+class Padded(nn.Module):
+    """A class at every position of packed sequences, which are padded again."""
+
+    def __init__(self, *, total: bool) -> None:
+        super().__init__()
+        self.core = nn.LSTM(4, 3, batch_first=True)
+        self.head = nn.Linear(3, 2)
+        self.total = total
+
+    def forward(self, x: Tensor) -> Tensor:
+        lengths = x.any(2).sum(1)
+        packed = pack_padded_sequence(x, lengths, True, enforce_sorted=False)
+        length = x.shape[1] if self.total else None
+        h, _ = pad_packed_sequence(self.core(packed)[0], True, total_length=length)
+        return self.head(h)
+
+
+def of_lengths(*lengths: int) -> Tensor:
+    there = torch.arange(STEPS) < torch.tensor(lengths).unsqueeze(1)
+    return torch.randn(len(lengths), STEPS, 4) * there.unsqueeze(2)
+
+
+@pytest.mark.parametrize("lengths", [(3, 1, STEPS, 2), (3, 1, 3, 2), (2, 2)])
+def test_packed_sequences_padded_again(lengths: tuple[int, ...]) -> None:
+    assert_packed(Padded(total=True), of_lengths(*lengths))
+
+
+def test_packed_sequences_padded_to_the_longest() -> None:
+    words = r"'core\.weight_ih_l0'.*\(3, 2\) and \(1, 2\).*total_length=x\.shape\[1\]"
+    with pytest.raises(LinearizationError, match=words):
+        factors(Padded(total=False), of_lengths(3, 1, STEPS, 2))
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")

@@ -72,7 +72,7 @@ def generic(call: Call) -> dict[str, MetricFactor]:
                 rows, outputs = replay.rows(looped=True)
         except Exception as error:
             # A module that cannot be run on this choice of a single example.
-            reason = error
+            reason = reason if isinstance(reason, _UnevenError) else error
             continue
         if replay.agrees(outputs):
             call.memo["slicing"] = slicing
@@ -98,6 +98,27 @@ def generic(call: Call) -> dict[str, MetricFactor]:
 
 
 GENERIC = Entry(generic, deep=True, compares=True)
+
+
+class _UnevenError(LinearizationError):
+    """Single examples have outputs of several sizes."""
+
+
+def _stacked(column: Sequence[Tensor]) -> Tensor:
+    """Return the outputs of one example after the other as one tensor.
+
+    Raises:
+        _UnevenError: they are not of one size.
+    """
+    sizes = list(dict.fromkeys(tuple(each.shape) for each in column))
+    if len(sizes) > 1:
+        raise _UnevenError(
+            f"single examples have outputs of several sizes, {sizes[0]} and "
+            f"{sizes[1]}; where a batch is padded to its longest sequence, pad to a "
+            "length that is always the same: "
+            "pad_packed_sequence(..., total_length=x.shape[1])"
+        )
+    return torch.stack(list(column))
 
 
 class _Replay:
@@ -179,7 +200,7 @@ class _Replay:
             for example in self._examples():
                 outputs = self.one(self._leaves(), example)
                 found.append([z.detach() for z in outputs])
-        return tuple(torch.stack(column) for column in zip(*found, strict=True))
+        return tuple(_stacked(column) for column in zip(*found, strict=True))
 
     def stray_parameter(self) -> str | None:
         """Return a parameter of the model that an example uses as it is, or None.
@@ -288,7 +309,7 @@ class _Replay:
             values.append(tuple(z.detach() for z in outputs))
             found.append([torch.stack(column) for column in zip(*rows, strict=True)])
         stacked = [torch.stack(column) for column in zip(*found, strict=True)]
-        outputs = tuple(torch.stack(column) for column in zip(*values, strict=True))
+        outputs = tuple(_stacked(column) for column in zip(*values, strict=True))
         return dict(zip(self.theta, stacked, strict=True)), outputs
 
 
