@@ -2,6 +2,7 @@
 
 import copy
 import io
+import json
 import math
 import re
 from dataclasses import replace
@@ -779,6 +780,27 @@ def test_the_report_says_how_far_and_why():
     assert repr(report.motion) == "MotionReport(4 parameters)"
     total = sum(block.predicted_decrease for block in report)
     assert total >= report.motion.predicted_decrease
+
+
+@pytest.mark.parametrize("options", [{}, {"lr": 0.1}], ids=str)
+def test_plain_numbers_for_a_log(options, monkeypatch):
+    problem = Problem()
+    optimizer = RiemannianSGD(problem.metric, **options)
+    steps(problem, optimizer, 2)
+    report = optimizer.report
+    whole = report.numbers(spectrum=True)
+    for name, numbers in whole.items():
+        own = report.motion if name == "whole step" else report[name]
+        assert numbers == {key: getattr(own, key) for key in numbers}
+        assert all(type(number) is float for number in numbers.values())
+    assert ("whole step" in whole) == (report.motion is not None)
+    assert {"condition", "contraction_rate", "residual"} <= set(whole["0"])
+    steps(problem, optimizer, 1)
+    for dear in ("condition", "contraction_rate"):
+        monkeypatch.delattr(rm.LayerMetric, dear)
+    cheap = optimizer.report.numbers()
+    assert set(whole["0"]) - set(cheap["0"]) == {"condition", "contraction_rate"}
+    assert json.loads(json.dumps(cheap)) == cheap
 
 
 @pytest.mark.parametrize("blocks", ["layer", "model"])

@@ -17,11 +17,23 @@ from riemannian_modules.optim.quadratic import spanned
 __all__ = ["BlockReport", "MotionReport", "StepReport", "block_reports"]
 
 
+_WORDS = {
+    "gradient_norm": "norm of the gradient",
+    "update_norm": "norm of the step",
+    "predicted_decrease": "predicted decrease",
+    "residual": "residual of the solve",
+    "condition": "condition",
+    "contraction_rate": "rate in output space",
+}
+_MOTION = ("length", "carried", "share", "reach", "inflation", "norm")
+
+
 @dataclass(frozen=True)
 class BlockReport:
     """One block's part of a step. Numbers are computed, and read, when asked for.
 
-    ``print`` asks for all of them.
+    ``print`` asks for all of them. It holds the block's factors and vectors: keep
+    :meth:`numbers` of past steps.
 
     Attributes:
         name: the block.
@@ -50,18 +62,22 @@ class BlockReport:
 
     def __str__(self) -> str:
         """Return the numbers of the table with their names, a line each."""
-        lines = [f"  {words:<24}{value:.2e}" for words, value in self._numbers()]
+        numbers = self.numbers(spectrum=True)
+        lines = [f"  {words:<24}{numbers[key]:.2e}" for key, words in _WORDS.items()]
         return "\n".join([repr(self), *lines])
 
-    def _numbers(self) -> list[tuple[str, float]]:
-        return [
-            ("norm of the gradient", self.gradient_norm),
-            ("norm of the step", self.update_norm),
-            ("predicted decrease", self.predicted_decrease),
-            ("residual of the solve", self.residual),
-            ("condition", self.condition),
-            ("rate in output space", self.contraction_rate),
-        ]
+    def numbers(self, *, spectrum: bool = False) -> dict[str, float]:
+        """Return the block's numbers by name, which hold nothing of the pass.
+
+        Args:
+            spectrum: also ``condition`` and ``contraction_rate``, whose cost is
+                O(rank^3).
+
+        Returns:
+            ``{name: number}``; the names are those of the properties.
+        """
+        names = ["dim", "rank", *_WORDS][: None if spectrum else -2]
+        return {name: float(getattr(self, name)) for name in names}
 
     @cached_property
     def steps(self) -> dict[str, Tensor]:
@@ -172,6 +188,11 @@ class MotionReport:
             f"{self.predicted_decrease:.2e}"
         )
 
+    def numbers(self) -> dict[str, float]:
+        """Return the numbers by name, which hold nothing of the pass."""
+        names = (*_MOTION, "predicted_decrease")
+        return {name: float(getattr(self, name)) for name in names}
+
     @cached_property
     def length(self) -> float:
         """Coefficient of the candidate in the step, before ``lr``."""
@@ -229,6 +250,9 @@ class MotionReport:
 class StepReport:
     """The blocks of one step; ``print`` shows a table.
 
+    It holds the factors and vectors of its pass, several times the model's memory. A
+    log of past steps keeps :meth:`numbers` instead.
+
     Attributes:
         blocks: ``{block name: report}``.
         motion: how long the step was, where more than ``lr`` decides it; else None.
@@ -246,6 +270,21 @@ class StepReport:
             raise KeyError(f"no block is called {name!r}; there are {known}")
         return self.blocks[name]
 
+    def numbers(self, *, spectrum: bool = False) -> dict[str, dict[str, float]]:
+        """Return plain numbers, for a log: they hold nothing of the pass.
+
+        Cost: one product with each block's K, and that of :class:`MotionReport`.
+
+        Args:
+            spectrum: also what costs O(rank^3), see :meth:`BlockReport.numbers`.
+
+        Returns:
+            ``{block name: {name: number}}``; how long the step was, where more than
+            ``lr`` decides it, is under ``"whole step"``.
+        """
+        whole = {} if self.motion is None else {"whole step": self.motion.numbers()}
+        return whole | {b.name: b.numbers(spectrum=spectrum) for b in self}
+
     def __iter__(self) -> Iterator[BlockReport]:
         return iter(self.blocks.values())
 
@@ -254,7 +293,7 @@ class StepReport:
         head += ["residual", "condition", "rate"]
         rows = [head]
         for b in self:
-            texts = [f"{number:.2e}" for _, number in b._numbers()]
+            texts = [f"{getattr(b, key):.2e}" for key in _WORDS]
             rows.append([b.name, str(b.dim), str(b.rank), b.branch, *texts])
         widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
         lines = [] if self.motion is None else [str(self.motion)]
