@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from riemannian_modules.model_metric import ModelMetric
 
 __all__ = [
+    "BlockMetrics",
     "MetricLink",
     "bind_views",
     "block_metrics",
@@ -36,6 +37,19 @@ __all__ = [
 ]
 
 Blocks = Mapping[str, LayerMetric]
+
+
+class BlockMetrics(dict[str, LayerMetric]):
+    """Metrics by block. A name that is none of them is an error with those that are."""
+
+    def __missing__(self, name: str) -> LayerMetric:
+        if not self:
+            raise KeyError(
+                "there are no blocks before the first pass; call "
+                "metric.backward(loss, outputs) or metric.pull_back(outputs)"
+            )
+        known = ", ".join(map(repr, self))
+        raise KeyError(f"no block is called {name!r}; there are {known}")
 
 
 class MetricLink:
@@ -100,7 +114,7 @@ def block_metrics(
     Returns:
         ``{metric name: metric}``; groups without a reached parameter are left out.
     """
-    metrics = {}
+    metrics = BlockMetrics()
     for group, members in groups.items():
         parts = [
             Part(name, parameters[name].space(), found.factors.get(name))
@@ -164,12 +178,14 @@ def moved(blocks: Blocks, parameters: DeclaredParameters) -> dict[str, LayerMetr
     Returns:
         Metrics by block.
     """
-    return {
-        name: block.at(
-            {part.name: parameters[part.name].space().point for part in block.parts}
-        )
-        for name, block in blocks.items()
-    }
+    return BlockMetrics(
+        {
+            name: block.at(
+                {part.name: parameters[part.name].space().point for part in block.parts}
+            )
+            for name, block in blocks.items()
+        }
+    )
 
 
 def reweighted(blocks: Blocks, factor: float) -> dict[str, LayerMetric]:
@@ -182,22 +198,24 @@ def reweighted(blocks: Blocks, factor: float) -> dict[str, LayerMetric]:
     Returns:
         Metrics by block.
     """
-    return {
-        name: LayerMetric(
-            [
-                replace(p, space=replace(p.space, mass=p.space.mass.times(factor)))
-                for p in block.parts
-            ],
-            name=block.name,
-            version=block.version,
-            precision=block.precision,
-            narrow=not block.too_narrow,
-            solver=block.solver,
-            max_memory=block.max_memory,
-            start=_last(block),
-        )
-        for name, block in blocks.items()
-    }
+    return BlockMetrics(
+        {
+            name: LayerMetric(
+                [
+                    replace(p, space=replace(p.space, mass=p.space.mass.times(factor)))
+                    for p in block.parts
+                ],
+                name=block.name,
+                version=block.version,
+                precision=block.precision,
+                narrow=not block.too_narrow,
+                solver=block.solver,
+                max_memory=block.max_memory,
+                start=_last(block),
+            )
+            for name, block in blocks.items()
+        }
+    )
 
 
 def narrowed(blocks: Blocks, names: Collection[str]) -> dict[str, LayerMetric]:

@@ -229,9 +229,17 @@ def output_costates(
     pairs = iter(grads)
     found = [next(pairs) if output.requires_grad else None for output in outputs]
     if all(costate is None for costate in found):
+        kinds = {type(output.grad_fn).__name__ for output in outputs}
+        put_together = (
+            ". Of several calls: call the model once on torch.cat of the inputs, and "
+            "compute the loss from slices of its output"
+            if kinds & {"CatBackward0", "StackBackward0"}
+            else ""
+        )
         raise NotRecordedError(
             "the loss does not depend on these outputs; hand metric.backward the very "
             "tensor that the model returned and the loss was computed from"
+            + put_together
         )
     costates = [
         torch.zeros_like(output) if costate is None else costate

@@ -1,5 +1,6 @@
 """The first pass through a graph: what it looks like, and whether all is explained."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
@@ -230,10 +231,20 @@ def _apart_no_more(
             f"{' + '.join(map(str, sizes))} examples, and the outputs put them "
             f"together: call the model once, with all {examples} examples"
         )
-    return (
+    shape = tuple(cotangent.shape[1:])
+    reason = (
         f"at {use.label} the examples of the batch interact, or share its output, of "
-        f"shape {tuple(cotangent.shape[1:])} in a batch of {examples}"
+        f"shape {shape} in a batch of {examples}"
     )
+    for count in range(2, len(shape)):
+        if shape[0] != examples == math.prod(shape[:count]):
+            rows = " x ".join(map(str, shape[:count]))
+            return (
+                f"{reason}. The outputs have {examples} = {rows} rows: if they were "
+                "flattened, hand on the tensor that the model returned, of shape "
+                f"({', '.join(map(str, shape[:count]))}, ...)"
+            )
+    return reason
 
 
 def _explain_paths(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from riemannian_modules.assembly import (
+    BlockMetrics,
     bind_views,
     block_metrics,
     full_precision,
@@ -102,7 +103,7 @@ class ModelMetric:
         self.parameters = DeclaredParameters(model, mass)
         self.fewer = FewerRows() if fewer is None else fewer
         self.version = 0
-        self.blocks: dict[str, LayerMetric] = {}
+        self.blocks: dict[str, LayerMetric] = BlockMetrics()
         self.solved: dict[str, LayerMetric] = {}
         self._groups = self.parameters.groups(blocks)
         self.waiting = Waiting(self.parameters)
@@ -347,6 +348,5 @@ class ModelMetric:
         how = wide, self.solver, self.max_memory, self.blocks
         blocks = block_metrics(self._groups, *common, *how)
         seen = {d.name: [d.name] for d in self.parameters if d.view is not None}
-        views = block_metrics(seen, *common)
-        bind_views(views, self.parameters)
+        bind_views(block_metrics(seen, *common), self.parameters)
         self.version, self.blocks = self.version + 1, blocks

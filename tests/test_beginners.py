@@ -109,6 +109,55 @@ def test_a_block_that_is_not_there() -> None:
         optimizer.report["1"]
 
 
+def test_a_block_of_the_metric_that_is_not_there() -> None:
+    model, metric = setting()
+    with pytest.raises(KeyError, match=r"before the first pass; call metric\.backward"):
+        metric.blocks["0"]
+    passed(model, metric)
+    for _ in range(2):
+        with pytest.raises(
+            KeyError, match=r"no block is called '1'; there are '0', '2'"
+        ):
+            metric.blocks["1"]
+        assert metric.blocks.get("1") is None
+        metric.scale_mass(2.0)
+
+
+def test_a_manifold_without_a_name() -> None:
+    model, _ = setting()
+    with pytest.raises(TypeError, match=r"such as \{'0\.weight': Stiefel\(\)\}"):
+        rm.geometrize(model, rm.manifolds.Stiefel())
+
+
+@pytest.mark.parametrize("rest", [(), (2,)])
+def test_flattened_outputs(rest: tuple[int, ...]) -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.core, self.head = nn.GRU(4, 8, batch_first=True), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            z = self.head(self.core(x)[0])
+            return z if not rest else z.unsqueeze(2).expand(-1, -1, *rest, -1)
+
+    model, x = Recurrent(), torch.randn(10, 6, 4, dtype=torch.float64)
+    metric = rm.LayerwiseMetric(model, rm.output.Categorical())
+    with metric.record():
+        z = model(x).flatten(0, 1)
+    words = r"60 = 10 x 6 rows: if they were flattened, hand on .* \(10, 6, \.\.\.\)"
+    with pytest.raises(LinearizationError, match=words):
+        metric.backward(z.square().mean(), z)
+
+
+def test_outputs_that_are_put_together_for_the_metric() -> None:
+    model, metric = setting()
+    with metric.record():
+        a, b = model(X[:4]), model(X[4:])
+    loss = F.cross_entropy(a, Y[:4]) + F.cross_entropy(b, Y[4:])
+    with pytest.raises(NotRecordedError, match=r"once on torch\.cat of the inputs"):
+        metric.backward(loss, torch.cat([a, b]))
+
+
 def test_a_model_that_changes_its_ways() -> None:
     class Changing(nn.Module):
         plain = True

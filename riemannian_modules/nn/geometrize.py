@@ -72,6 +72,7 @@ def geometrize(
         The model.
 
     Raises:
+        TypeError: ``manifolds`` is not a mapping.
         ValueError: a pattern matches no parameter, a parameter is matched by two
             patterns, or it is none that can be declared; nothing was changed.
         ShapeError: a parameter's shape does not fit its manifold.
@@ -88,6 +89,15 @@ def geometrize(
     >>> torch.dist(model[2].weight @ model[2].weight.T, torch.eye(8)) < 1e-5
     tensor(True)
     """
+    given: object = manifolds
+    if not isinstance(given, Mapping):
+        example = next(
+            (name for name, p in model.named_parameters() if p.ndim > 1), "*"
+        )
+        raise TypeError(
+            f"manifolds is {given!r}; it must be a mapping from names or patterns "
+            f"to manifolds, such as {{{example!r}: Stiefel()}}"
+        )
     chosen = _choose(_parameters(model), manifolds)
     values = {}
     for index, (found, manifold) in enumerate(chosen):
