@@ -92,7 +92,7 @@ class Recorder:
         refuse_coupling(self._batch_norms)
         refuse_scaled_gradients(self._embeddings)
         self.watch.refresh()
-        tape = Tape(partial=not self._exploring)
+        tape = Tape(compiled=self.watch.compiled, partial=not self._exploring)
         handles = tape.watch(self.watch.modules(exploring=self._exploring))
         try:
             yield

@@ -172,6 +172,7 @@ class Tape:
             which leaves no graph behind at their outputs.
         opaque: of modules that returned nothing in which tensors are found, the name of
             the class that they returned.
+        compiled: whether some of the modules are compiled.
         partial: whether only modules were watched that had to explain something.
         read: of calls that are gone: a label, what they read, and its versions.
     """
@@ -179,6 +180,7 @@ class Tape:
     uses: list[Use] = field(default_factory=list)
     hidden: set[str] = field(default_factory=set)
     opaque: dict[str, str] = field(default_factory=dict)
+    compiled: bool = False
     partial: bool = False
     read: list[tuple[str, list[Tensor], list[int]]] = field(default_factory=list)
 
@@ -263,7 +265,15 @@ class Tape:
                 )
             )
 
-        return remember
+        if not self.compiled:
+            return remember
+        # Traced, it would break graphs in many places, and in every pass anew.
+        disabled = torch.compiler.disable(remember)
+        disabled._torchdynamo_disable_msg = (
+            "metric.record() remembers calls of layers, which a compiled graph cannot: "
+            "leave out fullgraph=True"
+        )
+        return disabled
 
     def says_nothing(self, path: str) -> str | None:
         """Return why a module's outputs show nothing, for an error, or None."""

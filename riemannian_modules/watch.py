@@ -30,6 +30,7 @@ class Watch:
         parameters: its trainable parameters.
 
     Attributes:
+        compiled: whether the model or a part of it is compiled by torch.compile.
         jobs: by path of a module, what its calls explain.
         generation: counts the changes of ``jobs`` between passes.
         name_of: the name of a trainable parameter, None for any other tensor.
@@ -55,6 +56,7 @@ class Watch:
         claimed: set[nn.Module] = set()
         self._modules = list(self._model.modules())
         self._plain = [_is_plain(module) for module in self._modules]
+        self.compiled = any(map(_is_compiled, self._modules))
         for path, module in self._model.named_modules():
             entry = entry_of(module) if _is_plain(module) else None
             deep = entry is not None and entry.deep
@@ -280,6 +282,11 @@ def _is_plain(module: nn.Module) -> bool:
         or module._backward_pre_hooks
         or "forward" in vars(module)
     )
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether a module is what torch.compile returned, or compiled in place."""
+    return "_orig_mod" in module._modules or module._compiled_call_impl is not None
 
 
 def above(path: str) -> Iterable[str]:

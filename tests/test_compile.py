@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -57,3 +58,53 @@ def test_a_compiled_step_is_the_same() -> None:
         return torch.cat([p.detach().flatten() for p in model.parameters()])
 
     torch.testing.assert_close(trained(True), trained(False), rtol=1e-12, atol=0.0)
+
+
+class Deep(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.ModuleList([nn.Linear(4, 4) for _ in range(10)])
+        self.last = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.inner:
+            x = torch.tanh(layer(x))
+        return self.last(x)
+
+
+def in_place(model: nn.Module, **options: Any) -> nn.Module:
+    model.compile(**options)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+@pytest.mark.parametrize("compiled", [torch.compile, in_place])
+def test_a_recorded_model_is_compiled_once(compiled: Any) -> None:
+    graphs = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    plain, x, y = Deep(), torch.randn(6, 4), torch.arange(6) % 3
+    model = compiled(copy.deepcopy(plain), backend=backend)
+    found, counts = [], []
+    for each in (plain, model):
+        metric = rm.LayerwiseMetric(each, rm.output.Categorical(), mass=1e-2)
+        for _ in range(5):
+            with metric.record():
+                logits = each(x)
+            metric.backward(F.cross_entropy(logits, y), logits)
+            counts.append(len(graphs))
+        found.append(list(metric.natural_gradient().values()))
+    assert len(set(counts[-3:])) == 1
+    assert counts[-1] > 0
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+def test_a_whole_graph_cannot_be_recorded() -> None:
+    model = torch.compile(Deep(), backend="eager", fullgraph=True)
+    metric = rm.LayerwiseMetric(model, rm.output.Categorical(), mass=1e-2)
+    with pytest.raises(RuntimeError, match="leave out fullgraph=True"), metric.record():
+        model(torch.randn(6, 4))
