@@ -158,6 +158,46 @@ def test_outputs_that_are_put_together_for_the_metric() -> None:
         metric.backward(loss, torch.cat([a, b]))
 
 
+class StateOnly(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.LSTMCell(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.cell(x)[0]
+
+
+UNBATCHED = {
+    "linear": (lambda: nn.Linear(4, 3), (4,)),
+    "gru": (lambda: nn.GRUCell(4, 3), (4,)),
+    "rnn": (lambda: nn.RNNCell(4, 3), (4,)),
+    "lstm": (StateOnly, (4,)),
+    "conv1d": (lambda: nn.Conv1d(2, 3, 2), (2, 5)),
+    "conv2d": (lambda: nn.Conv2d(1, 3, 2), (1, 5, 5)),
+    "transposed": (lambda: nn.ConvTranspose1d(2, 3, 2), (2, 5)),
+    "instance": (lambda: nn.InstanceNorm1d(3, affine=True), (3, 5)),
+    "layer": (lambda: nn.LayerNorm(3), (3,)),
+    "rms": (lambda: nn.RMSNorm(3), (3,)),
+    "embedding": (lambda: nn.Embedding(5, 3), ()),
+}
+
+
+@pytest.mark.parametrize("name", UNBATCHED)
+def test_an_example_without_a_batch(name: str) -> None:
+    make, shape = UNBATCHED[name]
+    torch.manual_seed(0)
+    model = make()
+    x = torch.zeros(shape).long() if name == "embedding" else torch.randn(shape)
+    metric = rm.LayerwiseMetric(model, rm.output.Euclidean())
+    with metric.record():
+        z = model(x)
+    with pytest.raises(LinearizationError, match=r"a batch dimension with unsqueeze"):
+        metric.backward(z.square().mean(), z)
+    with metric.record():
+        z = model(x.unsqueeze(0))
+    metric.backward(z.square().mean(), z)
+
+
 def test_a_model_that_changes_its_ways() -> None:
     class Changing(nn.Module):
         plain = True

@@ -50,9 +50,12 @@ def _by_example(call: Call, x: Tensor, kept: int, leading: int) -> Tensor:
         return x.reshape(*head, 1, -1, *core)
     layout = call.layouts[0]
     if layout.dim >= x.ndim - leading - kept:
+        alone = x.ndim - leading == kept
+        remedy = "; give its input a batch dimension with unsqueeze(0)" if alone else ""
         raise LinearizationError(
             f"the examples of the batch are in dimension {layout.dim} of the output of "
             f"{call.label}, which takes that dimension for channels or positions"
+            + remedy
         )
     front = layout.front(x, call.examples, leading)
     return front.reshape(*head, call.examples, -1, *core)

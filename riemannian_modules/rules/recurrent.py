@@ -250,12 +250,19 @@ def recurrent_cell(call: Call) -> dict[str, MetricFactor]:
         The structured factors of its weights and biases; calls add up.
 
     Raises:
-        LinearizationError: the outputs are not those of the cell.
+        LinearizationError: the input has no batch dimension, or the outputs are not
+            those of the cell.
     """
     module = call.module
     assert isinstance(module, nn.RNNCellBase)
     given = _given(call)
     single = given["input"].ndim == 1
+    if single and call.examples > 1:
+        raise LinearizationError(
+            f"{call.label} saw an input of shape {tuple(given['input'].shape)} in a "
+            f"batch of {call.examples} outputs; give it a batch dimension with "
+            "unsqueeze(0)"
+        )
     layout = batch_layout(call, {0: 0, 1: 0})
 
     def batched(tensor: Tensor, dim: int = 0) -> Tensor:
