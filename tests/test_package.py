@@ -107,6 +107,14 @@ def test_files_stay_short(name: Path) -> None:
     assert lines <= 350, f"{name} has {lines} lines: split it by idea"
 
 
+def test_every_part_has_a_place_in_the_order_and_in_the_docs() -> None:
+    parts = {name.parts[0].removesuffix(".py") for name in FILES}
+    assert parts == set(LEVEL)
+    page = (REPOSITORY / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(\w+)(?:\.py|/)", page))
+    assert parts - {"__init__", "_version"} <= named
+
+
 def test_version_has_a_changelog_entry() -> None:
     version = riemannian_modules.__version__
     changelog = (REPOSITORY / "CHANGELOG.md").read_text(encoding="utf-8")
