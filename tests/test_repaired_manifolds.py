@@ -869,6 +869,35 @@ def test_the_derivative_of_the_lorentz_projection(kind: str) -> None:
     torch.testing.assert_close(found, wanted)
 
 
+@pytest.mark.parametrize("on", [True, False], ids=["on it", "off it"])
+@pytest.mark.parametrize("shape", [(2, 2), (3, 3), (2, 3, 3)])
+def test_birkhoff_projections_have_derivatives(shape: Shape, on: bool) -> None:
+    """Also on the manifold, where there is nothing left to scale."""
+    manifold = manifolds.BirkhoffPolytope()
+    x = torch.rand(shape) + 0.1
+    x = (manifold.projx(x) if on else x).requires_grad_()
+    u = (0.1 * manifold.proju(x, torch.randn(shape))).detach().requires_grad_()
+    calls = [(manifold.projx, (x,)), (manifold.retr, (x, u))]
+    for call, arguments in calls:
+        assert torch.autograd.gradcheck(
+            call,
+            arguments,
+            check_forward_ad=True,
+            check_batched_grad=True,
+            check_batched_forward_grad=True,
+        )
+        assert torch.autograd.gradgradcheck(call, arguments, check_fwd_over_rev=True)
+
+
+@pytest.mark.parametrize("a", [0.1, 1e-3, 1e-12])
+def test_the_derivative_of_a_birkhoff_projection_near_the_boundary(a: float) -> None:
+    # In closed form: 1 / (1 + sqrt(b c / (a d))) is the upper left entry.
+    x = torch.tensor([[1.0 - a, a], [a, 1.0 - a]])
+    jacobian = torch.func.jacrev(manifolds.BirkhoffPolytope().projx)(x)
+    slopes = torch.tensor([[a, a - 1.0], [a - 1.0, a]])
+    torch.testing.assert_close(jacobian[0, 0], 0.5 * slopes, rtol=1e-9, atol=0.0)
+
+
 def test_birkhoff_has_no_geodesics() -> None:
     manifold = manifolds.BirkhoffPolytope()
     x = draw(manifold, (3, 3))
@@ -1193,9 +1222,10 @@ def test_they_run_on_meta_and_under_vmap(kind: str, shape: Shape) -> None:
         batched = call(x, other)
         assert call(x.to("meta"), other.to("meta")).shape == batched.shape
         torch.testing.assert_close(call(x[0], other[0]), batched[0])
-        if not (kind == "birkhoff" and method == "retr"):
-            vmapped = torch.func.vmap(call)(x, other)
-            torch.testing.assert_close(vmapped, batched, rtol=1e-10, atol=1e-12)
+        vmapped = torch.func.vmap(call)(x, other)
+        torch.testing.assert_close(vmapped, batched, rtol=1e-10, atol=1e-12)
+    projected = manifold.projx(2.0 * x)
+    torch.testing.assert_close(torch.func.vmap(manifold.projx)(2.0 * x), projected)
     assert manifold.projx(x.to("meta")).shape == x.shape
 
 

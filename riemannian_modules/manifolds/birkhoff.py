@@ -50,32 +50,55 @@ def _residuals(x: Tensor) -> tuple[Tensor, Tensor]:
     return 1.0 - x.sum(-1), 1.0 - x.sum(-2)
 
 
-def _scaled(logs: Tensor, steps: int) -> Tensor:
-    """Scale rows and columns of ``exp(logs)`` to sums of 1.
+def _any(flags: Tensor) -> bool:
+    # Under vmap: of the whole batch.
+    while torch._C._functorch.is_functorch_wrapped_tensor(flags):
+        flags = torch._C._functorch.get_unwrapped(flags)
+    return bool(flags.any())
+
+
+def _solved(logs: Tensor, steps: int) -> Tensor:
+    """Return logarithms whose matrix has rows and columns that sum to 1.
 
     Two rounds of Sinkhorn and Knopp (1967), then Newton's method on the convex
     function whose stationarity they are, ``sum exp(logs + a + b) - sum a - sum b``. It
     is self-concordant in the sense of Bach (2010), so the steps are shortened to
     ``log(1 + t) / t`` for the largest change t of a logarithm.
     """
-    eps = torch.finfo(logs.dtype).eps
-    # Below this floor, which only means anything where the scales of rows and columns
-    # are taken out, the system of the multipliers is singular to rounding.
-    logs = _log_normalised(logs).clamp_min(math.log(32.0 * eps))
+    eps, tiny = torch.finfo(logs.dtype).eps, torch.finfo(logs.dtype).tiny
     logs = _log_normalised(_log_normalised(logs))
-    tiny = torch.finfo(logs.dtype).tiny
     for _ in range(steps):
         x = logs.exp()
         p, q = _residuals(x)
         off = torch.maximum(p.abs().amax(-1), q.abs().amax(-1))[..., None, None]
         moving = off > 16.0 * eps
         # On the CPU looking costs nothing; elsewhere it would wait for the device.
-        if x.device.type == "cpu" and not bool(moving.any()):
+        if x.device.type == "cpu" and not _any(moving):
             break
         change = _multipliers(x, p, q)
         largest = change.abs().amax((-1, -2), keepdim=True).clamp_min(tiny)
         change = change * (torch.log1p(largest) / largest)
         logs = _log_normalised(logs + torch.where(moving, change, 0.0))
+    return logs
+
+
+def _scaled(logs: Tensor, steps: int) -> Tensor:
+    """Scale rows and columns of ``exp(logs)`` to sums of 1.
+
+    The derivatives are not those of the steps, which end at once on the manifold: the
+    solution is taken as a constant, to which Newton steps add nothing but derivatives,
+    the first one those of first order, the second one those of up to third.
+    """
+    # Below this floor, which only means anything where the scales of rows and columns
+    # are taken out, the system of the multipliers is singular to rounding.
+    floor = math.log(32.0 * torch.finfo(logs.dtype).eps)
+    logs = _log_normalised(logs).clamp_min(floor)
+    found = _solved(logs.detach(), steps)
+    rows, columns = found.exp().sum(-1), found.exp().sum(-2)
+    logs = found + (logs - logs.detach())
+    for _ in range(2):
+        x = logs.exp()
+        logs = logs + _multipliers(x, rows - x.sum(-1), columns - x.sum(-2))
     return logs.exp()
 
 
