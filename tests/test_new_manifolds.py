@@ -549,8 +549,32 @@ NEAR: list[tuple[Callable[[], geoopt.Manifold], Shape]] = [
 ]
 
 
-@pytest.mark.parametrize(("make", "shape"), NEAR)
-def test_derivatives_where_two_points_are_one(
+SQUARES: list[tuple[Callable[[], geoopt.Manifold], Shape]] = [
+    *NEAR,
+    (manifolds.Grassmann, (5, 2)),
+    (manifolds.Grassmann, (2, 2, 3)),
+    (manifolds.SpecialOrthogonal, (2, 2)),
+    (manifolds.SpecialOrthogonal, (2, 3, 3)),
+    (manifolds.SpecialOrthogonal, (4, 4)),
+    (manifolds.LogEuclideanSPD, (3, 3)),
+    (lambda: manifolds.Scaled(manifolds.Grassmann(), 2.0), (4, 2)),
+    (lambda: manifolds.Reshaped(manifolds.Oblique(), (12,), (4, 3)), (12,)),
+    (lambda: manifolds.Reshaped(manifolds.Grassmann(), (4, 4), (2, 4, 2)), (4, 4)),
+    (lambda: both(Mass()), (10,)),
+    (lambda: both(Mass(diagonal=torch.rand(4) + 0.5)), (10,)),
+]
+
+
+def both(mass: Mass) -> geoopt.Manifold:
+    parts = {
+        "flat": (geoopt.Euclidean(), (4,)),
+        "curved": (manifolds.Oblique(), (3, 2)),
+    }
+    return manifolds.Product(parts, masses={"flat": mass, "curved": Mass(3.0)})
+
+
+@pytest.mark.parametrize(("make", "shape"), SQUARES)
+def test_squared_distances_where_two_points_are_one(
     make: Callable[[], geoopt.Manifold], shape: Shape
 ) -> None:
     manifold = make()
@@ -561,21 +585,72 @@ def test_derivatives_where_two_points_are_one(
     def square(y: Tensor) -> Tensor:
         return manifold.dist2(x, manifold.projx(y)).sum()
 
-    def log(y: Tensor) -> Tensor:
-        return manifold.logmap(x, manifold.projx(y))
-
     def along(t: Tensor, s: Tensor) -> Tensor:
         return square(x + t * u + s * v)
 
-    moved, turned = (jvp(manifold.projx, (x,), (w,))[1] for w in (u, v))
-    torch.testing.assert_close(jvp(log, (x,), (u,))[1], moved)
-    torch.testing.assert_close(torch.autograd.functional.jvp(log, x, u)[1], moved)
-    assert float(jacrev(square)(x).abs().max()) < 1e-14
+    pushed = (jvp(manifold.projx, (x,), (w,))[1] for w in (u, v))
+    # A basis may turn within its subspace.
+    moved, turned = (manifold.proju(x, w) for w in pushed)
+    assert float(jacrev(square)(x).abs().max()) < 1e-13
     expected = 2.0 * manifold.inner(x, moved, turned, keepdim=True).sum()
     zero = torch.tensor(0.0)
     for outer, inner in ((jacrev, jacrev), (jacfwd, jacrev), (jacfwd, jacfwd)):
         found = outer(inner(along, 0), 1)(zero, zero)
         torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(("make", "shape"), SQUARES)
+def test_squared_distances_have_two_derivatives(
+    make: Callable[[], geoopt.Manifold], shape: Shape
+) -> None:
+    manifold = make()
+    x, y = (manifold.projx(draw(manifold, shape)) for _ in range(2))
+
+    def square(a: Tensor, b: Tensor) -> Tensor:
+        return manifold.dist2(manifold.projx(x + a), manifold.projx(y + b))
+
+    still = tuple(torch.zeros(shape).requires_grad_() for _ in range(2))
+    assert torch.autograd.gradcheck(square, still, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(square, still, check_fwd_over_rev=True)
+
+
+@pytest.mark.parametrize("angle", [0.0, 1e-9, 0.3, 1.5])
+def test_squared_distances_of_equal_angles(angle: float) -> None:
+    def turned(t: Tensor, copies: int) -> Tensor:
+        turn = torch.stack([t.cos(), -t.sin(), t.sin(), t.cos()]).view(2, 2)
+        return torch.block_diag(*(turn,) * copies)
+
+    def lines(t: Tensor) -> Tensor:
+        return manifolds.Grassmann().dist2(torch.eye(4)[:, ::2], turned(t, 2)[:, ::2])
+
+    def rotations(t: Tensor) -> Tensor:
+        double = turned(2.0 * t, 2)
+        return manifolds.SpecialOrthogonal().dist2(torch.eye(4), double)
+
+    t = torch.tensor(angle)
+    for square, factor in ((lines, 2.0), (rotations, 16.0)):
+        torch.testing.assert_close(square(t), factor * t.square())
+        slope, bend = torch.func.grad(square), torch.func.grad(torch.func.grad(square))
+        torch.testing.assert_close(slope(t), 2.0 * factor * t)
+        torch.testing.assert_close(bend(t), torch.tensor(2.0 * factor))
+        torch.testing.assert_close(torch.func.jacfwd(slope)(t), bend(t))
+
+
+@pytest.mark.parametrize(("make", "shape"), NEAR)
+def test_logarithms_where_two_points_are_one(
+    make: Callable[[], geoopt.Manifold], shape: Shape
+) -> None:
+    manifold = make()
+    x = manifold.projx(draw(manifold, shape))
+    u, v = torch.randn(2, *shape)
+    jvp = torch.func.jvp
+
+    def log(y: Tensor) -> Tensor:
+        return manifold.logmap(x, manifold.projx(y))
+
+    moved = jvp(manifold.projx, (x,), (u,))[1]
+    torch.testing.assert_close(jvp(log, (x,), (u,))[1], moved)
+    torch.testing.assert_close(torch.autograd.functional.jvp(log, x, u)[1], moved)
     bend = jvp(lambda y: jvp(log, (y,), (u,))[1], (x,), (v,))[1]
     near = jvp(log, (x + 1e-5 * v,), (u,))[1] - jvp(log, (x - 1e-5 * v,), (u,))[1]
     torch.testing.assert_close(bend, near / 2e-5, rtol=1e-5, atol=1e-6)

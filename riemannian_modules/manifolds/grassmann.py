@@ -14,6 +14,7 @@ import geoopt
 import torch
 from torch import Tensor
 
+from riemannian_modules.manifolds.arcs import root_of_square, squared_arcs
 from riemannian_modules.manifolds.polar import polar
 from riemannian_modules.manifolds.riesz import dimension, flat, root, root_adjoint
 from riemannian_modules.manifolds.stiefel import (
@@ -68,7 +69,7 @@ class Grassmann(geoopt.Manifold):  # type: ignore[misc]
     come from principal angles, whose sines and cosines are both computed, so that they
     are accurate at every size (Bjorck & Golub, 1973; Bendokat, Zimmermann & Absil,
     2024). :meth:`transp` is a projection, :meth:`transp_follow_expmap` exact. Where
-    principal angles coincide, :meth:`dist` has derivatives, :meth:`expmap` and
+    principal angles coincide, :meth:`dist2` has two derivatives, :meth:`expmap` and
     :meth:`logmap` have none.
 
     >>> x, y = torch.eye(3, 1), torch.tensor([[0.6], [0.8], [0.0]])
@@ -125,12 +126,17 @@ class Grassmann(geoopt.Manifold):  # type: ignore[misc]
 
     def dist(self, x: Tensor, y: Tensor, *, keepdim: bool = False) -> Tensor:
         """Return the root of the sum of squared principal angles."""
+        return root_of_square(self.dist2(x, y, keepdim=keepdim))
+
+    def dist2(self, x: Tensor, y: Tensor, *, keepdim: bool = False) -> Tensor:
+        """Return the sum of squared principal angles, with two derivatives."""
         if _is_wide(x):
             x, y = x.mT, y.mT
-        cosines = x.mT @ y
-        sines = torch.linalg.svdvals(y - x @ cosines)
-        angles = torch.atan2(sines, torch.linalg.svdvals(cosines).flip(-1))
-        total = torch.linalg.vector_norm(angles, dim=-1)
+        inside = x.mT @ y
+        outside = (y - x @ inside).detach()
+        sines = torch.linalg.svdvals(outside).flip(-1)
+        angles = torch.atan2(sines, torch.linalg.svdvals(inside.detach()))
+        total = squared_arcs(inside, angles)
         return total[..., None, None] if keepdim else total
 
     def transp(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from geoopt.utils import size2shape
 from torch import Tensor
 
+from riemannian_modules.manifolds.arcs import root_of_square, squared_arcs
 from riemannian_modules.manifolds.polar import handedness, rotation
 from riemannian_modules.manifolds.riesz import dimension, flat, root, root_adjoint
 from riemannian_modules.manifolds.stiefel import (
@@ -112,16 +113,21 @@ class SpecialOrthogonal(geoopt.Manifold):  # type: ignore[misc]
 
         Unique if ``x^T y`` turns no plane by a half turn, else one of the shortest;
         accurate up to about ``eps / d``, for the least distance d of its angles from a
-        half turn. Its derivatives are not available, those of :meth:`dist` are.
+        half turn. Its derivatives are not available, two of :meth:`dist2` are.
         """
         return x @ _logarithm(x.mT @ y)
 
     def dist(self, x: Tensor, y: Tensor, *, keepdim: bool = False) -> Tensor:
         """Return ``|log(x^T y)|`` in the Frobenius norm, accurate at every angle."""
-        sines = torch.linalg.svdvals(y - x)
-        cosines = torch.linalg.svdvals(y + x).flip(-1)
-        angles = 2.0 * torch.atan2(sines, cosines)
-        total = torch.linalg.vector_norm(angles, dim=-1)
+        return root_of_square(self.dist2(x, y, keepdim=keepdim))
+
+    def dist2(self, x: Tensor, y: Tensor, *, keepdim: bool = False) -> Tensor:
+        """Return the squared distance, with two derivatives."""
+        # The singular values are the cosines of half the angles, two for each plane.
+        middle = 0.5 * (x + y)
+        sines = torch.linalg.svdvals(0.5 * (y - x).detach()).flip(-1)
+        halves = torch.atan2(sines, torch.linalg.svdvals(middle.detach()))
+        total = 4.0 * squared_arcs(middle, halves)
         return total[..., None, None] if keepdim else total
 
     def transp(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
