@@ -117,6 +117,10 @@ class LogEuclideanSPD(geoopt.Manifold):  # type: ignore[misc]
         """Return ``|log y - log x|``."""
         return torch.linalg.matrix_norm(_log(y) - _log(x), keepdim=keepdim)
 
+    def dist2(self, x: Tensor, y: Tensor, *, keepdim: bool = False) -> Tensor:
+        """Return the squared distance, smooth also where ``x`` is ``y``."""
+        return (_log(y) - _log(x)).square().sum((-1, -2), keepdim=keepdim)
+
     def transp(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
         """Transport ``v`` in parallel from ``x`` to ``y``; an isometry."""
         return _apply(y, _apply(x, v, 1), -1)

@@ -138,6 +138,10 @@ class MetricProduct(Product):
         """Refuse: NotImplementedError."""
         return self._refuse("dist")
 
+    def dist2(self, x: Tensor, y: Tensor, *, keepdim: bool = False) -> Tensor:
+        """Refuse: NotImplementedError."""
+        return self._refuse("dist2")
+
     def _refuse(self, verb: str) -> Tensor:
         raise NotImplementedError(
             f"{verb}: the geodesics of a metric with factors have no closed form; use "

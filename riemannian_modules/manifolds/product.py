@@ -267,20 +267,29 @@ class Product(PossiblyEmpty):
         return self._by_part(lambda m, _, p: m.projx(p), x)
 
     def dist2(self, x: Tensor, y: Tensor, *, keepdim: bool = False) -> Tensor:
-        """Return the squared distance."""
-        return self.dist(x, y, keepdim=keepdim).square()
+        """Return the massed sum of the squares, where every part has a distance."""
+        found = self._distances("dist2", x, y)
+        return torch.cat(found, -1).sum(-1, keepdim=keepdim)
 
     def dist(self, x: Tensor, y: Tensor, *, keepdim: bool = False) -> Tensor:
         """Return the root of the massed sum of squares, where every part has one."""
+        found = torch.cat(self._distances("dist", x, y), -1)
+        return torch.linalg.vector_norm(found, dim=-1, keepdim=keepdim)
+
+    def _distances(self, verb: str, x: Tensor, y: Tensor) -> list[Tensor]:
         batch = torch.broadcast_shapes(x.shape[:-1], y.shape[:-1])
         if 0 in batch:
-            return x.new_empty((*batch, 1) if keepdim else batch)
+            return [x.new_empty((*batch, self.n_elements))]
         found = []
         for manifold, mass, _, (p, q) in self._parts(x, y):
-            own = manifold.dist(p, q, keepdim=True) if mass.is_scalar else p - q
+            if mass.is_scalar:
+                own = getattr(manifold, verb)(p, q, keepdim=True)
+            else:  # only Euclidean parts have it
+                own = (p - q).square() if verb == "dist2" else p - q
             weight = torch.as_tensor(mass.elementwise(own)).to(own)
-            found.append((weight.sqrt() * own).reshape(*batch, -1))
-        return torch.linalg.vector_norm(torch.cat(found, -1), dim=-1, keepdim=keepdim)
+            weight = weight if verb == "dist2" else weight.sqrt()
+            found.append((weight * own).reshape(*batch, -1))
+        return found
 
     def random(self, *size: int, **kwargs: Any) -> geoopt.ManifoldTensor:
         """Draw random points of all parts, ``(*batch, size)``."""

@@ -187,6 +187,11 @@ class Reshaped(geoopt.Manifold):  # type: ignore[misc]
         total = torch.linalg.vector_norm(self._flat(parts), dim=-1)
         return self._keep(total, keepdim)
 
+    def dist2(self, x: Tensor, y: Tensor, *, keepdim: bool = False) -> Tensor:
+        """Return the sum of the base's squared distances."""
+        parts = self.base.dist2(self._in(x), self._in(y), keepdim=True)
+        return self._keep(self._flat(parts).sum(-1), keepdim)
+
     def transp(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
         """Transport with the base."""
         return self._out(self.base.transp(self._in(x), self._in(y), self._in(v)))
