@@ -363,6 +363,41 @@ def test_cayley_on_rotations_is_the_full_solve() -> None:
     torch.testing.assert_close(Cayley()(manifold, x, u), expected)
 
 
+@given(seed=SEEDS)
+def test_positive_numbers_of_any_size(seed: int) -> None:
+    """Quotients of two of them may be too large, or too small, for a number."""
+    torch.manual_seed(seed)
+    manifold, eps = manifolds.Positive(), torch.finfo(torch.float32).eps
+    a, b, c = (170.0 * (torch.rand(3, 50) - 0.5)).exp().float().unbind()
+    A, B, C = a.double(), b.double(), c.double()
+    exact = {"rtol": 8.0 * eps, "atol": 0.0}
+    logs = (B / A).log()
+    torch.testing.assert_close(manifold.dist(a, b).double(), logs.abs(), **exact)
+    torch.testing.assert_close(manifold.dist2(a, b).double(), logs.square(), **exact)
+    for found, wanted in (
+        (manifold.transp(a, b, c), B / A * C),
+        (manifold.logmap(a, b), logs * A),
+    ):
+        held = (wanted.abs() > 1e-37) & (wanted.abs() < 1e38)
+        torch.testing.assert_close(found[held].double(), wanted[held], **exact)
+    held = ((logs * A).abs() > 1e-37) & ((logs * A).abs() < 1e38)
+    reached = manifold.expmap(a, (logs * A).float())
+    torch.testing.assert_close(reached[held], b[held], rtol=200.0 * eps, atol=0.0)
+
+
+@pytest.mark.parametrize("gap", [1e-3, 1e-9, 1e-15])
+def test_positive_numbers_that_are_near(gap: float) -> None:
+    manifold, x = manifolds.Positive(), torch.tensor([1.0, 1e-300, 1e300])
+    y = x * (1.0 + gap)
+    expected = torch.log1p((y - x) / x)
+    torch.testing.assert_close(manifold.dist(x, y), expected, rtol=1e-15, atol=0.0)
+    near, far = torch.tensor([2.0, 3.0]), torch.tensor([3.0, 1e3])
+    for y in (near, far):
+        assert torch.autograd.gradgradcheck(
+            manifold.dist2, (near.clone().requires_grad_(), y.requires_grad_())
+        )
+
+
 def test_positive_never_leaves() -> None:
     manifold = manifolds.Positive()
     x = draw(manifold, (1000,), dtype=torch.float32)
@@ -778,10 +813,33 @@ def test_reasons_say_what_is_wrong() -> None:
     assert "least entry is -1" in reason(
         manifolds.Positive(), torch.tensor([1.0, -1.0])
     )
-    assert "x > 0" in reason(manifolds.Positive(), torch.tensor([torch.nan]))
     low = torch.stack([torch.eye(3), torch.ones(3, 3)])
     assert "rank is 1, 3, expected 2" in reason(manifolds.FixedRank(2), low)
     assert "X X^T" in reason(manifolds.Grassmann(), torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        *((KINDS[kind][0], shape) for kind, shape in CASES),
+        (manifolds.Lorentz, (4,)),
+        (manifolds.LogEuclideanSPD, (3, 3)),
+        (manifolds.BirkhoffPolytope, (3, 3)),
+        (manifolds.Stiefel, (4, 2)),
+        (manifolds.CanonicalStiefel, (2, 4)),
+    ],
+)
+def test_numbers_that_are_not_finite_are_no_points(
+    make: Callable[[], geoopt.Manifold], shape: Shape, value: float
+) -> None:
+    manifold = make()
+    some = draw(manifold, shape).contiguous()
+    some.view(-1)[0] = value
+    for x in (some, torch.full(shape, value)):
+        ok, why = manifold.check_point_on_manifold(x, explain=True)
+        assert not ok
+        assert why
 
 
 def test_a_small_matrix_has_a_rank_like_any_other() -> None:

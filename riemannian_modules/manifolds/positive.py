@@ -10,6 +10,18 @@ from riemannian_modules.manifolds.riesz import dimension, flat, root, root_adjoi
 __all__ = ["Positive"]
 
 
+def _root_ratio(x: Tensor, y: Tensor) -> Tensor:
+    # y / x itself may be too large or too small for a number.
+    return y.sqrt() / x.sqrt()
+
+
+def _log_ratio(x: Tensor, y: Tensor) -> Tensor:
+    """Return ``log(y / x)``, to all digits of the difference of near numbers."""
+    near = (y > 0.5 * x) & (y < 2.0 * x)
+    change = torch.where(near, y - x, 0.0) / x
+    return torch.where(near, change.log1p(), 2.0 * _root_ratio(x, y).log())
+
+
 class Positive(geoopt.Manifold):  # type: ignore[misc]
     """Tensors of any shape with positive entries, metric ``sum u v / x^2``.
 
@@ -62,30 +74,33 @@ class Positive(geoopt.Manifold):  # type: ignore[misc]
 
         The polynomial retraction of Jeuris, Vandebril & Vandereycken (2012).
         """
-        return 0.5 * x * (1.0 + (1.0 + u / x).square())
+        moved = x + u
+        return 0.5 * x + 0.5 * moved * (moved / x)
 
     def expmap(self, x: Tensor, u: Tensor) -> Tensor:
         """Return ``x exp(u / x)``; exact."""
-        return x * torch.exp(u / x)
+        half = torch.exp(0.5 * u / x)
+        return x * half * half
 
     def logmap(self, x: Tensor, y: Tensor) -> Tensor:
         """Return ``x log(y / x)``."""
-        return x * (y / x).log()
+        return x * _log_ratio(x, y)
 
     def dist(self, x: Tensor, y: Tensor, *, keepdim: bool = False) -> Tensor:
         """Return ``|log(y / x)|``, over the dimensions of a point."""
-        logs = (y / x).log()
+        logs = _log_ratio(x, y)
         if self.ndim == 0:
             return logs.abs()
         return torch.linalg.vector_norm(logs, dim=self._dims, keepdim=keepdim)
 
     def dist2(self, x: Tensor, y: Tensor, *, keepdim: bool = False) -> Tensor:
         """Return the squared distance, smooth also where ``x`` is ``y``."""
-        return self._sum((y / x).log().square(), keepdim)
+        return self._sum(_log_ratio(x, y).square(), keepdim)
 
     def transp(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
         """Transport ``v`` in parallel: ``v y / x``, an isometry."""
-        return v * (y / x)
+        half = _root_ratio(x, y)
+        return v * half * half
 
     def random(
         self,
@@ -143,6 +158,8 @@ class Positive(geoopt.Manifold):  # type: ignore[misc]
     def _check_point_on_manifold(
         self, x: Tensor, *, atol: float = 1e-5, rtol: float = 1e-5
     ) -> tuple[bool, str | None]:
+        if not bool(x.isfinite().all()):
+            return False, "not all entries are finite"
         if not bool((x > 0).all()):
             return False, f"`x > 0` fails, its least entry is {float(x.min())}"
         return True, None
