@@ -24,6 +24,8 @@ def singular(x: Tensor) -> str | None:
     (None, 'a matrix is not positive definite: its eigenvalues begin at 0.0e+00, \
 the largest is 1.0e+00')
     """
+    if not bool(x.isfinite().all()):
+        return "not all entries are finite"
     wide = x.detach().to(torch.promote_types(x.dtype, torch.float32))
     values = torch.linalg.eigvalsh(wide)
     least, largest = values[..., 0], values[..., -1]

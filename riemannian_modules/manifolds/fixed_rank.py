@@ -206,6 +206,8 @@ class FixedRank(geoopt.Manifold):  # type: ignore[misc]
     def _check_point_on_manifold(
         self, x: Tensor, *, atol: float = 1e-5, rtol: float = 1e-5
     ) -> tuple[bool, str | None]:
+        if not bool(x.isfinite().all()):
+            return False, "not all entries are finite"
         values = torch.linalg.svdvals(x)
         # Relative: a small matrix has a rank like any other.
         ranks = (values > (atol + rtol) * values[..., :1]).sum(-1)

@@ -290,6 +290,8 @@ class Lorentz(geoopt.Lorentz):  # type: ignore[misc]
     def _check_point_on_manifold(
         self, x: Tensor, *, atol: float = 1e-5, rtol: float = 1e-5
     ) -> tuple[bool, str | None]:
+        if not bool(x.isfinite().all()):
+            return False, "not all entries are finite"
         # Not the form <x, x>, in which a far point has lost all its digits.
         if not torch.allclose(x[..., :1], self._time(x[..., 1:]), atol=atol, rtol=rtol):
             return False, f"`x_0 != sqrt(k + |x_1:|^2)` with atol={atol}, rtol={rtol}"
