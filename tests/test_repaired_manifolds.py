@@ -944,6 +944,47 @@ def test_there_is_nothing_wrong_with_no_points(make: Make) -> None:
         assert manifold.check_vector_on_tangent(none, none)
 
 
+VIEWS: dict[str, Callable[[geoopt.Manifold, Shape], geoopt.Manifold]] = {
+    "metric": lambda base, shape: manifolds.MetricManifold(base),
+    "scaled": lambda base, shape: manifolds.Scaled(base, 2.0),
+    "reshaped": lambda base, shape: manifolds.Reshaped(base, (6,), shape),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (manifolds.Euclidean, (6,)),
+        (partial(manifolds.Euclidean, ndim=2), (2, 3)),
+        (manifolds.Sphere, (2, 3)),
+        (manifolds.PoincareBall, (6,)),
+        (manifolds.Stiefel, (3, 2)),
+    ],
+)
+def test_no_points_have_no_numbers(make: Make, shape: Shape, view: str) -> None:
+    """geoopt's classes take the larger of two sizes, which is not that of nothing."""
+    manifold = VIEWS[view](make(), shape)
+    own = (6,) if view == "reshaped" else shape
+    x, one = torch.empty(4, 0, *own), torch.full(own, 0.1)
+    numbers = x.shape[: x.ndim - manifold.ndim]
+    kept = (*numbers, *(1,) * manifold.ndim)
+    distances = ["dist", "dist2"] if make is not manifolds.Stiefel else []
+    for name in ["inner", "norm", *distances]:
+        for other in (x, one):
+            call = getattr(manifold, name)
+            assert call(x, other).shape == call(other, x).shape == numbers, name
+            assert call(x, other, keepdim=True).shape == kept, name
+    for name in ("component_inner", "egrad2rgrad", "proju", "retr", "expmap", "logmap"):
+        assert getattr(manifold, name)(x, one).shape == x.shape, name
+    for name in ("transp", "transp_follow_retr", "transp_follow_expmap"):
+        assert getattr(manifold, name)(x, one, one).shape == x.shape, name
+    for name in ("retr_transp", "expmap_transp"):
+        found = getattr(manifold, name)(x, one, one)
+        assert [part.shape for part in found] == [x.shape] * 2, name
+    assert manifold.projx(x).shape == x.shape
+
+
 # ---- Scaled ----------------------------------------------------------------------
 
 BASES: dict[str, tuple[Make, Shape]] = {

@@ -85,8 +85,6 @@ class Delegating(MetricView):
     def _check_point_on_manifold(
         self, x: Tensor, *, atol: float = 1e-5, rtol: float = 1e-5
     ) -> tuple[bool, str | None]:
-        if not x.numel():
-            return True, None  # geoopt's SPD looks for the least of no eigenvalues
         result: tuple[bool, str | None] = self._at(x)._check_point_on_manifold(
             x, atol=atol, rtol=rtol
         )

@@ -16,6 +16,7 @@ from riemannian_modules.manifolds.contract import ensure_contract
 from riemannian_modules.manifolds.delegating import Delegating
 from riemannian_modules.manifolds.drawing import drawn
 from riemannian_modules.manifolds.massed import massed
+from riemannian_modules.manifolds.no_points import possibly_empty
 from riemannian_modules.manifolds.quotient import Quotient
 from riemannian_modules.manifolds.riesz import dimension, flat, root, root_adjoint
 from riemannian_modules.mass import Mass
@@ -74,6 +75,7 @@ class _Unscalable(ScalingStorage):  # type: ignore[misc]
         )
 
 
+@possibly_empty
 class MetricManifold(Delegating):
     """A geoopt manifold whose metric is ``mass g0 + K^T K`` once one is known.
 

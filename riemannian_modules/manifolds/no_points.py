@@ -1,49 +1,64 @@
-"""Batches without points, whose sizes geoopt's product manifold cannot tell."""
+"""Batches without points, whose sizes several of geoopt's classes cannot tell."""
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any
+from typing import Any, TypeVar
 
 import geoopt
 import torch
+from torch import Tensor
 
-__all__ = ["PossiblyEmpty"]
+__all__ = ["possibly_empty"]
+
+Kind = TypeVar("Kind", bound=type[geoopt.Manifold])
+
+_NUMBERS = ("inner", "norm", "dist", "dist2")
+_VECTORS = (
+    "component_inner",
+    "egrad2rgrad",
+    "proju",
+    "projx",
+    "retr",
+    "expmap",
+    "logmap",
+    "transp",
+    "transp_follow_retr",
+    "transp_follow_expmap",
+)
+_PAIRS = ("retr_transp", "expmap_transp")
+_VERDICTS = ("_check_point_on_manifold", "_check_vector_on_tangent")
 
 
-def _unless_empty(method: Callable[..., Any], count: int = 1) -> Callable[..., Any]:
-    """Return a method that takes and returns tensors ``(*batch, size)``.
+def _nothing(manifold: geoopt.Manifold, name: str, given: Any, keepdim: bool) -> Any:
+    if name in _VERDICTS:
+        return True, None
+    nothing = given[0].new_zeros(torch.broadcast_shapes(*(t.shape for t in given)))
+    if name in _PAIRS:
+        return nothing, nothing
+    if name in _VECTORS:
+        return nothing
+    points = nothing.ndim - manifold.ndim
+    kept = (1,) * manifold.ndim if keepdim else ()
+    return nothing.new_zeros((*nothing.shape[:points], *kept))
+
+
+def possibly_empty(kind: Kind) -> Kind:
+    """Return a class of manifolds whose methods also take no points at all.
 
     Args:
-        method: takes a manifold and such tensors by position.
-        count: the number of tensors that it returns; 0: a verdict on them.
+        kind: its methods take tensors ``(*batch, *shape)`` by position.
     """
 
-    @wraps(method)
-    def guarded(manifold: Any, *tensors: torch.Tensor, **options: Any) -> Any:
-        batch = torch.broadcast_shapes(*(tensor.shape[:-1] for tensor in tensors))
-        if 0 not in batch:
-            return method(manifold, *tensors, **options)
-        nothing = tensors[0].new_empty((*batch, manifold.n_elements))
-        return {0: (True, None), 1: nothing}.get(count, (nothing,) * count)
+    def guarded(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(method)
+        def run(manifold: Any, *tensors: Tensor | None, **options: Any) -> Any:
+            given = [tensor for tensor in tensors if tensor is not None]
+            if all(tensor.numel() for tensor in given):
+                return method(manifold, *tensors, **options)
+            return _nothing(manifold, name, given, options.get("keepdim", False))
 
-    return guarded
+        return run
 
-
-class PossiblyEmpty(geoopt.ProductManifold):  # type: ignore[misc]
-    """geoopt's product manifold, also for no points at all."""
-
-    proju = _unless_empty(geoopt.ProductManifold.proju)
-    retr = _unless_empty(geoopt.ProductManifold.retr)
-    expmap = _unless_empty(geoopt.ProductManifold.expmap)
-    logmap = _unless_empty(geoopt.ProductManifold.logmap)
-    transp = _unless_empty(geoopt.ProductManifold.transp)
-    retr_transp = _unless_empty(geoopt.ProductManifold.retr_transp, 2)
-    expmap_transp = _unless_empty(geoopt.ProductManifold.expmap_transp, 2)
-    transp_follow_retr = _unless_empty(geoopt.ProductManifold.transp_follow_retr)
-    transp_follow_expmap = _unless_empty(geoopt.ProductManifold.transp_follow_expmap)
-    _check_point_on_manifold = _unless_empty(
-        geoopt.ProductManifold._check_point_on_manifold, 0
-    )
-    _check_vector_on_tangent = _unless_empty(
-        geoopt.ProductManifold._check_vector_on_tangent, 0
-    )
+    for name in _NUMBERS + _VECTORS + _PAIRS + _VERDICTS:
+        setattr(kind, name, guarded(name, getattr(kind, name)))
+    return kind

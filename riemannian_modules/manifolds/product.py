@@ -14,7 +14,7 @@ from riemannian_modules.errors import ShapeError
 from riemannian_modules.manifolds.contract import base_of
 from riemannian_modules.manifolds.dotted import Nested, flattened, nested
 from riemannian_modules.manifolds.drawing import drawn
-from riemannian_modules.manifolds.no_points import PossiblyEmpty
+from riemannian_modules.manifolds.no_points import possibly_empty
 from riemannian_modules.manifolds.parts import require_part
 from riemannian_modules.manifolds.quotient import Quotient
 from riemannian_modules.manifolds.riesz import (
@@ -29,7 +29,8 @@ from riemannian_modules.mass import Mass
 __all__ = ["Product"]
 
 
-class Product(PossiblyEmpty):
+@possibly_empty
+class Product(geoopt.ProductManifold):  # type: ignore[misc]
     """A product of named manifolds, each with a mass.
 
     Points and vectors are flat, ``(*batch, size)``; :meth:`pack` and :meth:`unpack`
@@ -218,8 +219,6 @@ class Product(PossiblyEmpty):
     def _weighted(self, verb: str, x: Tensor, u: Tensor, v: Tensor) -> list[Tensor]:
         """Return the parts' inner products times their masses, ``(*batch, size)``."""
         batch = torch.broadcast_shapes(x.shape[:-1], u.shape[:-1], v.shape[:-1])
-        if 0 in batch:
-            return [u.new_empty((*batch, self.n_elements))]
         terms = []
         for manifold, mass, shape, (p, a, b) in self._parts(x, u, v):
             if mass.is_scalar and verb == "inner":
@@ -278,8 +277,6 @@ class Product(PossiblyEmpty):
 
     def _distances(self, verb: str, x: Tensor, y: Tensor) -> list[Tensor]:
         batch = torch.broadcast_shapes(x.shape[:-1], y.shape[:-1])
-        if 0 in batch:
-            return [x.new_empty((*batch, self.n_elements))]
         found = []
         for manifold, mass, _, (p, q) in self._parts(x, y):
             if mass.is_scalar:

@@ -14,6 +14,7 @@ from riemannian_modules.manifolds.boundary import on_boundary
 from riemannian_modules.manifolds.contract import base_of, ensure_contract
 from riemannian_modules.manifolds.declaring import shape_problem
 from riemannian_modules.manifolds.drawing import drawn
+from riemannian_modules.manifolds.no_points import possibly_empty
 from riemannian_modules.manifolds.quotient import Quotient
 from riemannian_modules.manifolds.riesz import (
     dimension,
@@ -28,6 +29,7 @@ from riemannian_modules.manifolds.scaled import Scaled
 __all__ = ["Reshaped", "innermost"]
 
 
+@possibly_empty
 class Reshaped(geoopt.Manifold):  # type: ignore[misc]
     """Tensors of one shape that are points of ``base`` when they are viewed in another.
 
@@ -250,8 +252,6 @@ class Reshaped(geoopt.Manifold):  # type: ignore[misc]
     def _check_point_on_manifold(
         self, x: Tensor, *, atol: float = 1e-5, rtol: float = 1e-5
     ) -> tuple[bool, str | None]:
-        if not x.numel():
-            return True, None  # geoopt's SPD looks for the least of no eigenvalues
         return self.base._check_point_on_manifold(self._in(x), atol=atol, rtol=rtol)
 
     def _check_vector_on_tangent(

@@ -11,6 +11,7 @@ from riemannian_modules.errors import ManifoldContractError, MassError
 from riemannian_modules.manifolds.batches import drop_kept
 from riemannian_modules.manifolds.contract import base_of, ensure_contract
 from riemannian_modules.manifolds.drawing import drawn
+from riemannian_modules.manifolds.no_points import possibly_empty
 from riemannian_modules.manifolds.quotient import Quotient
 from riemannian_modules.manifolds.riesz import (
     dimension,
@@ -24,6 +25,7 @@ from riemannian_modules.manifolds.riesz import (
 __all__ = ["Scaled"]
 
 
+@possibly_empty
 class Scaled(geoopt.Manifold):  # type: ignore[misc]
     """The points of a manifold with the metric ``scale^2 g0``.
 
@@ -169,8 +171,6 @@ class Scaled(geoopt.Manifold):  # type: ignore[misc]
     def _check_point_on_manifold(
         self, x: Tensor, *, atol: float = 1e-5, rtol: float = 1e-5
     ) -> tuple[bool, str | None]:
-        if not x.numel():
-            return True, None  # geoopt's SPD looks for the least of no eigenvalues
         return self.base._check_point_on_manifold(x, atol=atol, rtol=rtol)
 
     def _check_vector_on_tangent(
