@@ -524,6 +524,8 @@ FOREIGN = [
     pm.Sphere(4),
     pm.Stiefel(5, 3),
     pm.Stiefel(4, 2, k=2),
+    pm.Grassmann(5, 2),
+    pm.Grassmann(4, 2, k=2),
     pm.Oblique(3, 4),
     pm.SpecialOrthogonalGroup(3),
     pm.SymmetricPositiveDefinite(3),
@@ -542,6 +544,12 @@ def test_pymanopts_manifolds_keep_geoopts_contract(other: Any) -> None:
     found = failures(check_base_manifold(manifold, x))
     assert not found, found
     assert rm.manifolds.riesz.dimension(manifold, x) == other.dim
+    size = x.numel()
+    for view in (
+        rm.manifolds.Reshaped(manifold, (size,), x.shape),
+        rm.manifolds.Product({"a": (manifold, x.shape)}),
+    ):
+        assert not failures(check_base_manifold(view, x.reshape(size)))
 
 
 def test_points_and_vectors_of_other_representations() -> None:

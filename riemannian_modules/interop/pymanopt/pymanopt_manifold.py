@@ -7,6 +7,7 @@ import geoopt
 import numpy as np
 import torch
 from geoopt.utils import size2shape
+from pymanopt import manifolds as pm
 from pymanopt.manifolds.manifold import Manifold, RetrAsExpMixin
 from torch import Tensor
 
@@ -19,12 +20,17 @@ __all__ = ["Nearest", "PymanoptManifold"]
 Nearest = Callable[[Array], Array]
 
 
+def _projector(x: Tensor) -> Tensor:
+    return x @ x.mT
+
+
 class PymanoptManifold(geoopt.Manifold):  # type: ignore[misc]
     """A pymanopt manifold as a geoopt manifold; made by :func:`as_geoopt`.
 
     Everything is computed by pymanopt in float64 on the CPU, one point of a batch
     after the other, and returned in the data type and on the device of the argument.
-    Gradients do not flow through it.
+    Gradients do not flow through it. ``Grassmann`` is a
+    :class:`riemannian_modules.manifolds.Quotient`.
 
     Args:
         manifold: a pymanopt manifold whose points are single real arrays.
@@ -39,6 +45,7 @@ class PymanoptManifold(geoopt.Manifold):  # type: ignore[misc]
     """
 
     reversible = False
+    invariant: Callable[[Tensor], Tensor]
 
     def __init__(self, manifold: Manifold, projx: Nearest | None = None) -> None:
         super().__init__()
@@ -59,6 +66,8 @@ class PymanoptManifold(geoopt.Manifold):  # type: ignore[misc]
         self.shape = point.shape
         self.ndim = point.ndim
         self.name = f"pymanopt.{type(manifold).__name__}"
+        if isinstance(manifold, pm.Grassmann):
+            self.invariant = _projector
         self._nearest = projx
         # Some of pymanopt's tangent vectors are coordinates, such as skew matrices.
         self._inward = type(manifold).embedding is not Manifold.embedding
