@@ -16,8 +16,9 @@ from mutants import new_manifolds as mutants
 from torch import Tensor, nn
 
 import riemannian_modules as rm
-from riemannian_modules import manifolds
+from riemannian_modules import Mass, manifolds
 from riemannian_modules.errors import ManifoldContractError
+from riemannian_modules.manifolds.fixed_rank import orthographic_step
 from riemannian_modules.manifolds.riesz import (
     dimension,
     flat,
@@ -864,6 +865,45 @@ def test_nearest_rotation_is_nearest() -> None:
         assert not bool(closer.any())
     right = torch.linalg.det(a) > 0
     torch.testing.assert_close(y[right], manifolds.Stiefel().projx(a[right]))
+
+
+@pytest.mark.parametrize("place", ["on", "equal", "off"])
+@pytest.mark.parametrize(
+    ("rank", "shape"),
+    [(1, (3, 2)), (2, (4, 3)), (2, (3, 5)), (3, (3, 3)), (2, (2, 4, 3))],
+)
+def test_derivatives_of_fixed_rank(rank: int, shape: Shape, place: str) -> None:
+    """Singular values may coincide, and those left out vanish, as on the manifold."""
+    manifold = manifolds.FixedRank(rank)
+    x, u = draw(manifold, shape), 0.1 * torch.randn(shape)
+    if place == "equal":
+        left, _, right = torch.linalg.svd(x, full_matrices=False)
+        x = 2.0 * left[..., :rank] @ right[..., :rank, :]
+    x = x + (0.1 * torch.randn(shape) if place == "off" else 0.0)
+    x, u = x.requires_grad_(), u.requires_grad_()
+    for call, arguments in (
+        (manifold.projx, (x,)),
+        (manifold.proju, (x, u)),
+        (lambda x, u: orthographic_step(x, u, rank), (x, u)),
+    ):
+        assert torch.autograd.gradcheck(
+            call, arguments, check_forward_ad=True, check_batched_grad=True
+        )
+        assert torch.autograd.gradgradcheck(call, arguments, check_fwd_over_rev=True)
+
+
+def test_the_second_derivative_of_a_step_of_rank_one() -> None:
+    manifold = manifolds.FixedRank(1)
+    x = torch.tensor([[2.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
+    u = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 0.0]])
+
+    def corner(t: Tensor) -> Tensor:
+        return manifold.retr(x, t * u)[1, 1]
+
+    for first in (torch.func.grad, torch.func.jacfwd):
+        for second in (torch.func.grad, torch.func.jacfwd):
+            found = second(first(corner))(torch.tensor(0.0))
+            torch.testing.assert_close(found, torch.tensor(1.0))
 
 
 def test_nearest_matrix_of_fixed_rank_is_nearest() -> None:

@@ -4,6 +4,20 @@ With the singular value decomposition ``X = U S V^T`` of a point, tangent vector
 the matrices that ``(I - U U^T) . (I - V V^T)`` kills (Vandereycken, 2013). The point is
 the dense matrix, so it is a weight like any other; its decomposition is computed where
 it is needed.
+
+The leading singular subspaces are smooth where the singular values that are kept
+coincide, and where those left out are zero, as all are on the manifold; torch's
+derivative of singular vectors has poles there. So the decomposition is taken at a
+constant X, and for a change D of the matrix bases ``U + P`` and ``V + Q`` of the
+subspaces, with P and Q at right angles to U and V, solve
+
+    P S - X_0 Q = B + D Q - P (A + C Q),       A = U^T D V,      B = D V - U A,
+    Q S - X_0^T P = C^T + D^T P - Q (A^T + B^T P),               C = U^T D - A V^T,
+
+less the parts of ``D Q`` and ``D^T P`` along U and V. ``X_0 = X - U S V^T`` is left
+out, so the left sides divide by the gaps between the two sets of singular values only.
+D, P and Q are zero and have nothing but derivatives; each round of putting P and Q into
+the right sides makes those of one more order exact.
 """
 
 import geoopt
@@ -17,10 +31,50 @@ from riemannian_modules.manifolds.stiefel import _orthonormalise
 __all__ = ["FixedRank", "orthographic_step"]
 
 
+_ORDERS = 3
+
+
 def _bases(x: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return orthonormal bases of the columns and of the rows, both tall."""
-    u, _, vh = torch.linalg.svd(x, full_matrices=False)
-    return u[..., :rank], vh[..., :rank, :].mT
+    """Return bases of the leading singular subspaces, orthonormal and tall.
+
+    Their projectors have derivatives of up to third order where there is a gap between
+    the singular values that are kept and those that are not.
+    """
+    u, values, vh = torch.linalg.svd(x.detach(), full_matrices=False)
+    left, right = u[..., :rank], vh[..., :rank, :].mT
+    left_rest, right_rest = u[..., rank:], vh[..., rank:, :].mT
+    # Where there is no derivative it is huge, and the value is what it was.
+    info = torch.finfo(x.dtype)
+    kept = values[..., None, :rank].clamp_min(info.tiny)
+    rest = values[..., rank:, None]
+    ratio = rest / kept
+    excess = ratio.square() / (1.0 - ratio.square()).clamp_min(info.eps)
+    change = x - x.detach()
+    inside = left.mT @ change @ right
+    below = change @ right - left @ inside
+    beside = change.mT @ left - right @ inside.mT
+    p, q = torch.zeros_like(below), torch.zeros_like(beside)
+    for order in range(_ORDERS):
+        a, b = below, beside
+        if order:
+            down, across = change @ q, change.mT @ p
+            a = a + down - left @ (left.mT @ down) - p @ (inside + beside.mT @ q)
+            b = (
+                b
+                + across
+                - right @ (right.mT @ across)
+                - q @ (inside.mT + below.mT @ p)
+            )
+        a = a + left_rest @ (ratio * (right_rest.mT @ b))
+        p = (a + left_rest @ (excess * (left_rest.mT @ a))) / kept
+        q = (b + right_rest @ (rest * (left_rest.mT @ p))) / kept
+    return _orthonormal(left, p), _orthonormal(right, q)
+
+
+def _orthonormal(basis: Tensor, change: Tensor) -> Tensor:
+    # Up to third order in a change that is at right angles to the basis.
+    moved = basis + change
+    return moved - 0.5 * moved @ (change.mT @ change)
 
 
 def orthographic_step(x: Tensor, u: Tensor, rank: int) -> Tensor:
@@ -86,9 +140,8 @@ class FixedRank(geoopt.Manifold):  # type: ignore[misc]
 
     def projx(self, x: Tensor) -> Tensor:
         """Return the nearest matrix of at most this rank (Eckart & Young, 1936)."""
-        u, values, vh = torch.linalg.svd(x, full_matrices=False)
-        kept = u[..., : self.rank] * values[..., None, : self.rank]
-        return kept @ vh[..., : self.rank, :]
+        left, _ = _bases(x, self.rank)
+        return left @ (left.mT @ x)
 
     def proju(self, x: Tensor, u: Tensor) -> Tensor:
         """Return the orthogonal projection of ``u`` on the tangent space at ``x``."""
