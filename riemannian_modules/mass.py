@@ -42,7 +42,16 @@ class Mass:
         return f"Mass({', '.join([*own, *shapes.values()])})"
 
     def times(self, factor: float) -> "Mass":
-        """Return the mass with every entry multiplied by a positive number."""
+        """Return the mass with every entry multiplied by a number.
+
+        Raises:
+            MassError: the number is not positive or not finite.
+        """
+        if not (factor > 0.0 and math.isfinite(factor)):
+            raise MassError(
+                f"cannot multiply the masses by {factor}: a metric needs a positive "
+                "and finite mass"
+            )
         if self.diagonal is not None:
             return replace(self, diagonal=factor * self.diagonal)
         return replace(self, scalar=factor * self.scalar)

@@ -1,6 +1,5 @@
 """The metrics of a model's blocks and the gradient in them: what optimizers need."""
 
-import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
@@ -23,7 +22,7 @@ from riemannian_modules.assembly import (
     zero_covectors,
 )
 from riemannian_modules.declared import Blocks, DeclaredParameters
-from riemannian_modules.errors import MassError, NotRecordedError
+from riemannian_modules.errors import NotRecordedError
 from riemannian_modules.exchange import Exchange
 from riemannian_modules.gradients import Gradients
 from riemannian_modules.heads import (
@@ -141,11 +140,6 @@ class ModelMetric:
         Raises:
             MassError: not positive or not finite; all stay as they were.
         """
-        if not (factor > 0.0 and math.isfinite(factor)):
-            raise MassError(
-                f"cannot multiply the masses by {factor}: a metric needs a positive "
-                "and finite mass"
-            )
         self.set_mass({d.name: d.mass.times(factor) for d in self.parameters})
         self.blocks = reweighted(self.blocks, factor)
 
