@@ -85,11 +85,8 @@ def test_steps_are_the_same(output, rule, blocks):
             torch.manual_seed(step)
             problem.backward()
             optimizer.step()
-        report = optimizer.report
-        found = [number for block in report for _, number in block._numbers()]
-        if report.motion is not None:
-            found += [report.motion.norm, report.motion.predicted_decrease]
-        numbers.append(torch.tensor(found))
+        parts = optimizer.report.numbers(spectrum=True).values()
+        numbers.append(torch.tensor([n for part in parts for n in part.values()]))
         assert all(grad is None for grad in problem.grads()) == (problem is empty)
     same(empty.values(), filled.values())
     torch.testing.assert_close(numbers[1], numbers[0], rtol=1e-5, atol=1e-12)
