@@ -215,7 +215,12 @@ class NetworkProblem(Problem):
         if probes is not None:
             output = rm.output.Sampled(output, probes=probes)
         metric = rm.LayerwiseMetric(
-            model, output=output, mass=mass, blocks=blocks, static_graph=True
+            model,
+            output=output,
+            mass=mass,
+            blocks=blocks,
+            static_graph=True,
+            fill_grad=False,
         )
 
         def backward(batch: Batch) -> Tensor:
