@@ -31,7 +31,7 @@ class Classifier(lightning.LightningModule):
         metric = rm.LayerwiseMetric(
             self.model, output=rm.output.Categorical(), mass=1e-1
         )
-        return rm.optim.RiemannianSGD(metric, lr=0.3)
+        return rm.optim.RiemannianSGD(metric)
 
     def training_step(self, batch: list[torch.Tensor], index: int) -> torch.Tensor:
         """Record, go backward through the metric, step."""

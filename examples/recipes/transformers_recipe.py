@@ -39,7 +39,7 @@ class MetricTrainer(Trainer):
         self.metric = rm.LayerwiseMetric(
             self.model, output=rm.output.Categorical(), mass=1e-1
         )
-        self.optimizer = rm.optim.RiemannianSGD(self.metric, lr=0.3)
+        self.optimizer = rm.optim.RiemannianSGD(self.metric)
         return self.optimizer
 
     def training_step(
