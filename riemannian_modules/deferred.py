@@ -1,6 +1,6 @@
 """Covectors that are worked out when they are first asked for."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import final
 
 import torch
@@ -40,10 +40,20 @@ class Deferred(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._known:
-            factor = self._factors[name]
-            with torch.no_grad(), without_autocast(factor.device.type):
-                self._known[name] = self._product(factor)
+            self._make([name])
         return self._known[name]
+
+    def all(self) -> dict[str, Tensor]:
+        """Return all of them, made now."""
+        self._make([name for name in self._factors if name not in self._known])
+        return {name: self._known[name] for name in self._factors}
+
+    def _make(self, names: Sequence[str]) -> None:
+        factors = {name: self._factors[name] for name in names}
+        kind = next((f.device.type for f in factors.values()), "cpu")
+        with torch.no_grad(), without_autocast(kind):
+            for name, factor in factors.items():
+                self._known[name] = self._product(factor)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._factors)

@@ -6,6 +6,7 @@ from typing import final
 from torch import Tensor
 
 from riemannian_modules.declared import Declared, DeclaredParameters
+from riemannian_modules.deferred import Deferred
 
 __all__ = ["Gradients"]
 
@@ -44,6 +45,8 @@ class Gradients:
         """
         self.replaced = self.unused and not (frozen or self._parameters.moved())
         self.unused = True
+        if self.fills and isinstance(gradient, Deferred):
+            gradient = gradient.all()
         self._own = gradient
         self._versions = {}
         for declared in self._parameters:
