@@ -14,6 +14,8 @@ from riemannian_modules import woodbury
 
 # The default backend needs a C++ compiler; what can be traced does not depend on it.
 BACKEND = "aot_eager"
+# It compiles nothing below a module with a hook that is not traced, and says so itself.
+OLD = torch.__version__.startswith("2.6.")
 
 
 @pytest.fixture(autouse=True)
@@ -98,7 +100,7 @@ def test_a_recorded_model_is_compiled_once(compiled: Any) -> None:
             counts.append(len(graphs))
         found.append(list(metric.natural_gradient().values()))
     assert len(set(counts[-3:])) == 1
-    assert counts[-1] > 0
+    assert counts[-1] > 0 or OLD
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
@@ -106,5 +108,6 @@ def test_a_recorded_model_is_compiled_once(compiled: Any) -> None:
 def test_a_whole_graph_cannot_be_recorded() -> None:
     model = torch.compile(Deep(), backend="eager", fullgraph=True)
     metric = rm.LayerwiseMetric(model, rm.output.Categorical(), mass=1e-2)
-    with pytest.raises(RuntimeError, match="leave out fullgraph=True"), metric.record():
+    message = "torch._dynamo.disable" if OLD else "leave out fullgraph=True"
+    with pytest.raises(RuntimeError, match=message), metric.record():
         model(torch.randn(6, 4))

@@ -867,6 +867,8 @@ def test_nearest_rotation_is_nearest() -> None:
     torch.testing.assert_close(y[right], manifolds.Stiefel().projx(a[right]))
 
 
+# torch 2.6 says so of its own gradcheck.
+@pytest.mark.filterwarnings("ignore:Please use `torch.vmap`:FutureWarning")
 @pytest.mark.parametrize("place", ["on", "equal", "off"])
 @pytest.mark.parametrize(
     ("rank", "shape"),

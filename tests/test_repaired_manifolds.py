@@ -869,6 +869,8 @@ def test_the_derivative_of_the_lorentz_projection(kind: str) -> None:
     torch.testing.assert_close(found, wanted)
 
 
+# torch 2.6 says so of its own gradcheck.
+@pytest.mark.filterwarnings("ignore:Please use `torch.vmap`:FutureWarning")
 @pytest.mark.parametrize("on", [True, False], ids=["on it", "off it"])
 @pytest.mark.parametrize("shape", [(2, 2), (3, 3), (2, 3, 3)])
 def test_birkhoff_projections_have_derivatives(shape: Shape, on: bool) -> None:
