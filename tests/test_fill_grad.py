@@ -220,3 +220,28 @@ def test_the_tree_knows_the_gradient():
 def test_copies_keep_it():
     problem = Problem(fill_grad=False)
     assert not problem.metric.of(Problem(fill_grad=True).model).gradients.fills
+
+
+@pytest.mark.parametrize("fill_grad", [True, False])
+@pytest.mark.parametrize("part", [0.0, 0.3])
+def test_slopes_are_those_of_the_gradient(part, fill_grad):
+    problem = Problem(fill_grad=fill_grad)
+    optimizer = RiemannianSGD(problem.metric)
+    for _ in range(3):
+        with problem.metric.record():
+            z = problem.model(problem.x)
+        # The rows of the softmax metric explain nothing of a sum over classes.
+        loss = F.cross_entropy(z, problem.y) + part * z.logsumexp(1).square().mean()
+        parameters = dict(problem.model.named_parameters())
+        gradient = torch.autograd.grad(loss, parameters.values(), retain_graph=True)
+        problem.metric.backward(loss, z)
+        found = problem.metric.linearization
+        assert found.residual is not None
+        assert (found.rest is None) == (part == 0.0)
+        optimizer.step()
+        slopes = dict(zip(parameters, gradient, strict=True))
+        for block in optimizer.report:
+            expected = -sum((slopes[n] * u).sum() for n, u in block.steps.items())
+            torch.testing.assert_close(
+                block.predicted_decrease, float(expected), rtol=1e-9, atol=1e-13
+            )
