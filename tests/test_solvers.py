@@ -222,6 +222,7 @@ def exact_step(K: Tensor, mass: float, y: Tensor, e: Tensor | None) -> mpmath.ma
 @example(seed=0, shape=(4, 1), spread=4.0, log_mass=-6.0, fits=False, rest=False)
 @example(seed=0, shape=(8, 3), spread=1.0, log_mass=-8.0, fits=False, rest=False)
 @example(seed=0, shape=(2, 2), spread=3.0, log_mass=0.0, fits=False, rest=False)
+@example(seed=1, shape=(4, 1), spread=0.0, log_mass=0.0, fits=False, rest=False)
 @settings(max_examples=25, deadline=None)
 def test_rounding_is_in_the_reported_error(
     dtype, seed: int, shape, spread: float, log_mass: float, fits: bool, rest: bool
