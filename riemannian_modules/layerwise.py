@@ -196,8 +196,9 @@ class LayerwiseMetric(ModelMetric):
         """Linearise the recorded pass: fill ``.grad`` and renew every block's metric.
 
         One reverse pass carries d loss/d outputs and all rows of the output metric.
-        ``.grad`` is set to the ordinary gradient (it does not accumulate), also of
-        parameters outside the model that the loss depends on, which have no metric.
+        ``.grad`` is set to the ordinary gradient (it does not accumulate), or to None
+        with ``fill_grad=False``; parameters outside the model that the loss depends on,
+        which have no metric, get theirs in any case.
         The first time a graph is seen, this gradient is compared with autograd's.
 
         A batch that does not fit into memory is one of several passes: with

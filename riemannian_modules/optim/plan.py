@@ -57,7 +57,7 @@ class Plan:
 
         Args:
             declared: the parameter.
-            gradients: what the last backward pass left; there is one of it.
+            gradients: what the last backward pass left, one of it among them.
             group: its parameter group.
             old: its momentum covector so far, or None.
             last: what the step before left, or None.

@@ -81,8 +81,8 @@ class QuadraticModel:
         metric: the model's metric after a backward pass.
         gradient: ``{parameter name: d f}``; parameters that are missing, here or in a
             direction, stand still.
-        residual: y with ``d f = K^T y``, ``(rank,)``, which the gradient then need not
-            be known for; or None.
+        residual: y with ``d f = K^T y``, ``(rank,)``, with which the gradient is not
+            read; or None.
     """
 
     def __init__(
