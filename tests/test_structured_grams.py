@@ -228,10 +228,12 @@ def test_the_cost_of_known_layers() -> None:
 # ---- bounded memory --------------------------------------------------------------
 
 
-def convolution(groups: int = 1, transposed: bool = False) -> fs.ConvolutionFactor:
+def convolution(
+    groups: int = 1, transposed: bool = False, channels: int = 6
+) -> fs.ConvolutionFactor:
     plain = fs.Convolution((2, 2), (1, 2), (1, 0), (1, 1), groups, transposed)
-    weight = torch.randn(4, 6 // groups, 2, 2)
-    x = torch.randn(3, 2, 4 if transposed else 6, 3, 4)
+    weight = torch.randn(4, channels // groups, 2, 2)
+    x = torch.randn(3, 2, 4 if transposed else channels, 3, 4)
     y = plain.apply(x.flatten(0, 1), weight)
     l = torch.randn(2, 3, 2, *y.shape[1:])
     return fs.ConvolutionFactor(plain, x, l, weight.shape)
@@ -318,6 +320,39 @@ def test_products_are_those_of_the_rows(name: str) -> None:
     assert float(part.magnitude()) >= float(K[3:].norm(dim=1).sum())
     assert float(factor.magnitude()) >= float(K.norm(dim=1).sum())
     assert factor.to(torch.float32).double().dtype == torch.float64
+
+
+@pytest.mark.parametrize("most", [1, 400, 1 << 22])
+@pytest.mark.parametrize("channels", [1, 2, 3])
+def test_convolutions_of_few_channels_in_float32(
+    channels: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Their gradients are products with patches, a few examples at a time.
+    factor = convolution(channels=channels)
+    narrow, K = factor.to(torch.float32), factor.to_dense().view(-1, *factor.shape)
+    a = torch.randn(factor.rank)
+    monkeypatch.setattr(chunks, "MOST_ENTRIES", most)
+    for found, weights in (
+        (narrow.rmatvec(a.float()), a),
+        (narrow.row_sum(), torch.ones(factor.rank)),
+    ):
+        wanted = torch.einsum("k,k...->...", weights, K)
+        size = torch.einsum("k,k...->...", weights.abs(), K.abs())
+        assert found.dtype == torch.float32
+        assert bool(((found - wanted).abs() <= 1e-5 * size).all())
+
+
+def test_products_with_rows_that_a_wider_gram_matrix_has_left() -> None:
+    factor = convolution().to(torch.float32)
+    u, a = torch.randn(factor.shape), torch.randn(factor.rank)
+    assert isinstance(factor, fs.ConvolutionFactor)
+    before = factor.matvec(u.float()), factor.rmatvec(a.float())
+    space = TangentSpace(geoopt.Euclidean(), torch.zeros(factor.shape).float())
+    factor.gram(space, torch.float64)
+    assert factor.whole is not None
+    assert factor.whole.dtype == torch.float64
+    after = factor.matvec(u.float()), factor.rmatvec(a.float())
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
 
 
 # ---- nothing to sum over ---------------------------------------------------------

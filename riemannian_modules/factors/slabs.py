@@ -200,21 +200,24 @@ class SlabFactor(MetricFactor):
         unit: slabs of whole multiples of this many rows cost the least.
         whole: all rows, ``(rank, *shape)``, kept from the Gram matrix where they were
             formed at once; products with them are cheaper then.
+        keeps_wider: whether these may be of a wider data type than the factor.
     """
 
     unit: int = 1
+    keeps_wider: bool = False
     whole: Tensor | None = None
 
     def times_whole(self, u: Tensor) -> Tensor:
         """Return ``K u`` from the rows that were kept."""
         assert self.whole is not None
-        return self.whole.reshape(self.rank, -1) @ u.to(self.whole.dtype).reshape(-1)
+        image = self.whole.reshape(self.rank, -1) @ u.to(self.whole.dtype).reshape(-1)
+        return image.to(self.dtype)
 
     def whole_times(self, a: Tensor) -> Tensor:
         """Return ``K^T a`` from the rows that were kept."""
         assert self.whole is not None
         flat = a.to(self.whole.dtype) @ self.whole.reshape(self.rank, -1)
-        return flat.view(self.shape)
+        return flat.view(self.shape).to(self.dtype)
 
     @abstractmethod
     def slab(self, index: Slab) -> Tensor:
@@ -279,7 +282,8 @@ def slab_gram(factor: SlabFactor, space: TangentSpace, dtype: torch.dtype) -> Te
         rows = factor.slab(index)
         images = rows if flat else restricted(space, index).sharp(rows)
         first = index.start == 0
-        if first and index.stop == out and dtype == origin.dtype:
+        alike = dtype == origin.dtype or origin.keeps_wider
+        if first and index.stop == out and alike:
             origin.whole = rows
         add_lower(total, rows.flatten(1), images.flatten(1), first=first)
     return total.div_(space.mass.scalar) if flat and space.mass.scalar != 1.0 else total
