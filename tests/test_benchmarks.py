@@ -384,7 +384,14 @@ def test_a_repeated_command_does_nothing_again(
     assert convergence.main(command) == 0
     lines = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
     stages = [line["stage"] for line in lines]
-    assert stages.count("final") == 2 * 3  # exact-model, the best other, and Adam
+    runs = [
+        (line["method"], line["seed"]) for line in lines if line["stage"] == "final"
+    ]
+    # Two seeds of each; the best of the others is Adam if the machine is busy enough.
+    finals = {method for method, _ in runs}
+    assert {"adam", "exact-model"} <= finals
+    assert len(finals) <= 3
+    assert len(runs) == len(set(runs)) == 2 * len(finals)
     assert stages.count("tune") == sum(
         len(METHODS[name].grid(tiny)) for name in ("adam", "sgd", "exact-model", "muon")
     )
@@ -393,7 +400,7 @@ def test_a_repeated_command_does_nothing_again(
     assert [line["stage"] for line in again] == [*stages, "machine"]
     assert convergence.main([*command, "--fresh"]) == 0
     anew = results.Store(file)
-    assert len(anew.of("tiny", "final")) == 6
+    assert len(anew.of("tiny", "final")) in {4, 6}
     capsys.readouterr()
 
 

@@ -872,7 +872,7 @@ def test_nearest_rotation_is_nearest() -> None:
 @pytest.mark.parametrize("place", ["on", "equal", "off"])
 @pytest.mark.parametrize(
     ("rank", "shape"),
-    [(1, (3, 2)), (2, (4, 3)), (2, (3, 5)), (3, (3, 3)), (2, (2, 4, 3))],
+    [(1, (3, 2)), (2, (4, 3)), (2, (3, 5)), (3, (3, 3)), (1, (2, 3, 2))],
 )
 def test_derivatives_of_fixed_rank(rank: int, shape: Shape, place: str) -> None:
     """Singular values may coincide, and those left out vanish, as on the manifold."""
@@ -1076,3 +1076,41 @@ def test_names() -> None:
     assert repr(manifolds.FixedRank(2)) == "FixedRank(rank=2) manifold"
     assert repr(manifolds.Oblique("rows")) == "Oblique(unit=rows) manifold"
     assert repr(manifolds.SpecialOrthogonal()) == "SpecialOrthogonal manifold"
+
+
+@pytest.mark.parametrize("inside", ["grad", "jvp", "dual", "vmap", "nothing"])
+@pytest.mark.parametrize(
+    "manifold",
+    [manifolds.Stiefel(), manifolds.FixedRank(2), manifolds.BirkhoffPolytope()],
+    ids=lambda m: type(m).__name__,
+)
+def test_projections_have_derivatives_only_where_somebody_may_ask(
+    manifold: geoopt.Manifold, inside: str
+) -> None:
+    x = torch.rand(4, 4) + 0.1
+    plain = manifold.projx(x)
+    u = torch.randn(4, 4)
+    h = 1e-6
+    slope = (manifold.projx(x + h * u) - manifold.projx(x - h * u)) / (2.0 * h)
+    if inside == "grad":
+        x.requires_grad_()
+        y = manifold.projx(x)
+        (found,) = torch.autograd.grad(y, x, slope)
+        torch.testing.assert_close(
+            (found * u).sum(), slope.square().sum(), rtol=1e-6, atol=0.0
+        )
+    elif inside == "jvp":
+        y, found = torch.func.jvp(manifold.projx, (x,), (u,))
+        torch.testing.assert_close(found, slope, rtol=1e-6, atol=1e-6)
+    elif inside == "dual":
+        with torch.autograd.forward_ad.dual_level():
+            both = manifold.projx(torch.autograd.forward_ad.make_dual(x, u))
+            y, found = torch.autograd.forward_ad.unpack_dual(both)
+        torch.testing.assert_close(found, slope, rtol=1e-6, atol=1e-6)
+    elif inside == "vmap":
+        y = torch.func.vmap(manifold.projx)(x.unsqueeze(0))[0]
+    else:
+        with torch.no_grad():
+            y = manifold.projx(x.requires_grad_())
+        assert not y.requires_grad
+    torch.testing.assert_close(y.detach(), plain, rtol=1e-14, atol=1e-15)

@@ -18,6 +18,7 @@ import torch
 from geoopt.utils import size2shape
 from torch import Tensor
 
+from riemannian_modules.manifolds.differentiated import differentiated
 from riemannian_modules.manifolds.riesz import dimension, flat, root, root_adjoint
 
 __all__ = ["BirkhoffPolytope"]
@@ -94,6 +95,8 @@ def _scaled(logs: Tensor, steps: int) -> Tensor:
     floor = math.log(32.0 * torch.finfo(logs.dtype).eps)
     logs = _log_normalised(logs).clamp_min(floor)
     found = _solved(logs.detach(), steps)
+    if not differentiated(logs):
+        return found.exp()
     rows, columns = found.exp().sum(-1), found.exp().sum(-2)
     logs = found + (logs - logs.detach())
     for _ in range(2):

@@ -25,6 +25,7 @@ import torch
 from geoopt.utils import size2shape
 from torch import Tensor
 
+from riemannian_modules.manifolds.differentiated import differentiated
 from riemannian_modules.manifolds.riesz import dimension, flat, root, root_adjoint
 from riemannian_modules.manifolds.stiefel import _orthonormalise
 
@@ -42,6 +43,8 @@ def _bases(x: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """
     u, values, vh = torch.linalg.svd(x.detach(), full_matrices=False)
     left, right = u[..., :rank], vh[..., :rank, :].mT
+    if not differentiated(x):
+        return left, right
     left_rest, right_rest = u[..., rank:], vh[..., rank:, :].mT
     # Where there is no derivative it is huge, and the value is what it was.
     info = torch.finfo(x.dtype)

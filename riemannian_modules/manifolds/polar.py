@@ -15,6 +15,8 @@ makes derivatives of one more order exact.
 import torch
 from torch import Tensor
 
+from riemannian_modules.manifolds.differentiated import differentiated
+
 __all__ = ["handedness", "polar", "rotation"]
 
 _ORDERS = 3
@@ -68,7 +70,10 @@ def _skew(a: Tensor) -> Tensor:
 
 
 def _differentiable(x: Tensor, u: Tensor, values: Tensor, vh: Tensor) -> Tensor:
-    p, h = u @ vh, (vh.mT * values.unsqueeze(-2)) @ vh
+    p = u @ vh
+    if not differentiated(x):
+        return p
+    h = (vh.mT * values.unsqueeze(-2)) @ vh
     square = x.shape[-2] == x.shape[-1]
     # Where the factor has no derivative they are huge, and its value is what it was.
     tiny = torch.finfo(x.dtype).tiny

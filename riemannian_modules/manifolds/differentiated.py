@@ -1,0 +1,25 @@
+"""Whether derivatives can be taken through what is made of a tensor."""
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+__all__ = ["differentiated"]
+
+
+def differentiated(x: Tensor) -> bool:
+    """Return whether derivatives by ``x`` may be asked for; True if that is unknown.
+
+    Decompositions whose derivatives cost as much again need not prepare for them where
+    nobody can take any, as in the steps of optimizers.
+
+    >>> differentiated(torch.ones(2)), differentiated(torch.ones(2, requires_grad=True))
+    (False, True)
+    """
+    if x.requires_grad and torch.is_grad_enabled():
+        return True
+    return (
+        torch._C._functorch.is_functorch_wrapped_tensor(x)
+        or forward_ad._current_level >= 0
+        or torch.compiler.is_compiling()
+    )
