@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jvp, vjp
+from torch.func import jvp, vjp
 
 from riemannian_modules.errors import LinearizationError, ShapeError
+from riemannian_modules.functional.binding import Binding
 
 __all__ = [
     "RecordedPass",
@@ -112,7 +113,7 @@ def record_pass(
     with torch.enable_grad():
         states = [inputs.detach().clone().requires_grad_()]
         for module, own in zip(modules, leaves, strict=True):
-            states.append(functional_call(module, own, (states[-1],)))
+            states.append(Binding(module).call(own, states[-1]))
         value = loss(states[-1])
     flat = [leaf for own in leaves for leaf in own.values()]
     found = torch.autograd.grad(
@@ -236,8 +237,10 @@ def _vjp(function: Callable[..., Tensor], *at: object) -> tuple[Tensor, Any]:
 
 
 def _map(module: nn.Module) -> Callable[[Tensor, Gradients], Tensor]:
+    binding = Binding(module)
+
     def f(z: Tensor, own: Gradients) -> Tensor:
-        value: Tensor = functional_call(module, own, (z,))
+        value: Tensor = binding.call(own, z)
         return value
 
     return f
