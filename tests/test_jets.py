@@ -1,5 +1,7 @@
 """Derivatives carried through a network together, against torch.func."""
 
+from contextlib import nullcontext
+
 import geoopt
 import pytest
 import torch
@@ -199,6 +201,32 @@ def test_mistakes_are_noticed(mutant, monkeypatch):
     monkeypatch.setattr(Streams, name, wrong)
     with pytest.raises((AssertionError, LinearizationError)):
         require_equal(network("product", 2), all_terms, 2)
+
+
+class Growing(nn.Module):
+    """Takes a further layer from some pass on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = (nn.Linear(*s, bias=False) for s in ((2, 4), (4, 1)))
+        self.further, self.grown = nn.Linear(4, 4), False
+
+    def forward(self, x):
+        h = torch.tanh(self.first(x))
+        return self.last(torch.tanh(self.further(h)) if self.grown else h)
+
+
+def test_another_graph_is_compared_again(monkeypatch):
+    name, wrong = MUTANTS["biased"]  # right as long as there are no biases
+    monkeypatch.setattr(Streams, name, wrong)
+    model, z = Growing(), torch.randn(3, 2)
+    metric = FunctionalMetric(model, DifferentialOperator(all_terms))
+    for grown, refused in ((False, False), (False, False), (True, True)):
+        model.grown = grown
+        values = metric(z)
+        with pytest.raises(LinearizationError) if refused else nullcontext():
+            metric.backward(values.square().mean(), values)
+    assert metric.version == 2
 
 
 class Shared(nn.Module):
