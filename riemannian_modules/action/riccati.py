@@ -137,7 +137,7 @@ def _derivatives(
     binding = Binding(module)
 
     def f(z: Tensor, moving: dict[str, Tensor]) -> Tensor:
-        value: Tensor = binding.call({**own, **moving}, z)
+        value: Tensor = binding.call({**own, **moving}, z.clone())
         return value.reshape(-1)
 
     A, B = jacrev(f, argnums=(0, 1))(z, {n: own[n] for n in trained})
