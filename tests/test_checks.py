@@ -90,6 +90,12 @@ def test_shipped_output_metrics_keep_every_law(kind: str, dtype) -> None:
     raise_failures(results)
 
 
+@pytest.mark.parametrize("kind", ["Euclidean", "Bernoulli", "Poisson"])
+def test_outputs_may_be_single_numbers(kind: str) -> None:
+    output = getattr(rm.output, kind)()
+    raise_failures(check_output_metric(output, torch.randn(5), generator=seeded()))
+
+
 def test_random_rows_are_checked_too() -> None:
     output = rm.output.Sampled(rm.output.Categorical(), 2)
     results = check_output_metric(output, torch.randn(3, 4), random=True)

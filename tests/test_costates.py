@@ -148,6 +148,42 @@ def test_passes_that_are_refused() -> None:
         ac.kkt_residuals(lost)
 
 
+@pytest.mark.parametrize("first", [False, True])
+def test_a_module_may_overwrite_its_input(first: bool) -> None:
+    relu = nn.ReLU(inplace=True)
+    model = [relu] if first else [nn.Linear(3, 4), relu]
+    x = torch.randn(4, 3)
+    before = x.clone()
+    found = ac.record_pass(model, x, half_square)
+    assert torch.equal(x, before)
+    assert float(found.states[-2].min()) < 0
+    assert ac.kkt_residuals(found).largest <= 50 * EPS
+    pushed = ac.pairings(found, torch.randn(4, 3))
+    assert pushed[-1] == pytest.approx(pushed[0], rel=1e-12)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_running_statistics_are_named(inside: bool) -> None:
+    norm = nn.BatchNorm1d(4)
+    last = nn.Sequential(nn.Tanh(), norm) if inside else norm
+    x = torch.randn(5, 3)
+    model = [nn.Linear(3, 4), last]
+    found = ac.record_pass(model, x, half_square)
+    mean = norm.running_mean.clone()
+    where = r"'1' in module 1 \(BatchNorm" if inside else r"module 1 \(BatchNorm"
+    for function in (
+        ac.kkt_residuals,
+        ac.hamiltonians,
+        lambda each: ac.pairings(each, x),
+    ):
+        with pytest.raises(LinearizationError, match=where):
+            function(found)
+    assert torch.equal(norm.running_mean, mean)
+    last.eval()
+    found = ac.record_pass(model, x, half_square)
+    assert ac.kkt_residuals(found).largest <= 50 * EPS
+
+
 # --- the sweep
 
 
@@ -238,6 +274,19 @@ def test_layer_by_layer_is_not_the_sweep() -> None:
     alone = mutants.without_response(metric, x, costate)
     weight = sweep["0.weight"]
     assert (alone["0.weight"] - weight).norm() > 0.05 * weight.norm()
+
+
+def test_the_sweep_of_a_chain_that_overwrites_its_input() -> None:
+    torch.manual_seed(0)
+    sweeps = []
+    for inplace in (False, True):
+        model = nn.Sequential(nn.ReLU(inplace=inplace), nn.Linear(3, 2))
+        nn.init.constant_(model[1].weight, 0.5)
+        nn.init.zeros_(model[1].bias)
+        metric = rm.LayerwiseMetric(model, rm.output.Euclidean())
+        x = torch.linspace(-1.0, 1.0, 12).sin().view(4, 3)
+        sweeps.append(ac.riccati_sweep(metric, x, torch.ones(4, 2)).vectors)
+    assert all(torch.equal(sweeps[1][name], x) for name, x in sweeps[0].items())
 
 
 def test_models_that_are_no_chain() -> None:

@@ -16,7 +16,7 @@ from riemannian_modules.errors import (
     OutputMetricError,
     ShapeError,
 )
-from riemannian_modules.functional import FunctionalMetric
+from riemannian_modules.functional import DifferentialOperator, FunctionalMetric
 from riemannian_modules.output import Categorical, Euclidean, Gaussian, Sampled
 
 SEEDS = st.integers(0, 2**31 - 1)
@@ -251,6 +251,57 @@ def test_parameters_past_the_first_argument_are_refused():
     metric = FunctionalMetric(model, lambda net, z: model.nu * outside * net(z))
     values = metric(torch.randn(3, 2))
     metric.backward(values.square().mean(), values)
+
+
+LATE = {
+    "factor": lambda net, z, nu: nu * net(z),
+    "summand": lambda net, z, nu: net(z) + nu,
+    "derivatives": lambda net, z, nu: nu * jacrev(net)(z)[0],
+    "forwards": lambda net, z, nu: (net(z) + nu).expand(40),
+    # torch maps it wrongly, so that it is differentiated example by example.
+    "loop": lambda net, z, nu: torch.cdist(net(z)[None], torch.ones(3, 1)) + nu,
+}
+
+
+@pytest.mark.filterwarnings("ignore:torch.func.vmap gives other")
+@pytest.mark.parametrize("chunk_size", [None, 2])
+@pytest.mark.parametrize("name", [*LATE, "structured"])
+def test_parameters_that_come_in_later_are_refused(name, chunk_size):
+    model = network()
+    model.nu = nn.Parameter(torch.tensor(2.0))
+    passes = []
+
+    def nu():
+        return model.nu if len(passes) == 2 else 2.0
+
+    def function(net, z):
+        return LATE[name](net, z, nu())
+
+    if name == "structured":
+        function = DifferentialOperator(lambda u, z: nu() * u.d(0))
+    metric = FunctionalMetric(model, function, chunk_size=chunk_size)
+    for _ in range(2):
+        values = metric(torch.randn(5, 2))
+        metric.backward(values.square().mean(), values)
+        passes.append(values)
+    values = metric(torch.randn(5, 2))
+    with pytest.raises(LinearizationError, match="on the parameter 'nu'"):
+        metric.backward(values.square().mean(), values)
+    assert metric.version == 2
+
+
+@pytest.mark.parametrize("structured", [False, True])
+def test_outputs_without_parameters_have_rows_of_zeros(structured):
+    model, function = network(), lambda _, z: 2.0 * z
+    if structured:
+        function = DifferentialOperator(function)
+    metric = FunctionalMetric(model, function)
+    for _ in range(2):
+        values = metric(torch.randn(3, 2))
+        metric.backward(values.square().mean(), values)
+    for parameter in model.parameters():
+        assert torch.equal(parameter.grad, torch.zeros_like(parameter))
+    assert all(not x.any() for x in metric.natural_gradient().values())
 
 
 def test_examples_that_do_not_fit_are_refused():

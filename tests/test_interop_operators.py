@@ -36,6 +36,15 @@ def test_tangent_coordinates_are_those_of_to_dense(metric: rm.LayerMetric) -> No
     np.testing.assert_allclose(operator.T @ np.eye(metric.dim), found)
 
 
+@settings(max_examples=10)
+@given(metric=METRICS, inverse=st.booleans())
+def test_complex_vectors_keep_both_parts(metric: rm.LayerMetric, inverse: bool) -> None:
+    operator = to_scipy(metric, inverse=inverse)
+    real, imaginary = np.random.default_rng(0).normal(size=(2, metric.dim))
+    found = operator @ (real + 1j * imaginary)
+    np.testing.assert_array_equal(found, operator @ real + 1j * (operator @ imaginary))
+
+
 @settings(max_examples=25)
 @given(metric=METRICS, seed=st.integers(0, 2**31))
 def test_ambient_coordinates(metric: rm.LayerMetric, seed: int) -> None:

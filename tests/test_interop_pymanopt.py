@@ -988,6 +988,22 @@ def test_typical_distances_count_what_outputs_add(seed: int) -> None:
     assert 2.0**2 + mass <= ratio <= 4.0**2 + mass
 
 
+def test_a_module_with_two_names_has_the_gradient_of_both_uses() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(2, 2, dtype=torch.float64)
+    model = nn.Sequential(layer, nn.Tanh(), layer)
+    x = torch.randn(5, 2, dtype=torch.float64)
+    metric = rm.LayerwiseMetric(model, rm.output.Euclidean(), mass=0.1, blocks="model")
+    task = problem(metric, lambda z: 0.5 * z.square().sum(-1).mean(), x)
+    with metric.record():
+        z = model(x)
+    metric.backward(0.5 * z.square().sum(-1).mean(), z)
+    for _ in range(2):  # the metric is pulled back behind the cost
+        found = task.riemannian_gradient(task.initial_point)
+    own = torch.cat([v.flatten() for v in metric.natural_gradient().values()])
+    assert np.allclose(found, own.numpy(), rtol=1e-10)
+
+
 def test_metrics_of_copies_have_the_same_settings() -> None:
     model = small_model()
     masses = {"0.*": 0.5, "2.weight": torch.rand(2, 3) + 0.5, "2.bias": 2.0}

@@ -1,5 +1,7 @@
 """Derivatives carried through a network together, against torch.func."""
 
+from contextlib import nullcontext
+
 import geoopt
 import pytest
 import torch
@@ -15,7 +17,8 @@ from riemannian_modules.factors import BiasFactor, LinearFactor
 from riemannian_modules.functional import DifferentialOperator, FunctionalMetric
 from riemannian_modules.functional.elementwise import named
 from riemannian_modules.functional.jet import TorchJet
-from riemannian_modules.functional.streams import Streams
+from riemannian_modules.functional.orders import Orders
+from riemannian_modules.functional.streams import Streams, lift
 
 SEEDS = st.integers(0, 2**31 - 1)
 
@@ -200,6 +203,32 @@ def test_mistakes_are_noticed(mutant, monkeypatch):
         require_equal(network("product", 2), all_terms, 2)
 
 
+class Growing(nn.Module):
+    """Takes a further layer from some pass on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = (nn.Linear(*s, bias=False) for s in ((2, 4), (4, 1)))
+        self.further, self.grown = nn.Linear(4, 4), False
+
+    def forward(self, x):
+        h = torch.tanh(self.first(x))
+        return self.last(torch.tanh(self.further(h)) if self.grown else h)
+
+
+def test_another_graph_is_compared_again(monkeypatch):
+    name, wrong = MUTANTS["biased"]  # right as long as there are no biases
+    monkeypatch.setattr(Streams, name, wrong)
+    model, z = Growing(), torch.randn(3, 2)
+    metric = FunctionalMetric(model, DifferentialOperator(all_terms))
+    for grown, refused in ((False, False), (False, False), (True, True)):
+        model.grown = grown
+        values = metric(z)
+        with pytest.raises(LinearizationError) if refused else nullcontext():
+            metric.backward(values.square().mean(), values)
+    assert metric.version == 2
+
+
 class Shared(nn.Module):
     """One layer twice, a skip connection and a gate."""
 
@@ -306,6 +335,19 @@ class Scaled(nn.Module):
         return x * self.scale
 
 
+class Power(nn.Module):
+    """Starts at ``1^p``, whose derivative by p is zero."""
+
+    def __init__(self, exponent) -> None:
+        super().__init__()
+        self.zero, self.exponent = nn.Linear(5, 1), exponent
+        nn.init.zeros_(self.zero.weight)
+        nn.init.zeros_(self.zero.bias)
+
+    def forward(self, x):
+        return torch.exp(self.zero(x)) ** self.exponent
+
+
 class Constant(nn.Module):
     def forward(self, x):
         return torch.ones(3, 1)
@@ -321,6 +363,14 @@ def computing(function) -> nn.Sequential:
 
 REFUSED = {
     "relu": (lambda: behind(nn.ReLU()), r"layer '1' \(ReLU\).*relu"),
+    "exponent": (
+        lambda: behind(Power(nn.Parameter(torch.tensor(2.0)))),
+        r"'1' \(Power\).*exponent depends on parameters",
+    ),
+    "exponents": (
+        lambda: behind(Power(torch.tensor([1.0, 2.0]))),
+        r"'1' \(Power\).*several entries.*\(2,\)",
+    ),
     "norm": (lambda: behind(nn.LayerNorm(5)), r"'1' \(LayerNorm\)"),
     "scale": (lambda: behind(Scaled()), r"'1'.*depends on parameters"),
     "inplace": (lambda: behind(nn.SiLU(inplace=True)), "inplace=True"),
@@ -359,6 +409,13 @@ def test_what_is_not_carried_is_named_with_the_remedy(name):
     assert "structured=False" in str(caught.value)
     assert [len(module._forward_pre_hooks) for module in model.modules()] == hooks
     assert metric.version == 0
+
+
+def test_an_exponent_may_be_a_tensor_that_is_a_number():
+    x, orders = torch.randn(3, 2), Orders((0, 1), ((((0, 0), 1.0),),))
+    for exponent in (torch.tensor(3.0), torch.tensor([3.0])):
+        found = lift(x, orders) ** exponent
+        assert torch.equal(found.data, (lift(x, orders) ** 3.0).data)
 
 
 def test_the_remedy_works():

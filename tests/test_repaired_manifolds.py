@@ -272,6 +272,19 @@ def test_half_a_repair_is_none() -> None:
         manifolds.ensure_contract(HalfMended())
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_point_alone_has_no_lengths_to_measure(
+    sign: float, dtype: torch.dtype
+) -> None:
+    """Stiefel matrices of one entry are isolated."""
+    point = torch.full((1, 1), sign, dtype=dtype)
+    results = check_base_manifold(manifolds.Stiefel(), point)
+    raise_failures(results)
+    (law,) = (r for r in results if r.name == "metric_positive")
+    assert "no tangent u" in law.message
+
+
 def test_they_are_parts_of_products() -> None:
     manifold = own_product()
     assert manifolds.ensure_contract(manifold) is manifold

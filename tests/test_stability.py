@@ -283,12 +283,17 @@ def test_an_average_says_nothing_about_one_run() -> None:
         lambda: c.stability_bound(-1.0, 0.5, 10),
         lambda: c.stability_bound(math.nan, 0.5, 10),
         lambda: c.stability_bound(1.0, 0.5, 0),
+        lambda: c.stability_bound(1.0, 0.5, 1.5),
+        lambda: c.stability_bound(1.0, 0.5, math.inf),
         lambda: c.stability_bound(1.0, 0.5, 10, t=-1.0),
         lambda: c.stability_bound(1.0, 0.5, 10, lr=0.1),
         lambda: c.stability_bound(1.0, 0.5, 10, lr=0.1, smoothness=0.1),
         lambda: c.stability_bound(1.0, 0.5, 10, lr=-0.1, smoothness=1.0),
         lambda: c.stability_bound(1.0, 0.5, 10, steps=3),
         lambda: c.stability_bound_discrete(1.0, 0.5, 10, 0.1, -1),
+        lambda: c.stability_bound_discrete(1.0, 0.5, 10, 0.1, 2.5),
+        lambda: c.stability_bound_discrete(1.0, 1.0, 10, 0.1, 0.5),
+        lambda: c.stability_bound_discrete(1.0, 0.5, 10, 0.1, batch_size=2.5),
         lambda: c.stability_bound_discrete(1.0, 0.5, 10, 0.1, batch_size=11),
         lambda: c.stability_bound_data_metric(1.0, 0.5, 10, kappa=1.0, mu=0.0),
         lambda: c.stability_bound_data_metric(1.0, 0.5, 10, kappa=-1.0, mu=1.0),
@@ -304,6 +309,16 @@ def test_an_average_says_nothing_about_one_run() -> None:
 def test_bad_numbers_are_refused(bad) -> None:
     with pytest.raises(ContractionError):
         bad()
+
+
+def test_a_bound_of_zero_has_no_sign() -> None:
+    for bound in (
+        c.stability_bound(2.0, 0.5, 10, 0.0),
+        c.stability_bound(0.0, 0.5, 10),
+        c.stability_bound_discrete(2.0, 0.5, 10, 0.1, 0),
+    ):
+        assert math.copysign(1.0, bound.value) == 1.0
+        assert bound.value == 0.0
 
 
 def test_print_names_every_premise() -> None:

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jvp, vjp
+from torch.func import jvp, vjp
 
 from riemannian_modules.errors import LinearizationError, ShapeError
+from riemannian_modules.functional.binding import Binding
 
 __all__ = [
     "RecordedPass",
@@ -112,7 +113,8 @@ def record_pass(
     with torch.enable_grad():
         states = [inputs.detach().clone().requires_grad_()]
         for module, own in zip(modules, leaves, strict=True):
-            states.append(functional_call(module, own, (states[-1],)))
+            # A copy, which the module may overwrite.
+            states.append(Binding(module).call(own, states[-1].clone()))
         value = loss(states[-1])
     flat = [leaf for own in leaves for leaf in own.values()]
     found = torch.autograd.grad(
@@ -144,7 +146,7 @@ def kkt_residuals(found: RecordedPass) -> Residuals:
 
     Raises:
         LinearizationError: A gradient is recorded for a parameter that the module does
-            not have, or one is missing.
+            not have, or one is missing; or a module gathers running statistics.
 
     Example:
         >>> chain = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Tanh())
@@ -163,7 +165,7 @@ def kkt_residuals(found: RecordedPass) -> Residuals:
                 f"module {a} has the parameters {sorted(own)}, the pass gradients of "
                 f"{sorted(found.gradients[a])}"
             )
-        z, pull = _vjp(_map(module), found.states[a], own)
+        z, pull = _vjp(_map(a, module), found.states[a], own)
         forward.append(_distance(found.states[a + 1], z))
         costate, slopes = pull(found.costates[a + 1])
         adjoint.append(_distance(found.costates[a], costate))
@@ -192,10 +194,13 @@ def hamiltonians(found: RecordedPass) -> list[float]:
 
     Returns:
         One number for each module.
+
+    Raises:
+        LinearizationError: A module gathers running statistics.
     """
     values = []
     for a, module in enumerate(found.modules):
-        z = _map(module)(found.states[a], _parameters(module))
+        z = _map(a, module)(found.states[a], _parameters(module))
         values.append(float((found.costates[a + 1] * z).sum()))
     return values
 
@@ -213,6 +218,9 @@ def pairings(found: RecordedPass, direction: Tensor) -> list[float]:
     Returns:
         L + 1 numbers, equal up to rounding if the costates are right.
 
+    Raises:
+        LinearizationError: A module gathers running statistics.
+
     Example:
         >>> double = torch.nn.Linear(1, 1, bias=False)
         >>> _ = torch.nn.init.constant_(double.weight, 2.0)
@@ -223,7 +231,7 @@ def pairings(found: RecordedPass, direction: Tensor) -> list[float]:
     dz = direction
     values = [float((found.costates[0] * dz).sum())]
     for a, module in enumerate(found.modules):
-        own, f = _parameters(module), _map(module)
+        own, f = _parameters(module), _map(a, module)
         pushed = jvp(lambda z, f=f, own=own: f(z, own), (found.states[a],), (dz,))
         dz = pushed[1]
         values.append(float((found.costates[a + 1] * dz).sum()))
@@ -235,9 +243,25 @@ def _vjp(function: Callable[..., Tensor], *at: object) -> tuple[Tensor, Any]:
     return found[0], found[1]
 
 
-def _map(module: nn.Module) -> Callable[[Tensor, Gradients], Tensor]:
+def _map(a: int, module: nn.Module) -> Callable[[Tensor, Gradients], Tensor]:
+    """Return the module as a function of its input and parameters.
+
+    Raises:
+        LinearizationError: Every call changes its running statistics.
+    """
+    for path, norm in module.named_modules():
+        counts = isinstance(norm, nn.modules.batchnorm._NormBase)
+        if counts and norm.training and norm.track_running_stats:
+            where = f"'{path}' in module {a}" if path else f"module {a}"
+            raise LinearizationError(
+                f"{where} ({type(norm).__name__}) counts every call into its running "
+                "statistics in training mode, so it is not evaluated on its own; call "
+                ".eval() on it and record the pass again"
+            )
+    binding = Binding(module)
+
     def f(z: Tensor, own: Gradients) -> Tensor:
-        value: Tensor = functional_call(module, own, (z,))
+        value: Tensor = binding.call(own, z.clone())
         return value
 
     return f

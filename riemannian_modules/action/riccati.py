@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jacrev
+from torch.func import jacrev
 
 from riemannian_modules.action.costates import record_pass
 from riemannian_modules.errors import LinearizationError
+from riemannian_modules.functional.binding import Binding
 from riemannian_modules.heads import output_rows, pair
 from riemannian_modules.layerwise import LayerwiseMetric
 from riemannian_modules.tangent import TangentSpace
@@ -133,8 +134,10 @@ def _derivatives(
     trained = [n for n, p in module.named_parameters() if p.requires_grad]
     spaces = [metric.parameters[f"{name}.{n}"].space() for n in trained]
 
+    binding = Binding(module)
+
     def f(z: Tensor, moving: dict[str, Tensor]) -> Tensor:
-        value: Tensor = functional_call(module, {**own, **moving}, (z,))
+        value: Tensor = binding.call({**own, **moving}, z.clone())
         return value.reshape(-1)
 
     A, B = jacrev(f, argnums=(0, 1))(z, {n: own[n] for n in trained})

@@ -175,9 +175,9 @@ def as_count(n: int) -> int:
     """Return a number of examples.
 
     Raises:
-        ContractionError: It is not positive.
+        ContractionError: It is not positive, or no whole number.
     """
-    require(n >= 1, f"n = {n} examples")
+    require(n >= 1 and n % 1 == 0, f"n = {n} examples, where a whole number is needed")
     return n
 
 

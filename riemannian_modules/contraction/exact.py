@@ -19,7 +19,7 @@ def round_down(value: Fraction) -> float:
 
 def round_up(value: Fraction) -> float:
     """Return the smallest double that is not below ``value``."""
-    return -round_down(-value)
+    return 0.0 - round_down(-value)  # never -0.0
 
 
 def root_up(value: Fraction) -> float:

@@ -60,7 +60,7 @@ def geometric(q: float, steps: int | None) -> float:
         The sum of ``q^k`` for k below ``steps``, perhaps infinite.
 
     Raises:
-        ContractionError: A negative number of steps.
+        ContractionError: A negative number of steps, or a fraction of one.
 
     Example:
         >>> geometric(1.0, 3), geometric(0.5, None), geometric(0.5, 2)
@@ -69,7 +69,8 @@ def geometric(q: float, steps: int | None) -> float:
     gap = 1 - Fraction(q) if math.isfinite(q) else Fraction(-1)
     if steps is None:
         return round_up(1 / gap) if gap > 0 else math.inf
-    require(steps >= 0, f"{steps} steps")
+    whole = steps >= 0 and steps % 1 == 0
+    require(whole, f"{steps} steps, where a whole number is needed")
     if gap == 0 or steps <= 1:
         return round_up(Fraction(steps))
     if math.isinf(q):

@@ -255,7 +255,7 @@ def stability_bound_discrete(
     q = as_size(factor, "q", "factor of one step")
     require(lr > 0, f"a step length of {lr}")
     require(
-        batch_size is None or 1 <= batch_size <= n,
+        batch_size is None or (1 <= batch_size <= n and batch_size % 1 == 0),
         f"minibatches of {batch_size} of {n}",
     )
     grown = geometric(q.value, steps)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from riemannian_modules.errors import LinearizationError
+
 __all__ = ["Derivatives", "elementwise", "named"]
 
 # ``f(v, order, *args)`` returns the function and its derivatives up to the order.
@@ -124,13 +126,26 @@ def _square(v: Tensor, order: int) -> list[Tensor]:
 
 
 @_add("pow", "__pow__")
-def _pow(v: Tensor, order: int, exponent: float) -> list[Tensor]:
-    found, factor, power = [], 1.0, exponent
+def _pow(v: Tensor, order: int, exponent: float | Tensor) -> list[Tensor]:
+    found, factor, power = [], 1.0, _number(exponent)
     for _ in range(order + 1):
         # A power that has come to nothing is no 0 * inf at zero.
         found.append(factor * v**power if factor else torch.zeros_like(v))
         factor, power = factor * power, power - 1
     return found
+
+
+def _number(exponent: float | Tensor) -> float:
+    if not isinstance(exponent, Tensor):
+        return exponent
+    if exponent.requires_grad or exponent.numel() != 1 or exponent.ndim > 1:
+        raise LinearizationError(
+            "derivatives are not carried through a power whose exponent depends on "
+            f"parameters or has several entries (its shape is {tuple(exponent.shape)}):"
+            " a DifferentialOperator takes numbers there. Use structured=False, which "
+            "differentiates any network"
+        )
+    return exponent.item()
 
 
 @_add("atan", "arctan")

@@ -79,19 +79,24 @@ class Pointwise(PointSet):
         y = None if rows.has_rest else rows.residual
         stack = rows.stacks[0] if y is None else rows.stacks[0][: rows.rank]
 
-        def back(cotangents: Tensor, *example: Tensor) -> Point:
-            pull = vjp(lambda p: self._one(p, *example), point)[1]
-            return vmap(lambda cotangent: pull(cotangent)[0])(cotangents)
+        def back(cotangents: Tensor, *example: Tensor) -> tuple[Point, Tensor]:
+            output, pull = vjp(lambda p: self._one(p, *example), point)[:2]
+            return vmap(lambda cotangent: pull(cotangent)[0])(cotangents), output
 
-        def forth(cotangents: Tensor, *example: Tensor) -> Point:
-            slopes = jacfwd(lambda p: self._one(p, *example))(point)
+        def forth(cotangents: Tensor, *example: Tensor) -> tuple[Point, Tensor]:
+            def twice(p: Point) -> tuple[Tensor, Tensor]:
+                output = self._one(p, *example)
+                return output, output
+
+            slopes, output = jacfwd(twice, has_aux=True)(point)
             flat = cotangents.reshape(len(cotangents), -1)
-            return {
+            rows = {
                 name: (flat @ each.reshape(flat.shape[1], -1)).view(
                     len(flat), *point[name].shape
                 )
                 for name, each in slopes.items()
             }
+            return rows, output
 
         few = sum(each.numel() for each in point.values()) < len(stack)
         dims = (1, *[0] * len(examples))
@@ -106,7 +111,7 @@ class Pointwise(PointSet):
 
     def _pulled(
         self,
-        jacobian: Callable[..., Point],
+        jacobian: Callable[..., tuple[Point, Tensor]],
         point: Point,
         examples: Sequence[Tensor],
         stack: Tensor,
@@ -117,7 +122,9 @@ class Pointwise(PointSet):
             return self._in_a_loop(point, examples, stack, range(n))
         # Without gradients torch maps factorisations of matrices to wrong derivatives.
         with torch.enable_grad():
-            mapped: Point = jacobian(stack, *examples)
+            mapped, outputs = jacobian(stack, *examples)
+        # What is mapped has no graph unless there are parameters it was not given.
+        refuse_others(outputs, [], self._model, self.label, inner=True)
         pulled = {name: each.detach() for name, each in mapped.items()}
         if self._trusted or stack.is_meta or len(stack) == 0:
             return pulled
@@ -154,9 +161,12 @@ class Pointwise(PointSet):
             leaves = {k: v.clone().requires_grad_() for k, v in point.items()}
             for i in which:
                 output = self._one(leaves, *(each[i] for each in examples))
-                if not self._one_by_one:
-                    known, model = leaves.values(), self._model
-                    refuse_others(output, known, model, self.label, inner=True)
+                known = leaves.values()
+                refuse_others(output, known, self._model, self.label, inner=True)
+                if not output.requires_grad:
+                    zero = [v.new_zeros(len(stack), *v.shape) for v in known]
+                    found.append(zero)
+                    continue
                 rows = [
                     torch.autograd.grad(
                         output,

@@ -88,7 +88,7 @@ class Streamed(PointSet):
         self._model = model
         self._binding = Binding(model)
         self._operator = operator
-        self._checked = False
+        self._checked: set[tuple[object, ...]] = set()
         self.label = label
 
     def values(self, point: Point, examples: Sequence[Tensor]) -> Tensor:
@@ -161,8 +161,11 @@ class Streamed(PointSet):
         }
         with torch.enable_grad():
             outputs, uses = self._evaluate(leaves, examples, recording=True)
+        # The graph may be another one in every pass: the function may have branches.
+        refuse_others(outputs, leaves.values(), self._model, self.label)
+        graph = tuple((use.weight, use.bias, *use.inputs.shape[1:]) for use in uses)
         count, truth = len(stack), None
-        if not self._checked:
+        if graph not in self._checked:
             stack = torch.cat([stack, _probe(outputs.detach())])
             truth = self._truth(outputs, leaves, stack[-1])
         edges = [use.edge for use in uses]
@@ -175,20 +178,15 @@ class Streamed(PointSet):
             last = {m: f.narrow(count * n, (count + 1) * n) for m, f in whole.items()}
             self._compare({m: f.row_sum() for m, f in last.items()}, truth)
             whole = {m: f.narrow(0, count * n) for m, f in whole.items()}
-            self._checked = True
+            self._checked.add(graph)
         return finished(whole, rows, y, len(outputs))
 
     def _truth(
         self, outputs: Tensor, leaves: Point, cotangent: Tensor
     ) -> dict[str, Tensor]:
-        """Return autograd's derivative of all parameters for one cotangent.
-
-        Raises:
-            LinearizationError: the outputs depend on other parameters.
-        """
+        """Return autograd's derivative of all parameters for one cotangent."""
         if not outputs.requires_grad:
             return {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
-        refuse_others(outputs, leaves.values(), self._model, self.label)
         grads = torch.autograd.grad(
             outputs,
             list(leaves.values()),

@@ -31,7 +31,8 @@ def to_scipy(
             instead of ``flat``.
 
     Returns:
-        The operator, in the data type of the parameters. A product costs one with K
+        The operator, in the data type of the parameters; complex vectors are multiplied
+        part by part. A product costs one with K
         and one with its transpose, an inverse one a solve with the factorisation that
         the metric keeps; no matrix of the size of the parameters is formed.
 
@@ -50,6 +51,9 @@ def to_scipy(
     verb = own.solve if inverse else own.apply
 
     def matvec(column: NDArray[Any]) -> NDArray[Any]:
+        if np.iscomplexobj(column):
+            both: NDArray[Any] = matvec(column.real) + 1j * matvec(column.imag)
+            return both
         numbers = torch.as_tensor(np.ascontiguousarray(column).reshape(-1))
         found = verb(numbers.to(dtype=own.dtype, device=own.device))
         plain: NDArray[Any] = found.detach().cpu().numpy()

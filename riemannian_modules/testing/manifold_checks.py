@@ -106,7 +106,12 @@ def _metric_checks(probe: Probe) -> Iterator[CheckResult]:
         probe.exact,
         "inner(x, u, v) = inner(x, v, u)",
     )
-    w = probe.project(probe.draw())
+    e = probe.draw()
+    w = probe.project(e)
+    if size(w) <= probe.exact * size(e):
+        message = "no tangent u to measure inner(x, u, u) with: proju leaves rounding"
+        yield CheckResult.yes("metric_positive", True, message)
+        return
     yield CheckResult.at_least(
         "metric_positive",
         float(probe.inner(w, w)) / max(size(w) ** 2, probe.eps**2),

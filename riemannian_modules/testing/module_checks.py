@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from riemannian_modules.declared import Blocks
 from riemannian_modules.errors import LinearizationError
+from riemannian_modules.functional.binding import Binding
 from riemannian_modules.heads import Reduction
 from riemannian_modules.layerwise import LayerwiseMetric
 from riemannian_modules.output import OutputMetric
@@ -93,8 +94,10 @@ def _recursion(case: ModuleCase) -> Iterator[CheckResult]:
     }
     still = {n: tangents.get(n, torch.zeros_like(p)) for n, p in frozen.items()}
 
+    binding = Binding(case.model)
+
     def forward(values: dict[str, Tensor]) -> Tensor:
-        outputs: Tensor = torch.func.functional_call(case.model, values, (case.x,))
+        outputs: Tensor = binding.call(values, case.x)
         return outputs
 
     velocity = torch.func.jvp(forward, (frozen,), (still,))[1]

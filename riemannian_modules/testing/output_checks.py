@@ -116,14 +116,16 @@ def _sum(
     name: str, rows: Tensor, y: Tensor, rest: Tensor, cotangent: Tensor
 ) -> CheckResult:
     flat, y = _flat(rows), y.double()
-    total = (flat.mT @ y.unsqueeze(-1)).squeeze(-1) + rest.double().flatten(1)
+    # Outputs of a single number have no dimension but that of the examples.
+    n = len(cotangent)
+    total = (flat.mT @ y.unsqueeze(-1)).squeeze(-1) + rest.double().reshape(n, -1)
     size = float((flat.abs().mT @ y.abs().unsqueeze(-1)).norm() + cotangent.norm())
     words = {
         "whiten_sum": "L^T y + rest = v",
         "whiten_rows": "L^T y = v, without a rest, for combinations v of the rows",
     }
     tolerance = _tolerance(rows)
-    gap = relative_gap(total, cotangent.flatten(1), size)
+    gap = relative_gap(total, cotangent.reshape(n, -1), size)
     return CheckResult.at_most(name, gap, tolerance, words[name])
 
 

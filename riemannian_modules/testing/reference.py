@@ -2,7 +2,8 @@
 
 Jacobians by ``torch.func.jacrev``, the base metric from the manifold's own
 ``inner`` on a tangent basis, the inverse by QR. Nothing is shared with the
-structured code but the manifold and the output metric. O(p^3): small models only.
+structured code but the manifold, the output metric, and how a model is called with
+other parameters. O(p^3): small models only.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from riemannian_modules.declared import DeclaredParameters
+from riemannian_modules.functional.binding import Binding
 from riemannian_modules.mass import MassLike
 from riemannian_modules.output import OutputMetric
 from riemannian_modules.tangent import TangentSpace
@@ -144,8 +146,10 @@ def dense_factor(
         n: p.detach().as_subclass(torch.Tensor) for n, p in model.named_parameters()
     }
 
+    binding = Binding(model)
+
     def forward(parameters: dict[str, Tensor]) -> Tensor:
-        result: Tensor = torch.func.functional_call(model, parameters, (x,))
+        result: Tensor = binding.call(parameters, x)
         return result
 
     outputs = forward(values)

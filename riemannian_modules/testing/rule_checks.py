@@ -42,7 +42,10 @@ _MASS = 0.1
 
 
 def _metric(model: Around) -> LayerwiseMetric:
-    return LayerwiseMetric(model, Euclidean(), mass=_MASS, reduction="sum")
+    # One block, as the dense solution is one of all parameters.
+    return LayerwiseMetric(
+        model, Euclidean(), mass=_MASS, reduction="sum", blocks="model"
+    )
 
 
 _MESSAGES = {

@@ -8,9 +8,9 @@ from typing import Any
 import geoopt
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from riemannian_modules.errors import NonFiniteError, ShapeError
+from riemannian_modules.functional.binding import Binding
 from riemannian_modules.manifolds import Product
 
 __all__ = ["Loss", "ModelCost"]
@@ -51,7 +51,7 @@ class ModelCost:
         inputs: Sequence[Any],
         weight_decay: float,
     ) -> None:
-        self._model = model
+        self._binding = Binding(model)
         self._product = product
         self._loss = loss
         self._inputs = tuple(inputs)
@@ -148,7 +148,7 @@ class ModelCost:
         return found
 
     def _at(self, values: dict[str, Tensor]) -> Tensor:
-        outputs = functional_call(self._model, values, self._inputs)
+        outputs = self._binding.call(values, *self._inputs)
         total = self.of_outputs(outputs)
         if self._decay:
             squares = [value.square().sum().to(total) for value in values.values()]
