@@ -299,11 +299,20 @@ class OtherMetric(manifolds.Lorentz):
         return 2.0 * super().inner(x, u, v, keepdim=keepdim)
 
 
+class OtherOblique(manifolds.Oblique):
+    def inner(
+        self, x: Tensor, u: Tensor, v: Tensor | None = None, *, keepdim: bool = False
+    ) -> Tensor:
+        return 2.0 * super().inner(x, u, v, keepdim=keepdim)
+
+
 def test_a_metric_of_its_own_would_get_the_wrong_formulas() -> None:
     with pytest.raises(ManifoldContractError, match="OtherMetric changes inner"):
         require_own_formulas(OtherMetric(), "w")
     with pytest.raises(ManifoldContractError, match="OtherMetric changes inner"):
         manifolds.Scaled(OtherMetric(), 2.0)
+    with pytest.raises(ManifoldContractError, match="Oblique changes inner of Oblique"):
+        require_own_formulas(OtherOblique(), "w")
 
 
 # ---- Riesz map and companions ----------------------------------------------------

@@ -15,10 +15,10 @@ import math
 
 import geoopt
 import torch
-from geoopt.utils import size2shape
 from torch import Tensor
 
 from riemannian_modules.manifolds.differentiated import differentiated
+from riemannian_modules.manifolds.drawing import Device, Drawing, Dtype, Shape
 from riemannian_modules.manifolds.riesz import dimension, flat, root, root_adjoint
 
 __all__ = ["BirkhoffPolytope"]
@@ -105,7 +105,7 @@ def _scaled(logs: Tensor, steps: int) -> Tensor:
     return logs.exp()
 
 
-class BirkhoffPolytope(geoopt.BirkhoffPolytope):  # type: ignore[misc]
+class BirkhoffPolytope(Drawing, geoopt.BirkhoffPolytope):  # type: ignore[misc]
     """Doubly stochastic ``n x n`` matrices, metric ``sum u v / (n x)``.
 
     The Fisher metric of the entries as probabilities (Douik & Hassibi, 2019). Replaces
@@ -113,7 +113,9 @@ class BirkhoffPolytope(geoopt.BirkhoffPolytope):  # type: ignore[misc]
     ``proju`` is not a projection, whose points are only good to 1e-5, whose ``expmap``
     does not follow geodesics and whose ``origin`` lies on the boundary. Geodesics have
     no closed form, so ``expmap``, ``logmap`` and ``dist`` raise NotImplementedError.
-    The retraction ``x o exp(u / x)``, scaled back, is of first order.
+    The retraction ``x o exp(u / x)``, scaled back, is of first order. Random points
+    are matrices of absolute values of normal numbers, scaled; the origin is the centre,
+    all entries ``1 / n``.
 
     Args:
         max_iter: the most Newton steps that a projection takes. 3 are usual, 20 near
@@ -170,50 +172,13 @@ class BirkhoffPolytope(geoopt.BirkhoffPolytope):  # type: ignore[misc]
         """Raise, as :meth:`expmap` does."""
         return self.expmap(x, u), v
 
-    def random(
-        self,
-        *size: int,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> geoopt.ManifoldTensor:
-        """Scale matrices of absolute values of normal numbers.
+    def _random(self, shape: Shape, dtype: Dtype, device: Device) -> Tensor:
+        return self.projx(torch.randn(shape, dtype=dtype, device=device).abs())
 
-        Args:
-            *size: shape, ``(*batch, n, n)``.
-            dtype: data type.
-            device: device.
+    random_naive = Drawing.random
 
-        Returns:
-            Points of the manifold.
-        """
-        self._assert_check_shape(size2shape(*size), "x")
-        positive = torch.randn(*size, dtype=dtype, device=device).abs()
-        return geoopt.ManifoldTensor(self.projx(positive), manifold=self)
-
-    random_naive = random
-
-    def origin(
-        self,
-        *size: int,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        seed: int | None = 42,
-    ) -> geoopt.ManifoldTensor:
-        """Return the matrix with all entries ``1 / n``, the centre.
-
-        Args:
-            *size: shape, ``(*batch, n, n)``.
-            dtype: data type.
-            device: device.
-            seed: ignored; part of geoopt's interface.
-
-        Returns:
-            Points of the manifold.
-        """
-        shape = size2shape(*size)
-        self._assert_check_shape(shape, "x")
-        centre = torch.full(shape, 1.0 / shape[-1], dtype=dtype, device=device)
-        return geoopt.ManifoldTensor(centre, manifold=self)
+    def _origin(self, shape: Shape, dtype: Dtype, device: Device) -> Tensor:
+        return torch.full(shape, 1.0 / shape[-1], dtype=dtype, device=device)
 
     def _check_shape(
         self, shape: tuple[int, ...], name: str

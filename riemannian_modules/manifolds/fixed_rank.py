@@ -20,13 +20,12 @@ D, P and Q are zero and have nothing but derivatives; each round of putting P an
 the right sides makes those of one more order exact.
 """
 
-import geoopt
 import torch
-from geoopt.utils import size2shape
 from torch import Tensor
 
 from riemannian_modules.manifolds.differentiated import differentiated
-from riemannian_modules.manifolds.riesz import dimension, flat, root, root_adjoint
+from riemannian_modules.manifolds.drawing import Device, Dtype, Embedded, Shape
+from riemannian_modules.manifolds.riesz import dimension
 from riemannian_modules.manifolds.stiefel import _orthonormalise
 
 __all__ = ["FixedRank", "orthographic_step"]
@@ -103,13 +102,16 @@ def orthographic_step(x: Tensor, u: Tensor, rank: int) -> Tensor:
     return columns @ core
 
 
-class FixedRank(geoopt.Manifold):  # type: ignore[misc]
+class FixedRank(Embedded):
     """Matrices of one rank, ``(*batch, m, n)``, with the Euclidean metric.
 
     Dimension ``rank (m + n - rank)`` (Vandereycken, 2013). The default retraction is
     the truncated singular value decomposition of ``x + u``, the nearest matrix of the
     rank; ``riemannian_modules.retractions.Orthographic`` is another. Geodesics have no
     closed form. Every method decomposes the point: O(m n min(m, n)).
+
+    Random points have uniform singular vectors, and singular values uniform in
+    [1/2, 3/2]; the origin is the identity of the size of the rank, with zeros around.
 
     The manifold is not closed: a matrix of lower rank is at the end of a finite step,
     and near it the curvature is the inverse of the least singular value.
@@ -126,20 +128,12 @@ class FixedRank(geoopt.Manifold):  # type: ignore[misc]
     """
 
     name = "FixedRank"
-    ndim = 2
-    reversible = False
 
     def __init__(self, rank: int) -> None:
         super().__init__()
         if rank < 1:
             raise ValueError(f"rank={rank}: choose at least 1")
         self.rank = rank
-
-    def inner(
-        self, x: Tensor, u: Tensor, v: Tensor | None = None, *, keepdim: bool = False
-    ) -> Tensor:
-        """Return the Euclidean inner product."""
-        return (u * (u if v is None else v)).sum((-1, -2), keepdim=keepdim)
 
     def projx(self, x: Tensor) -> Tensor:
         """Return the nearest matrix of at most this rank (Eckart & Young, 1936)."""
@@ -151,10 +145,6 @@ class FixedRank(geoopt.Manifold):  # type: ignore[misc]
         left, right = _bases(x, self.rank)
         inside = left @ (left.mT @ u)
         return inside + ((u - inside) @ right) @ right.mT
-
-    def egrad2rgrad(self, x: Tensor, u: Tensor) -> Tensor:
-        """Return the tangent vector that represents the covector ``u``."""
-        return self.proju(x, u)
 
     def retr(self, x: Tensor, u: Tensor) -> Tensor:
         """Return the nearest matrix of the rank to ``x + u``; second order.
@@ -191,53 +181,18 @@ class FixedRank(geoopt.Manifold):  # type: ignore[misc]
         """Transport ``v`` from ``x`` to ``y`` by projection; not an isometry."""
         return self.proju(y, v)
 
-    def random(
-        self,
-        *size: int,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> geoopt.ManifoldTensor:
-        """Draw uniform singular vectors, and singular values uniform in [1/2, 3/2].
-
-        Args:
-            *size: shape, ``(*batch, m, n)``.
-            dtype: data type.
-            device: device.
-
-        Returns:
-            Points of the manifold.
-        """
-        *batch, m, n = shape = size2shape(*size)
-        self._assert_check_shape(shape, "x")
+    def _random(self, shape: Shape, dtype: Dtype, device: Device) -> Tensor:
+        *batch, m, n = shape
         gaussian = torch.randn(*batch, m + n, self.rank, dtype=dtype, device=device)
         left = _orthonormalise(gaussian[..., :m, :])
         right = _orthonormalise(gaussian[..., m:, :])
         values = 0.5 + torch.rand_like(gaussian[..., :1, :])
-        return geoopt.ManifoldTensor((left * values) @ right.mT, manifold=self)
+        return (left * values) @ right.mT
 
-    def origin(
-        self,
-        *size: int,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        seed: int | None = 42,
-    ) -> geoopt.ManifoldTensor:
-        """Return the identity of the size of the rank, and zeros around it.
-
-        Args:
-            *size: shape, ``(*batch, m, n)``.
-            dtype: data type.
-            device: device.
-            seed: ignored; part of geoopt's interface.
-
-        Returns:
-            Points of the manifold.
-        """
-        shape = size2shape(*size)
-        self._assert_check_shape(shape, "x")
+    def _origin(self, shape: Shape, dtype: Dtype, device: Device) -> Tensor:
         point = torch.zeros(shape, dtype=dtype, device=device)
         point[..., : self.rank, : self.rank].diagonal(dim1=-2, dim2=-1).fill_(1.0)
-        return geoopt.ManifoldTensor(point, manifold=self)
+        return point
 
     def extra_repr(self) -> str:
         """Say the rank."""
@@ -283,17 +238,6 @@ class FixedRank(geoopt.Manifold):  # type: ignore[misc]
                 f"`(I - U U^T) u (I - V V^T) != 0` with atol={atol}, rtol={rtol}"
             )
         return True, None
-
-
-@flat.register(FixedRank)
-def _(manifold: FixedRank, x: Tensor, u: Tensor) -> Tensor:
-    return u
-
-
-@root.register(FixedRank)
-@root_adjoint.register(FixedRank)
-def _(manifold: FixedRank, x: Tensor, z: Tensor) -> Tensor:
-    return manifold.proju(x, z)
 
 
 @dimension.register(FixedRank)

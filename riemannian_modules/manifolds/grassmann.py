@@ -10,13 +10,13 @@ the geodesic is
 (Edelman, Arias & Smith, 1998, theorem 2.3); S holds its principal angles.
 """
 
-import geoopt
 import torch
 from torch import Tensor
 
 from riemannian_modules.manifolds.arcs import root_of_square, squared_arcs
+from riemannian_modules.manifolds.drawing import Embedded
 from riemannian_modules.manifolds.polar import polar
-from riemannian_modules.manifolds.riesz import dimension, flat, root, root_adjoint
+from riemannian_modules.manifolds.riesz import dimension
 from riemannian_modules.manifolds.stiefel import (
     Stiefel,
     _is_wide,
@@ -58,7 +58,7 @@ def _log(x: Tensor, y: Tensor) -> Tensor:
     return (w * angles.unsqueeze(-2)) @ vh
 
 
-class Grassmann(geoopt.Manifold):  # type: ignore[misc]
+class Grassmann(Embedded):
     """Subspaces: the span of the columns of a tall matrix, of the rows of a wide one.
 
     Points are orthonormal bases, tangent vectors are orthogonal to them, and the metric
@@ -70,7 +70,8 @@ class Grassmann(geoopt.Manifold):  # type: ignore[misc]
     are accurate at every size (Bjorck & Golub, 1973; Bendokat, Zimmermann & Absil,
     2024). :meth:`transp` is a projection, :meth:`transp_follow_expmap` exact. Where
     principal angles coincide, :meth:`dist2` has two derivatives, :meth:`expmap` and
-    :meth:`logmap` have none.
+    :meth:`logmap` have none. Random points are uniform (Haar), the origin is the
+    leading block of the identity.
 
     >>> x, y = torch.eye(3, 1), torch.tensor([[0.6], [0.8], [0.0]])
     >>> Grassmann().dist(x, y), Grassmann().dist(x, -x)
@@ -78,32 +79,20 @@ class Grassmann(geoopt.Manifold):  # type: ignore[misc]
     """
 
     name = "Grassmann"
-    ndim = 2
-    reversible = False
 
     # Its points are those of the Stiefel manifold, of which some count as one.
     projx = Stiefel.projx
-    random = Stiefel.random
-    origin = Stiefel.origin
+    _random = Stiefel._random
+    _origin = Stiefel._origin
     _check_point_on_manifold = Stiefel._check_point_on_manifold
 
     def invariant(self, x: Tensor) -> Tensor:
         """Return the orthogonal projector on the subspace, the same for every basis."""
         return x.mT @ x if _is_wide(x) else x @ x.mT
 
-    def inner(
-        self, x: Tensor, u: Tensor, v: Tensor | None = None, *, keepdim: bool = False
-    ) -> Tensor:
-        """Return the Euclidean inner product of horizontal vectors."""
-        return (u * (u if v is None else v)).sum((-1, -2), keepdim=keepdim)
-
     def proju(self, x: Tensor, u: Tensor) -> Tensor:
         """Return the horizontal part of ``u``: ``(I - x x^T) u`` on tall matrices."""
         return _upright(_horizontal_part, x, u)
-
-    def egrad2rgrad(self, x: Tensor, u: Tensor) -> Tensor:
-        """Return the tangent vector that represents the covector ``u``."""
-        return self.proju(x, u)
 
     def retr(self, x: Tensor, u: Tensor) -> Tensor:
         """Return an orthonormal basis of the span of ``x + u``; second order.
@@ -178,17 +167,6 @@ class Grassmann(geoopt.Manifold):  # type: ignore[misc]
             side = "X U^T" if _is_wide(x) else "X^T U"
             return False, f"`{side} != 0` with atol={atol}, rtol={rtol}"
         return True, None
-
-
-@flat.register(Grassmann)
-def _(manifold: Grassmann, x: Tensor, u: Tensor) -> Tensor:
-    return u
-
-
-@root.register(Grassmann)
-@root_adjoint.register(Grassmann)
-def _(manifold: Grassmann, x: Tensor, z: Tensor) -> Tensor:
-    return manifold.proju(x, z)
 
 
 @dimension.register(Grassmann)

@@ -8,12 +8,11 @@ With ``x = Q diag(l) Q^T`` its derivative is, after Daleckii and Krein,
 self-adjoint for the Euclidean inner product of symmetric matrices. Cost: O(n^3).
 """
 
-import geoopt
 import torch
-from geoopt.utils import size2shape
 from torch import Tensor
 
 from riemannian_modules.manifolds.boundary import singular
+from riemannian_modules.manifolds.drawing import Device, Drawing, Dtype, Shape
 from riemannian_modules.manifolds.riesz import dimension, flat, root, root_adjoint
 
 __all__ = ["LogEuclideanSPD"]
@@ -52,7 +51,7 @@ def _apply(x: Tensor, u: Tensor, power: int) -> Tensor:
     return _sym(vectors @ (_slopes(values) ** power * turned) @ vectors.mT)
 
 
-class LogEuclideanSPD(geoopt.Manifold):  # type: ignore[misc]
+class LogEuclideanSPD(Drawing):
     """Symmetric positive definite matrices with the log-Euclidean metric.
 
     ``g(u, v) = <D log(x)[u], D log(x)[v]>`` (Arsigny, Fillard, Pennec & Ayache, 2007).
@@ -60,7 +59,8 @@ class LogEuclideanSPD(geoopt.Manifold):  # type: ignore[misc]
     depend on the path, have closed forms. Unlike the affine-invariant metric it is only
     invariant under rotations, scalings and inversion. It stands in for
     ``geoopt.SymmetricPositiveDefinite("LEM")``, which takes nothing from this metric
-    but its distance. The retraction is the exponential map.
+    but its distance. The retraction is the exponential map. The logarithms of random
+    points are symmetric and normal, of spectral norm ~1.4; the origin is the identity.
 
     >>> x, y = torch.eye(2), torch.diag(torch.tensor([1.0, 2.718281828]))
     >>> LogEuclideanSPD().dist(x, y)
@@ -125,50 +125,13 @@ class LogEuclideanSPD(geoopt.Manifold):  # type: ignore[misc]
         """Transport ``v`` in parallel from ``x`` to ``y``; an isometry."""
         return _apply(y, _apply(x, v, 1), -1)
 
-    def random(
-        self,
-        *size: int,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> geoopt.ManifoldTensor:
-        """Draw points whose logarithms are symmetric and normal, of spectral norm ~1.4.
+    def _random(self, shape: Shape, dtype: Dtype, device: Device) -> Tensor:
+        gaussian = torch.randn(shape, dtype=dtype, device=device)
+        return _exp(_sym(gaussian) / shape[-1] ** 0.5)
 
-        Args:
-            *size: shape, ``(*batch, n, n)``.
-            dtype: data type.
-            device: device.
-
-        Returns:
-            Points of the manifold.
-        """
-        self._assert_check_shape(size2shape(*size), "x")
-        gaussian = torch.randn(*size, dtype=dtype, device=device)
-        return geoopt.ManifoldTensor(
-            _exp(_sym(gaussian) / size2shape(*size)[-1] ** 0.5), manifold=self
-        )
-
-    def origin(
-        self,
-        *size: int,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        seed: int | None = 42,
-    ) -> geoopt.ManifoldTensor:
-        """Return the identity.
-
-        Args:
-            *size: shape, ``(*batch, n, n)``.
-            dtype: data type.
-            device: device.
-            seed: ignored; part of geoopt's interface.
-
-        Returns:
-            Points of the manifold.
-        """
-        shape = size2shape(*size)
-        self._assert_check_shape(shape, "x")
+    def _origin(self, shape: Shape, dtype: Dtype, device: Device) -> Tensor:
         eye = torch.eye(shape[-1], dtype=dtype, device=device)
-        return geoopt.ManifoldTensor(eye.expand(shape).clone(), manifold=self)
+        return eye.expand(shape).clone()
 
     def _check_shape(
         self, shape: tuple[int, ...], name: str

@@ -2,22 +2,22 @@
 
 from typing import Literal
 
-import geoopt
 import torch
-from geoopt.utils import size2shape
 from torch import Tensor
 
-from riemannian_modules.manifolds.riesz import dimension, flat, root, root_adjoint
+from riemannian_modules.manifolds.drawing import Device, Dtype, Embedded, Shape
+from riemannian_modules.manifolds.riesz import dimension
 
 __all__ = ["Oblique"]
 
 
-class Oblique(geoopt.Manifold):  # type: ignore[misc]
+class Oblique(Embedded):
     """Matrices whose columns, or whose rows, have Euclidean norm 1; Euclidean metric.
 
     One point is the whole matrix: ``inner`` and ``dist`` are those of the product of
     spheres (Absil & Gallivan, 2006). On the weight ``(out, in)`` of a linear layer,
-    unit rows are unit filters. The default retraction normalises ``x + u``.
+    unit rows are unit filters. The default retraction normalises ``x + u``. Random
+    points are uniform; the vectors of the origin are all the first unit vector.
 
     Args:
         unit: ``"columns"`` or ``"rows"``.
@@ -31,8 +31,6 @@ class Oblique(geoopt.Manifold):  # type: ignore[misc]
     """
 
     name = "Oblique"
-    ndim = 2
-    reversible = False
 
     def __init__(self, unit: Literal["columns", "rows"] = "columns") -> None:
         super().__init__()
@@ -45,12 +43,6 @@ class Oblique(geoopt.Manifold):  # type: ignore[misc]
         """The dimension along which vectors have norm 1: -2 or -1."""
         return -2 if self.unit == "columns" else -1
 
-    def inner(
-        self, x: Tensor, u: Tensor, v: Tensor | None = None, *, keepdim: bool = False
-    ) -> Tensor:
-        """Return the Euclidean inner product, summed over all vectors."""
-        return (u * (u if v is None else v)).sum((-1, -2), keepdim=keepdim)
-
     def projx(self, x: Tensor) -> Tensor:
         """Return the nearest point: every vector divided by its norm."""
         return x / torch.linalg.vector_norm(x, dim=self.dim, keepdim=True)
@@ -58,10 +50,6 @@ class Oblique(geoopt.Manifold):  # type: ignore[misc]
     def proju(self, x: Tensor, u: Tensor) -> Tensor:
         """Return the orthogonal projection of ``u`` on the tangent space at ``x``."""
         return u - x * self._dot(x, u)
-
-    def egrad2rgrad(self, x: Tensor, u: Tensor) -> Tensor:
-        """Return the tangent vector that represents the covector ``u``."""
-        return self.proju(x, u)
 
     def retr(self, x: Tensor, u: Tensor) -> Tensor:
         """Return ``x + u`` with every vector divided by its norm; second order."""
@@ -107,49 +95,13 @@ class Oblique(geoopt.Manifold):  # type: ignore[misc]
         middle = torch.nn.functional.normalize(x + y, dim=self.dim, eps=tiny)
         return v - 2.0 * middle * self._dot(middle, v)
 
-    def random(
-        self,
-        *size: int,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> geoopt.ManifoldTensor:
-        """Draw points from the uniform distribution.
+    def _random(self, shape: Shape, dtype: Dtype, device: Device) -> Tensor:
+        return self.projx(torch.randn(shape, dtype=dtype, device=device))
 
-        Args:
-            *size: shape, ``(*batch, a, b)``.
-            dtype: data type.
-            device: device.
-
-        Returns:
-            Points of the manifold.
-        """
-        self._assert_check_shape(size2shape(*size), "x")
-        gaussian = torch.randn(*size, dtype=dtype, device=device)
-        return geoopt.ManifoldTensor(self.projx(gaussian), manifold=self)
-
-    def origin(
-        self,
-        *size: int,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        seed: int | None = 42,
-    ) -> geoopt.ManifoldTensor:
-        """Return the point whose vectors are all the first unit vector.
-
-        Args:
-            *size: shape, ``(*batch, a, b)``.
-            dtype: data type.
-            device: device.
-            seed: ignored; part of geoopt's interface.
-
-        Returns:
-            Points of the manifold.
-        """
-        shape = size2shape(*size)
-        self._assert_check_shape(shape, "x")
+    def _origin(self, shape: Shape, dtype: Dtype, device: Device) -> Tensor:
         point = torch.zeros(shape, dtype=dtype, device=device)
         point.narrow(self.dim, 0, 1).fill_(1.0)
-        return geoopt.ManifoldTensor(point, manifold=self)
+        return point
 
     def extra_repr(self) -> str:
         """Say which vectors have norm 1."""
@@ -194,17 +146,6 @@ class Oblique(geoopt.Manifold):  # type: ignore[misc]
                 f"rtol={rtol}"
             )
         return True, None
-
-
-@flat.register(Oblique)
-def _(manifold: Oblique, x: Tensor, u: Tensor) -> Tensor:
-    return u
-
-
-@root.register(Oblique)
-@root_adjoint.register(Oblique)
-def _(manifold: Oblique, x: Tensor, z: Tensor) -> Tensor:
-    return manifold.proju(x, z)
 
 
 @dimension.register(Oblique)

@@ -1,10 +1,9 @@
 """Positive numbers, entry by entry, measured by their logarithms."""
 
-import geoopt
 import torch
-from geoopt.utils import size2shape
 from torch import Tensor
 
+from riemannian_modules.manifolds.drawing import Device, Drawing, Dtype, Shape
 from riemannian_modules.manifolds.riesz import dimension, flat, root, root_adjoint
 
 __all__ = ["Positive"]
@@ -22,12 +21,13 @@ def _log_ratio(x: Tensor, y: Tensor) -> Tensor:
     return torch.where(near, change.log1p(), 2.0 * _root_ratio(x, y).log())
 
 
-class Positive(geoopt.Manifold):  # type: ignore[misc]
+class Positive(Drawing):
     """Tensors of any shape with positive entries, metric ``sum u v / x^2``.
 
     The logarithm is an isometry to Euclidean space, so everything has a closed form
     (Boumal, 2023, chapter 11). A step never leaves the manifold, and what counts is
-    by which factor a number changes.
+    by which factor a number changes. The logarithms of random entries are standard
+    normal; the origin is ones.
 
     Args:
         ndim: number of trailing dimensions that make up one point, as in
@@ -102,51 +102,11 @@ class Positive(geoopt.Manifold):  # type: ignore[misc]
         half = _root_ratio(x, y)
         return v * half * half
 
-    def random(
-        self,
-        *size: int,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> geoopt.ManifoldTensor:
-        """Draw entries whose logarithms are standard normal.
+    def _random(self, shape: Shape, dtype: Dtype, device: Device) -> Tensor:
+        return torch.randn(shape, dtype=dtype, device=device).exp()
 
-        Args:
-            *size: shape.
-            dtype: data type.
-            device: device.
-
-        Returns:
-            Points of the manifold.
-        """
-        shape = self._shape(size)
-        gaussian = torch.randn(shape, dtype=dtype, device=device)
-        return geoopt.ManifoldTensor(gaussian.exp(), manifold=self)
-
-    def origin(
-        self,
-        *size: int,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        seed: int | None = 42,
-    ) -> geoopt.ManifoldTensor:
-        """Return ones.
-
-        Args:
-            *size: shape.
-            dtype: data type.
-            device: device.
-            seed: ignored; part of geoopt's interface.
-
-        Returns:
-            Points of the manifold.
-        """
-        ones = torch.ones(self._shape(size), dtype=dtype, device=device)
-        return geoopt.ManifoldTensor(ones, manifold=self)
-
-    def _shape(self, size: tuple[int, ...]) -> tuple[int, ...]:
-        shape: tuple[int, ...] = tuple(size2shape(*size)) if size else ()
-        self._assert_check_shape(shape, "x")
-        return shape
+    def _origin(self, shape: Shape, dtype: Dtype, device: Device) -> Tensor:
+        return torch.ones(shape, dtype=dtype, device=device)
 
     @property
     def _dims(self) -> tuple[int, ...]:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from riemannian_modules.errors import ManifoldContractError
+from riemannian_modules.manifolds.drawing import Embedded
 from riemannian_modules.manifolds.stiefel import CanonicalStiefel, Stiefel
 
 __all__ = [
@@ -70,9 +71,11 @@ def require_own_formulas(manifold: geoopt.Manifold, name: str) -> None:
     if parent is object or kind is parent or kind in _SAME_METRIC:
         return
     for method in ("inner", "egrad2rgrad"):
-        if getattr(kind, method) is not getattr(parent, method):
+        own = getattr(parent, method)
+        if getattr(kind, method) is not own:
+            owner = next(k for k in kind.__mro__ if getattr(k, method, None) is own)
             raise ManifoldContractError(
-                f"{name}: {kind.__name__} changes {method} of {parent.__name__}, whose "
+                f"{name}: {kind.__name__} changes {method} of {owner.__name__}, whose "
                 "formulas it would get here; derive it from geoopt.Manifold instead"
             )
 
@@ -117,6 +120,7 @@ def flat(manifold: geoopt.Manifold, x: Tensor, u: Tensor) -> Tensor:
 @flat.register(geoopt.Euclidean)
 @flat.register(geoopt.Sphere)
 @flat.register(geoopt.EuclideanStiefel)
+@flat.register(Embedded)
 def _(manifold: geoopt.Manifold, x: Tensor, u: Tensor) -> Tensor:
     return u
 
@@ -181,6 +185,8 @@ def _(manifold: geoopt.Euclidean, x: Tensor, z: Tensor) -> Tensor:
 @root_adjoint.register(geoopt.Sphere)
 @root.register(geoopt.EuclideanStiefel)
 @root_adjoint.register(geoopt.EuclideanStiefel)
+@root.register(Embedded)
+@root_adjoint.register(Embedded)
 def _(manifold: geoopt.Manifold, x: Tensor, z: Tensor) -> Tensor:
     projected: Tensor = manifold.proju(x, z)
     return projected

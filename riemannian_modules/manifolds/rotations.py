@@ -5,14 +5,13 @@ Euclidean one of these. It is invariant under rotations from both sides, so geod
 are ``X exp(t A)`` (Edelman, Arias & Smith, 1998, section 2.1).
 """
 
-import geoopt
 import torch
-from geoopt.utils import size2shape
 from torch import Tensor
 
 from riemannian_modules.manifolds.arcs import root_of_square, squared_arcs
+from riemannian_modules.manifolds.drawing import Device, Dtype, Embedded, Shape
 from riemannian_modules.manifolds.polar import handedness, rotation
-from riemannian_modules.manifolds.riesz import dimension, flat, root, root_adjoint
+from riemannian_modules.manifolds.riesz import dimension
 from riemannian_modules.manifolds.stiefel import (
     Stiefel,
     _orthonormalise,
@@ -64,12 +63,13 @@ def _logarithm(turn: Tensor) -> Tensor:
     return 2.0 * _skew(ratio @ _skew(half))
 
 
-class SpecialOrthogonal(geoopt.Manifold):  # type: ignore[misc]
+class SpecialOrthogonal(Embedded):
     """Rotation matrices, ``(*batch, n, n)`` with ``n >= 2``, Euclidean metric.
 
     Tangent vectors are ambient matrices ``x A`` with skew A. The default retraction is
     the Cayley map ``x (I - A/2)^-1 (I + A/2)``; a product of rotations is made
-    orthogonal anew at each step, so rounding does not add up.
+    orthogonal anew at each step, so rounding does not add up. Random points are
+    uniform (Haar), the origin is the identity.
 
     >>> quarter = torch.tensor([[0.0, -1.0], [1.0, 0.0]])
     >>> SpecialOrthogonal().logmap(torch.eye(2), quarter)
@@ -78,23 +78,10 @@ class SpecialOrthogonal(geoopt.Manifold):  # type: ignore[misc]
     """
 
     name = "SpecialOrthogonal"
-    ndim = 2
-    reversible = False
 
     proju = Stiefel.proju
-    origin = Stiefel.origin
+    _origin = Stiefel._origin
     _check_vector_on_tangent = Stiefel._check_vector_on_tangent
-
-    def inner(
-        self, x: Tensor, u: Tensor, v: Tensor | None = None, *, keepdim: bool = False
-    ) -> Tensor:
-        """Return the Euclidean inner product."""
-        return (u * (u if v is None else v)).sum((-1, -2), keepdim=keepdim)
-
-    def egrad2rgrad(self, x: Tensor, u: Tensor) -> Tensor:
-        """Return the tangent vector that represents the covector ``u``."""
-        tangent: Tensor = self.proju(x, u)
-        return tangent
 
     def projx(self, x: Tensor) -> Tensor:
         """Return the nearest rotation, from the singular vectors of ``x``."""
@@ -150,28 +137,10 @@ class SpecialOrthogonal(geoopt.Manifold):  # type: ignore[misc]
         """Return :meth:`expmap` and :meth:`transp_follow_expmap`."""
         return self.expmap(x, u), self.transp_follow_expmap(x, u, v)
 
-    def random(
-        self,
-        *size: int,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> geoopt.ManifoldTensor:
-        """Draw rotations from the uniform (Haar) distribution.
-
-        Args:
-            *size: shape, ``(*batch, n, n)``.
-            dtype: data type.
-            device: device.
-
-        Returns:
-            Points of the manifold.
-        """
-        self._assert_check_shape(size2shape(*size), "x")
-        q = _orthonormalise(torch.randn(*size, dtype=dtype, device=device))
+    def _random(self, shape: Shape, dtype: Dtype, device: Device) -> Tensor:
+        q = _orthonormalise(torch.randn(shape, dtype=dtype, device=device))
         sign = handedness(q).unsqueeze(-1)
-        return geoopt.ManifoldTensor(
-            torch.cat((q[..., :-1], q[..., -1:] * sign), -1), manifold=self
-        )
+        return torch.cat((q[..., :-1], q[..., -1:] * sign), -1)
 
     def _check_shape(
         self, shape: tuple[int, ...], name: str
@@ -192,17 +161,6 @@ class SpecialOrthogonal(geoopt.Manifold):  # type: ignore[misc]
         if bool((handedness(x) < 0).any()):
             return False, "`det X = -1`: a reflection, not a rotation"
         return True, None
-
-
-@flat.register(SpecialOrthogonal)
-def _(manifold: SpecialOrthogonal, x: Tensor, u: Tensor) -> Tensor:
-    return u
-
-
-@root.register(SpecialOrthogonal)
-@root_adjoint.register(SpecialOrthogonal)
-def _(manifold: SpecialOrthogonal, x: Tensor, z: Tensor) -> Tensor:
-    return manifold.egrad2rgrad(x, z)
 
 
 @dimension.register(SpecialOrthogonal)

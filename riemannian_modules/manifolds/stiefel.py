@@ -15,9 +15,9 @@ from collections.abc import Callable
 
 import geoopt
 import torch
-from geoopt.utils import size2shape
 from torch import Tensor
 
+from riemannian_modules.manifolds.drawing import Device, Drawing, Dtype, Shape
 from riemannian_modules.manifolds.polar import polar
 
 __all__ = ["CanonicalStiefel", "Stiefel", "cayley_step", "qr_step"]
@@ -151,7 +151,7 @@ def cayley_step(x: Tensor, u: Tensor) -> Tensor:
     return _upright(_cayley_step, x, u)
 
 
-class _EitherOrientation(geoopt.Stiefel):  # type: ignore[misc]
+class _EitherOrientation(Drawing, geoopt.Stiefel):  # type: ignore[misc]
     """What does not depend on the metric: points, tangent vectors, projections."""
 
     reversible = False
@@ -168,50 +168,15 @@ class _EitherOrientation(geoopt.Stiefel):  # type: ignore[misc]
         """Transport ``v`` from ``x`` to ``y`` by projection; not an isometry."""
         return self.proju(y, v)
 
-    def random(
-        self,
-        *size: int,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> geoopt.ManifoldTensor:
-        """Draw points from the uniform (Haar) distribution.
+    def _random(self, shape: Shape, dtype: Dtype, device: Device) -> Tensor:
+        gaussian = torch.randn(shape, dtype=dtype, device=device)
+        return _upright(_orthonormalise, gaussian)
 
-        Args:
-            *size: shape, ``(*batch, a, b)``.
-            dtype: data type.
-            device: device.
+    random_naive = Drawing.random
 
-        Returns:
-            Points of the manifold.
-        """
-        self._assert_check_shape(size2shape(*size), "x")
-        gaussian = torch.randn(*size, dtype=dtype, device=device)
-        return geoopt.ManifoldTensor(_upright(_orthonormalise, gaussian), manifold=self)
-
-    random_naive = random
-
-    def origin(
-        self,
-        *size: int,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        seed: int | None = 42,
-    ) -> geoopt.ManifoldTensor:
-        """Return the leading block of the identity.
-
-        Args:
-            *size: shape, ``(*batch, a, b)``.
-            dtype: data type.
-            device: device.
-            seed: ignored; part of geoopt's interface.
-
-        Returns:
-            Points of the manifold.
-        """
-        shape = size2shape(*size)
-        self._assert_check_shape(shape, "x")
+    def _origin(self, shape: Shape, dtype: Dtype, device: Device) -> Tensor:
         eye = torch.eye(*shape[-2:], dtype=dtype, device=device)
-        return geoopt.ManifoldTensor(eye.expand(shape).clone(), manifold=self)
+        return eye.expand(shape).clone()
 
     def _check_shape(
         self, shape: tuple[int, ...], name: str
@@ -245,7 +210,8 @@ class Stiefel(_EitherOrientation, geoopt.EuclideanStiefel):  # type: ignore[misc
 
     ``geoopt.EuclideanStiefel`` for both orientations: a weight of shape ``(32, 64)``
     has orthonormal rows. The default retraction is the QR decomposition with positive
-    diagonal (Absil, Mahony & Sepulchre, 2008, example 4.1.3).
+    diagonal (Absil, Mahony & Sepulchre, 2008, example 4.1.3). Random points are
+    uniform (Haar), the origin is the leading block of the identity.
 
     >>> point = Stiefel().random(2, 3, dtype=torch.float64)
     >>> torch.allclose(point @ point.mT, torch.eye(2, dtype=torch.float64))
@@ -273,7 +239,8 @@ class CanonicalStiefel(_EitherOrientation):
     ``g(u, v) = tr u^T (I - x x^T / 2) v`` on tall matrices (Edelman, Arias & Smith,
     1998). Replaces ``geoopt.CanonicalStiefel``, whose ``retr`` and ``expmap`` move
     with twice the speed in the directions ``x A`` and whose ``proju`` is not a
-    projection. The default retraction is the Cayley map.
+    projection. The default retraction is the Cayley map. Random points are uniform
+    (Haar), the origin is the leading block of the identity.
 
     >>> x = torch.eye(3, 2)
     >>> CanonicalStiefel().egrad2rgrad(x, torch.ones(3, 2))
