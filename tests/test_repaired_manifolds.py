@@ -1130,6 +1130,9 @@ def test_a_scaled_point_belongs_to_the_scaled_manifold() -> None:
         assert manifold.check_vector_on_tangent(point, torch.eye(3))
     assert not manifold.check_point_on_manifold(-torch.eye(3))
     assert not manifold.check_point(torch.ones(2, 3, 1)[..., 0, 0])
+    ok, reason = build("scaled_grassmann").check_point(torch.eye(3), explain=True)
+    assert not ok
+    assert "square" in reason
     pair = manifolds.Scaled(own_product(), 2.0)
     x = draw(own_product(), (11,))
     assert torch.equal(pair.pack_point(*pair.unpack_tensor(x)), x)

@@ -1,4 +1,4 @@
-"""What a metric on a manifold leaves as it is: points, tangent vectors, steps."""
+"""What another metric on a manifold leaves as it is: points, tangent vectors, steps."""
 
 import abc
 from typing import Any
@@ -6,16 +6,18 @@ from typing import Any
 import geoopt
 from torch import Tensor
 
-from riemannian_modules.manifolds.contract import MetricView
+from riemannian_modules.manifolds.drawing import drawn
 
 __all__ = ["Delegating"]
 
 
-class Delegating(MetricView):
-    """A view of ``base`` that lacks the methods which its own metric changes.
+class Delegating(geoopt.Manifold):  # type: ignore[misc]
+    """The points of ``base``; it lacks the methods which its own metric changes.
 
     ``options`` are those of the base's methods, such as ``project`` on Poincare balls.
     """
+
+    base: geoopt.Manifold
 
     @abc.abstractmethod
     def _at(self, x: Tensor) -> geoopt.Manifold:
@@ -74,6 +76,14 @@ class Delegating(MetricView):
         vector: Tensor = self._at(x).transp_follow_expmap(x, u, v, **options)
         return vector
 
+    def random(self, *size: int, **kwargs: Any) -> geoopt.ManifoldTensor:
+        """Return a random point of the base manifold."""
+        return self._own("random", size, kwargs)
+
+    def origin(self, *size: int, **kwargs: Any) -> geoopt.ManifoldTensor:
+        """Return the origin of the base manifold."""
+        return self._own("origin", size, kwargs)
+
     def unpack_tensor(self, tensor: Tensor) -> Any:
         """Return what the base makes of a tensor."""
         return self.base.unpack_tensor(tensor)
@@ -81,6 +91,12 @@ class Delegating(MetricView):
     def pack_point(self, *tensors: Tensor) -> Tensor:
         """Return what the base makes of the parts of a point."""
         return self.base.pack_point(*tensors)
+
+    def _own(
+        self, verb: str, size: tuple[int, ...], kwargs: dict[str, Any]
+    ) -> geoopt.ManifoldTensor:
+        point = drawn(self.base, verb, size, **kwargs)
+        return geoopt.ManifoldTensor(point, manifold=self)
 
     def _check_point_on_manifold(
         self, x: Tensor, *, atol: float = 1e-5, rtol: float = 1e-5

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from riemannian_modules.errors import ManifoldContractError
 from riemannian_modules.manifolds.batches import drop_kept, for_each_point
-from riemannian_modules.manifolds.contract import ensure_contract
+from riemannian_modules.manifolds.contract import MetricView, ensure_contract
 from riemannian_modules.manifolds.delegating import Delegating
-from riemannian_modules.manifolds.drawing import drawn
 from riemannian_modules.manifolds.massed import massed
 from riemannian_modules.manifolds.no_points import possibly_empty
 from riemannian_modules.manifolds.quotient import Quotient
@@ -76,7 +75,7 @@ class _Unscalable(ScalingStorage):  # type: ignore[misc]
 
 
 @possibly_empty
-class MetricManifold(Delegating):
+class MetricManifold(Delegating, MetricView):
     """A geoopt manifold whose metric is ``mass g0 + K^T K`` once one is known.
 
     Points, tangent vectors, retraction and transport are the base manifold's;
@@ -260,24 +259,10 @@ class MetricManifold(Delegating):
 
     # --- the rest is the base manifold's
 
-    def random(self, *size: int, **kwargs: Any) -> geoopt.ManifoldTensor:
-        """Return a random point of the base manifold."""
-        return self._own("random", size, kwargs)
-
-    def origin(self, *size: int, **kwargs: Any) -> geoopt.ManifoldTensor:
-        """Return the origin of the base manifold."""
-        return self._own("origin", size, kwargs)
-
     def extra_repr(self) -> str:
         """Return what the base says, and the rank of the factor if there is one."""
         own = "" if self._metric is None else f"metric rank={self._metric.rank}"
         return ", ".join(filter(None, (self.base.extra_repr(), own)))
-
-    def _own(
-        self, verb: str, size: tuple[int, ...], kwargs: dict[str, Any]
-    ) -> geoopt.ManifoldTensor:
-        point = drawn(self.base, verb, size, **kwargs)
-        return geoopt.ManifoldTensor(point, manifold=self)
 
     def _refuse(self, verb: str, *arguments: object, **options: object) -> None:
         raise NotImplementedError(

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import geoopt
 from torch import Tensor
@@ -10,7 +9,7 @@ from torch import Tensor
 from riemannian_modules.errors import ManifoldContractError, MassError
 from riemannian_modules.manifolds.batches import drop_kept
 from riemannian_modules.manifolds.contract import base_of, ensure_contract
-from riemannian_modules.manifolds.drawing import drawn
+from riemannian_modules.manifolds.delegating import Delegating
 from riemannian_modules.manifolds.no_points import possibly_empty
 from riemannian_modules.manifolds.quotient import Quotient
 from riemannian_modules.manifolds.riesz import (
@@ -26,7 +25,7 @@ __all__ = ["Scaled"]
 
 
 @possibly_empty
-class Scaled(geoopt.Manifold):  # type: ignore[misc]
+class Scaled(Delegating):
     """The points of a manifold with the metric ``scale^2 g0``.
 
     Points, tangent vectors, geodesics, retractions and transports are those of the
@@ -74,6 +73,9 @@ class Scaled(geoopt.Manifold):  # type: ignore[misc]
         if isinstance(manifold, Quotient):
             self.invariant = manifold.invariant
 
+    def _at(self, x: Tensor) -> geoopt.Manifold:
+        return self.base
+
     def inner(
         self, x: Tensor, u: Tensor, v: Tensor | None = None, *, keepdim: bool = False
     ) -> Tensor:
@@ -89,22 +91,6 @@ class Scaled(geoopt.Manifold):  # type: ignore[misc]
         """Return the tangent vector that represents the covector ``u``."""
         return riesz(self.base, x, u) / self.scale**2
 
-    def proju(self, x: Tensor, u: Tensor) -> Tensor:
-        """Return the tangent part of ``u``."""
-        return self.base.proju(x, u)
-
-    def projx(self, x: Tensor) -> Tensor:
-        """Return the base's ``projx``."""
-        return self.base.projx(x)
-
-    def retr(self, x: Tensor, u: Tensor) -> Tensor:
-        """Retract with the base."""
-        return self.base.retr(x, u)
-
-    def expmap(self, x: Tensor, u: Tensor) -> Tensor:
-        """Follow the geodesic, which is the base's."""
-        return self.base.expmap(x, u)
-
     def logmap(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the base's logarithm."""
         return self.base.logmap(x, y)
@@ -117,66 +103,14 @@ class Scaled(geoopt.Manifold):  # type: ignore[misc]
         """Return ``scale^2`` times the squared distance of the base."""
         return self.scale**2 * self.base.dist2(x, y, keepdim=keepdim)
 
-    def transp(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
-        """Transport with the base; isometric if its transport is."""
-        return self.base.transp(x, y, v)
-
-    def retr_transp(self, x: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Retract and transport with the base."""
-        return self.base.retr_transp(x, u, v)
-
-    def expmap_transp(self, x: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Follow the geodesic and transport with the base."""
-        return self.base.expmap_transp(x, u, v)
-
-    def transp_follow_retr(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
-        """Transport along the retraction with the base."""
-        return self.base.transp_follow_retr(x, u, v)
-
-    def transp_follow_expmap(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
-        """Transport along the geodesic with the base."""
-        return self.base.transp_follow_expmap(x, u, v)
-
-    def random(self, *size: int, **kwargs: Any) -> geoopt.ManifoldTensor:
-        """Return a random point of the base."""
-        return self._own("random", size, kwargs)
-
-    def origin(self, *size: int, **kwargs: Any) -> geoopt.ManifoldTensor:
-        """Return the origin of the base."""
-        return self._own("origin", size, kwargs)
-
-    def unpack_tensor(self, tensor: Tensor) -> Any:
-        """Return what the base makes of a tensor."""
-        return self.base.unpack_tensor(tensor)
-
-    def pack_point(self, *tensors: Tensor) -> Tensor:
-        """Return what the base makes of the parts of a point."""
-        return self.base.pack_point(*tensors)
-
     def extra_repr(self) -> str:
         """Return the scale."""
         return f"scale={self.scale:g}"
-
-    def _own(
-        self, verb: str, size: tuple[int, ...], kwargs: dict[str, Any]
-    ) -> geoopt.ManifoldTensor:
-        point = drawn(self.base, verb, size, **kwargs)
-        return geoopt.ManifoldTensor(point, manifold=self)
 
     def _check_shape(
         self, shape: tuple[int, ...], name: str
     ) -> tuple[bool, str | None]:
         return self.base._check_shape(shape, name)
-
-    def _check_point_on_manifold(
-        self, x: Tensor, *, atol: float = 1e-5, rtol: float = 1e-5
-    ) -> tuple[bool, str | None]:
-        return self.base._check_point_on_manifold(x, atol=atol, rtol=rtol)
-
-    def _check_vector_on_tangent(
-        self, x: Tensor, u: Tensor, *, atol: float = 1e-5, rtol: float = 1e-5
-    ) -> tuple[bool, str | None]:
-        return self.base._check_vector_on_tangent(x, u, atol=atol, rtol=rtol)
 
 
 @flat.register(Scaled)
