@@ -30,6 +30,9 @@ class Exchange(ABC):
 
         Args:
             doing: what is done inside, ``"backward"`` or ``"outputs"``.
+
+        Raises:
+            Exception: what was raised inside.
         """
 
     @abstractmethod
@@ -50,6 +53,9 @@ class Exchange(ABC):
 
         Returns:
             The same on every process.
+
+        Raises:
+            DistributedError: another process failed, or has other parameters.
         """
 
     @abstractmethod
@@ -106,6 +112,10 @@ class Exchange(ABC):
         Args:
             terms: number of terms of each output's loss, of this process.
             reduction: how the loss sums over examples.
+
+        Raises:
+            DistributedError: another process failed, or the outputs are divided in
+                different proportions.
         """
 
     @abstractmethod

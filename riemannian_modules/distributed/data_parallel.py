@@ -122,14 +122,7 @@ class DataParallel(Exchange):
 
     @contextmanager
     def guard(self, doing: str = "backward") -> Iterator[None]:
-        """Let an error inside this scope be an error of every process.
-
-        Args:
-            doing: what is done inside, ``"backward"`` or ``"outputs"``.
-
-        Raises:
-            Exception: what was raised inside.
-        """
+        """Let an error inside be one of every process; see :class:`Exchange`."""
         try:
             yield
         except Exception as error:
@@ -144,20 +137,7 @@ class DataParallel(Exchange):
         size: Size,
         reduction: Reduction,
     ) -> tuple[Linearization, Tensor | None]:
-        """Return the linearisation and the loss of all examples.
-
-        Args:
-            found: the linearisation of this process' examples.
-            loss: their loss.
-            size: how many they are.
-            reduction: how the loss sums over examples.
-
-        Returns:
-            The same on every process.
-
-        Raises:
-            DistributedError: another process failed, or has other parameters.
-        """
+        """Return what all examples say; see :class:`Exchange`."""
         with torch.no_grad():
             header, factors, pieces = header_of(found, size)
             notes = self._ranks.agree("backward", (header, marks_of(self._metric)))
@@ -181,17 +161,7 @@ class DataParallel(Exchange):
         covector: Mapping[str, Tensor] | None,
         source: Mapping[str, MetricFactor] | None,
     ) -> dict[str, Solution]:
-        """Solve every block on one of the processes.
-
-        Args:
-            blocks: metrics by block, the same on every process.
-            residual: see :meth:`riemannian_modules.LayerMetric.solve`.
-            covector: see there.
-            source: see there.
-
-        Returns:
-            ``{block name: solution}``, bit for bit the same on every process.
-        """
+        """Solve every block on one of the processes; see :class:`Exchange`."""
         with torch.no_grad():
             return solve_shared(self._ranks, blocks, residual, covector, source)
 
@@ -237,14 +207,7 @@ class DataParallel(Exchange):
         return total.to(value.dtype)
 
     def joint_rows(self, rows: Tensor) -> Tensor:
-        """Return what all processes say about their rows of K, in the order of K.
-
-        Args:
-            rows: ``(rank,)`` of this process, weighted as in its own batch.
-
-        Returns:
-            ``(total rank,)``.
-        """
+        """Return what all processes say about their rows; see :class:`Exchange`."""
         offers = [header.offer for header in self._headers]
         share = self._shares[self._ranks.rank]
         return join_rows(self._ranks, offers, share**0.5 * rows)
@@ -260,40 +223,16 @@ class DataParallel(Exchange):
             yield
 
     def share(self, terms: Sequence[float], reduction: Reduction) -> float:
-        """Return the share of this process in a batch that is not recorded.
-
-        Args:
-            terms: number of terms of each output's loss, of this process.
-            reduction: how the loss sums over examples.
-
-        Returns:
-            A weight.
-
-        Raises:
-            DistributedError: another process failed, or the outputs are divided in
-                different proportions.
-        """
+        """Return the share of this process in a batch; see :class:`Exchange`."""
         everyone = self._ranks.agree("outputs", list(terms))
         return _shares(everyone, reduction)[self._ranks.rank]
 
     def add(self, values: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
-        """Return weighted sums over the processes, the same bits on all of them.
-
-        Args:
-            values: what this process adds, by name.
-            share: its weight.
-
-        Returns:
-            The sums.
-        """
+        """Return weighted sums over the processes; see :class:`Exchange`."""
         return summed(self._ranks, [values], list(values), values, share)[0]
 
     def tell(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return what the first process has.
-
-        Args:
-            values: the same on all processes but for rounding, by name.
-        """
+        """Return what the first process has; see :class:`Exchange`."""
         return {
             name: self._ranks.broadcast_(value.contiguous(), 0)
             for name, value in values.items()
