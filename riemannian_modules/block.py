@@ -119,6 +119,10 @@ class Block:
         ]
         return Block(parts, self.name, torch.float64)
 
+    def zeros(self, *shape: int) -> Tensor:
+        """Return zeros in the precision and on the device of the small matrix."""
+        return torch.zeros(shape, dtype=self.precision, device=self.device)
+
     # --- products
 
     def matvec(self, u: Vectors) -> Tensor:
@@ -146,7 +150,7 @@ class Block:
     def _sum(self, images: Iterator[Tensor]) -> Tensor:
         total = next(images, None)
         if total is None:
-            return torch.zeros(0, dtype=self.precision, device=self.device)
+            return self.zeros(0)
         for image in images:
             total = total + image
         return total
@@ -196,7 +200,7 @@ class Block:
 
     def pair(self, e: Vectors, u: Vectors) -> Tensor:
         """Return ``e(u)``, a scalar."""
-        total = torch.zeros((), dtype=self.precision, device=self.device)
+        total = self.zeros()
         for part in self.parts:
             total = total + torch.dot(
                 e[part.name].reshape(-1), u[part.name].reshape(-1)

@@ -221,9 +221,7 @@ class LayerMetric:
         number of entries.
         """
         if self.rank == 0:
-            return torch.zeros(
-                0, dtype=self._block.precision, device=self._block.device
-            )
+            return self._block.zeros(0)
         dual = self.inverse.form == "dual"
         matrix = (
             self._block.gram(self._block.precision)
@@ -252,9 +250,7 @@ class LayerMetric:
         when the outputs have more directions than the block has parameters.
         """
         if self.rank == 0 or self.rank > self.dim:
-            return torch.zeros(
-                (), dtype=self._block.precision, device=self._block.device
-            )
+            return self._block.zeros()
         smallest = self.gram_spectrum()[-1]
         return smallest / (1.0 + smallest)
 
@@ -262,9 +258,7 @@ class LayerMetric:
         """Return the condition number of the inner matrix that the solve factorises."""
         values = self.gram_spectrum()
         if len(values) == 0:
-            return torch.ones(
-                (), dtype=self._block.precision, device=self._block.device
-            )
+            return self._block.zeros() + 1.0
         # Normal directions, and rows or columns beyond the rank, have the eigenvalue 1.
         order = self._block.size if self.inverse.form == "primal" else self.rank
         smallest = torch.zeros_like(values[0]) if order > len(values) else values[-1]
@@ -309,22 +303,20 @@ class LayerMetric:
         pairs = zip(parts, self.parts, strict=True)
         if all(_equal(new.space.point, old.space.point) for new, old in pairs):
             return self
+        return self._with(parts, self.precision)
+
+    def double(self) -> "LayerMetric":
+        """Return the same metric in float64."""
+        return self._with(self._block.double().parts, torch.float64)
+
+    def _with(
+        self, parts: Sequence[Part], precision: torch.dtype | None
+    ) -> "LayerMetric":
         return LayerMetric(
             parts,
             name=self.name,
             version=self.version,
-            precision=self.precision,
-            solver=self.solver,
-            max_memory=self.max_memory,
-        )
-
-    def double(self) -> "LayerMetric":
-        """Return the same metric in float64."""
-        return LayerMetric(
-            self._block.double().parts,
-            name=self.name,
-            version=self.version,
-            precision=torch.float64,
+            precision=precision,
             solver=self.solver,
             max_memory=self.max_memory,
         )

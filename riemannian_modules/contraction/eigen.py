@@ -47,7 +47,6 @@ class Smallest:
             value by more, unless the value is an upper bound.
         above: how far the value may lie below its own vector's quotient
             ``v^T H v / v^T G v``, and so below an upper bound.
-        vector: coordinates of the direction, or None.
         how: the computation, in words.
     """
 
@@ -55,7 +54,6 @@ class Smallest:
     side: Side
     noise: float
     above: float
-    vector: Tensor | None
     how: str
 
 
@@ -86,7 +84,7 @@ def dense(H: Tensor, G: Tensor, error: float = 0.0) -> Smallest:
     value, vector = float(values[0]), torch.from_numpy(vectors[:, 0]).to(H)
     length = float(vector @ (G @ vector) / vector.square().sum())
     noise, above = _noise(H, G, value, error), _noise(H, G, value, error, length)
-    return Smallest(value, Side.EXACT, noise, above, vector, "dense eigenvalues")
+    return Smallest(value, Side.EXACT, noise, above, "dense eigenvalues")
 
 
 def inertia(H: Tensor, G: Tensor, above: float, error: float = 0.0) -> Smallest:
@@ -111,10 +109,10 @@ def inertia(H: Tensor, G: Tensor, above: float, error: float = 0.0) -> Smallest:
         _, info = torch.linalg.cholesky_ex(H - s * G)
         if int(info) == 0:
             noise = _noise(H, G, s, error)
-            return Smallest(s, Side.LOWER, noise, math.inf, None, "inertia of H - s G")
+            return Smallest(s, Side.LOWER, noise, math.inf, "inertia of H - s G")
         gap *= 2.0
     how = "inertia of H - s G"
-    return Smallest(-math.inf, Side.LOWER, 0.0, math.inf, None, how)
+    return Smallest(-math.inf, Side.LOWER, 0.0, math.inf, how)
 
 
 def _noise(
@@ -271,4 +269,4 @@ def _ritz(
     value = float(vector @ product(vector)) / square
     above = _slip(len(vector), *sizes, value, error, square)
     how = f"Ritz value of {len(seen)} products"
-    return Smallest(value, Side.UPPER, above, above, vector, how)
+    return Smallest(value, Side.UPPER, above, above, how)
