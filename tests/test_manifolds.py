@@ -352,28 +352,6 @@ def test_wide_is_the_transpose_of_tall(
     )
 
 
-@pytest.mark.parametrize(("make", "shape"), STIEFEL, ids=case_id)
-def test_stiefel_random_origin_and_checks(
-    make: Callable[[], geoopt.Manifold], shape: tuple[int, ...]
-) -> None:
-    manifold = make()
-    for point in (
-        manifold.random(*shape),
-        manifold.random(shape),
-        manifold.origin(*shape),
-    ):
-        assert isinstance(point, geoopt.ManifoldTensor)
-        assert point.manifold is manifold
-        assert point.shape == shape
-        assert manifold.check_point_on_manifold(point)
-        assert not manifold.check_point_on_manifold(1.1 * plain(point))
-        tangent = manifold.proju(plain(point), torch.randn(shape))
-        assert manifold.check_vector_on_tangent(point, tangent)
-        assert not manifold.check_vector_on_tangent(point, tangent + plain(point))
-    assert not manifold.check_point(torch.zeros(3))
-    geoopt.ManifoldParameter(manifold.random(*shape), manifold=manifold)
-
-
 def test_off_manifold_message_names_the_side() -> None:
     manifold = manifolds.Stiefel()
     _, tall = manifold.check_point_on_manifold(torch.ones(3, 2), explain=True)
@@ -389,27 +367,6 @@ def test_random_is_uniform() -> None:
     second = torch.einsum("nab,ncd->abcd", sample, sample) / len(sample)
     expected = torch.einsum("ac,bd->abcd", torch.eye(3), torch.eye(2)) / 3
     assert float((second - expected).abs().max()) < 6 / 20000**0.5
-
-
-# Older versions of torch say so of matrix_exp, and are right all the same.
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
-@pytest.mark.parametrize(("make", "shape"), STIEFEL, ids=case_id)
-def test_stiefel_under_vmap_and_on_meta(
-    make: Callable[[], geoopt.Manifold], shape: tuple[int, ...]
-) -> None:
-    manifold = make()
-    x = draw(manifold, (4, *shape))
-    u = manifold.proju(x, torch.randn(4, *shape))
-    for method in ("proju", "egrad2rgrad", "retr", "expmap", "inner"):
-        call = getattr(manifold, method)
-        batched = call(x, u)
-        torch.testing.assert_close(torch.func.vmap(call)(x, u), batched)
-        assert call(x.to("meta"), u.to("meta")).shape == batched.shape
-        torch.testing.assert_close(call(x[0], u)[0], batched[0])
-    torch.testing.assert_close(
-        torch.func.vmap(manifold.projx)(x + u), manifold.projx(x + u)
-    )
-    assert manifold.projx(x.to("meta")).shape == x.shape
 
 
 @pytest.mark.parametrize(("make", "shape"), STIEFEL, ids=case_id)

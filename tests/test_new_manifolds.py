@@ -1,8 +1,6 @@
 """Grassmann, SO(n), oblique, positive and fixed-rank manifolds."""
 
-import copy
 import math
-import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -15,16 +13,9 @@ from manifold_cases import gap
 from mutants import new_manifolds as mutants
 from torch import Tensor, nn
 
-import riemannian_modules as rm
 from riemannian_modules import Mass, manifolds
 from riemannian_modules.errors import ManifoldContractError
 from riemannian_modules.manifolds.fixed_rank import orthographic_step
-from riemannian_modules.manifolds.riesz import (
-    dimension,
-    flat,
-    root,
-    root_adjoint,
-)
 from riemannian_modules.retractions import (
     QR,
     Cayley,
@@ -114,55 +105,6 @@ def test_wrong_manifolds_are_found(
 
 
 # ---- the layer metric ------------------------------------------------------------
-
-
-class Energy(nn.Module):
-    """Forgets the basis in which its input is written."""
-
-    def forward(self, z: Tensor) -> Tensor:
-        return z.square().sum(-1, keepdim=True)
-
-
-def net(manifold: geoopt.Manifold, shape: Shape) -> nn.Module:
-    first = rm.nn.Linear(shape[1], shape[0], bias=False, manifold=manifold)
-    if isinstance(manifold, manifolds.Grassmann):
-        return rm.nn.Sequential(first, Energy())
-    return rm.nn.Sequential(first, nn.Tanh(), nn.Linear(shape[0], 3))
-
-
-@pytest.mark.parametrize("momentum", [0.0, 0.8])
-@pytest.mark.parametrize(
-    ("kind", "shape"),
-    [
-        ("grassmann", (2, 6)),
-        ("rotations", (4, 4)),
-        ("columns", (4, 5)),
-        ("rows", (4, 5)),
-        ("positive", (4, 5)),
-        ("rank_2", (4, 5)),
-    ],
-)
-def test_layers_learn_and_stay_on_their_manifold(
-    kind: str, shape: Shape, momentum: float
-) -> None:
-    manifold = build(kind)
-    model, teacher = net(manifold, shape), net(manifold, shape)
-    x = torch.randn(64, shape[1])
-    target = teacher(x).detach()
-    metric = rm.LayerwiseMetric(model, rm.output.Euclidean(), mass=0.05)
-    lr = 0.3 * (1.0 - momentum)
-    optimizer = rm.optim.RiemannianSGD(metric, lr=lr, momentum=momentum)
-    losses = []
-    for _ in range(40):
-        with metric.record():
-            outputs = model(x)
-        loss = 0.5 * (outputs - target).square().sum(-1).mean()
-        metric.backward(loss, outputs)
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.2 * losses[0]
-    weight = plain(model[0].weight)
-    assert manifold.check_point_on_manifold(weight, atol=1e-10, rtol=1e-10)
 
 
 @pytest.mark.parametrize("shape", [(8, 3), (3, 8)])
@@ -744,55 +686,6 @@ def test_logarithms_at_half_turns_are_among_the_shortest(
 # ---- points ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "shape"), CASES)
-def test_random_origin_and_checks(kind: str, shape: Shape) -> None:
-    manifold = build(kind)
-    for point in (
-        manifold.random(*shape),
-        manifold.random(shape),
-        manifold.origin(*shape),
-        manifold.origin(shape),
-    ):
-        assert isinstance(point, geoopt.ManifoldTensor)
-        assert point.manifold is manifold
-        assert point.shape == shape
-        assert manifold.check_point_on_manifold(point, atol=1e-12, rtol=1e-12)
-        x = plain(point)
-        u = tangent(manifold, x)
-        assert manifold.check_vector_on_tangent(point, u, atol=1e-12, rtol=1e-12)
-        assert manifold.check_point_on_manifold(manifold.retr(x, 0.1 * u))
-    off = torch.randn(shape) - 2.0
-    if dimension(manifold, x) < x.numel() or "positive" in kind:
-        assert not manifold.check_point_on_manifold(off)
-    if dimension(manifold, x) < x.numel():
-        assert not manifold.check_vector_on_tangent(x, off)
-    geoopt.ManifoldParameter(manifold.random(*shape), manifold=manifold)
-
-
-@pytest.mark.parametrize(
-    ("kind", "shape", "match"),
-    [
-        ("grassmann", (3, 3), "square"),
-        ("grassmann", (3,), "matrices"),
-        ("rotations", (3, 4), "square"),
-        ("rotations", (1, 1), "at least 2"),
-        ("columns", (1, 3), "columns"),
-        ("rows", (3, 1), "rows"),
-        ("rows", (3,), "rows"),
-        ("rank_2", (1, 5), "at least 2 rows"),
-        ("positive_points", (), "more than 1 dim"),
-    ],
-)
-def test_shapes_that_do_not_fit_are_refused(
-    kind: str, shape: Shape, match: str
-) -> None:
-    manifold = build(kind)
-    assert not manifold.check_point(torch.zeros(shape))
-    for make in (manifold.random, manifold.origin):
-        with pytest.raises(ValueError, match=match):
-            make(*shape)
-
-
 def test_arguments_are_checked() -> None:
     with pytest.raises(ValueError, match=r"'diagonal'.*'rows'"):
         manifolds.Oblique("diagonal")
@@ -956,46 +849,6 @@ def test_random_points_have_the_stated_distributions() -> None:
 
 # ---- batches, devices, precision -------------------------------------------------
 
-METHODS = ("proju", "egrad2rgrad", "retr", "inner", "expmap", "logmap", "dist")
-
-
-def calls(manifold: geoopt.Manifold, x: Tensor, u: Tensor):
-    """Yield (name, function of points and vectors, arguments)."""
-    has_geodesics = not isinstance(manifold, manifolds.FixedRank)
-    y = manifold.retr(x, u)
-    for name in METHODS if has_geodesics else METHODS[:4]:
-        second = y if name in {"logmap", "dist"} else u
-        yield name, getattr(manifold, name), (x, second)
-    yield "projx", manifold.projx, (x,)
-    yield "transp", manifold.transp, (x, y, u)
-    if has_geodesics:
-        yield "follow", manifold.transp_follow_expmap, (x, u, u)
-
-
-# Older versions of torch say so of matrix_exp, and are right all the same.
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
-@pytest.mark.parametrize(("kind", "shape"), CASES)
-def test_batches_vmap_and_meta(kind: str, shape: Shape) -> None:
-    manifold = build(kind)
-    x = draw(manifold, (4, *shape))
-    u = 0.3 * tangent(manifold, x)
-    for name, call, arguments in calls(manifold, x, u):
-        batched = call(*arguments)
-        single = torch.stack([call(*each) for each in zip(*arguments, strict=True)])
-        torch.testing.assert_close(batched, single, msg=name)
-        torch.testing.assert_close(torch.func.vmap(call)(*arguments), batched, msg=name)
-        on_meta = call(*(a.to("meta") for a in arguments))
-        assert on_meta.shape == batched.shape, name
-        assert on_meta.dtype == batched.dtype, name
-    for name in ("proju", "egrad2rgrad", "retr"):
-        call = getattr(manifold, name)
-        many = call(x[0], torch.stack([u[0], 2.0 * u[0]]))
-        torch.testing.assert_close(many[1], call(x[0], 2.0 * u[0]), msg=name)
-    for function in (flat, root, root_adjoint):
-        many = function(manifold, x[0], torch.stack([u[0], u[1]]))
-        torch.testing.assert_close(many[1], function(manifold, x[0], u[1]))
-        assert function(manifold, x[0].to("meta"), u.to("meta")).shape == u.shape
-
 
 @pytest.mark.parametrize(("kind", "shape"), [c for c in GEODESIC if c[1]])
 @pytest.mark.parametrize("keepdim", [False, True])
@@ -1010,20 +863,6 @@ def test_shapes_of_numbers(kind: str, shape: Shape, keepdim: bool) -> None:
     assert manifold.norm(x, u, keepdim=keepdim).shape == expected
     assert manifold.dist(x, y, keepdim=keepdim).shape == expected
     torch.testing.assert_close(manifold.inner(x, u), manifold.inner(x, u, u))
-
-
-@pytest.mark.parametrize("kind", ["grassmann", "columns"])
-def test_wide_is_the_transpose_of_tall(kind: str) -> None:
-    tall = build(kind)
-    wide = tall if kind == "grassmann" else build("rows")
-    x = draw(tall, (2, 5, 3))
-    u = 0.3 * tangent(tall, x)
-    pairs = zip(calls(tall, x, u), calls(wide, x.mT, u.mT), strict=True)
-    for (name, call, arguments), (_, other, turned) in pairs:
-        expected = call(*arguments)
-        found = other(*turned)
-        matrix = name not in {"inner", "dist"}
-        torch.testing.assert_close(found.mT if matrix else found, expected, msg=name)
 
 
 @pytest.mark.parametrize(("kind", "shape"), CASES)
@@ -1059,17 +898,6 @@ def test_steps_in_degenerate_directions(kind: str, shape: Shape, method: str) ->
         if float(vector.norm()) < 1e-8:
             seen = getattr(manifold, "invariant", lambda point: point)
             assert float((seen(moved) - seen(x + vector)).norm()) < 1e-14 * 20
-
-
-@pytest.mark.parametrize(("kind", "shape"), CASES)
-def test_they_are_copied_and_printed(kind: str, shape: Shape) -> None:
-    manifold = build(kind)
-    x = draw(manifold, shape)
-    u = tangent(manifold, x)
-    for twin in (copy.deepcopy(manifold), pickle.loads(pickle.dumps(manifold))):
-        assert repr(twin) == repr(manifold)
-        assert torch.equal(twin.retr(x, u), manifold.retr(x, u))
-    assert list(manifold.state_dict()) == []
 
 
 def test_names() -> None:

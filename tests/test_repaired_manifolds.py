@@ -2,7 +2,6 @@
 
 import copy
 import math
-import pickle
 import re
 from collections.abc import Callable
 from functools import partial
@@ -343,45 +342,6 @@ def test_natural_gradients_of_a_model_are_the_dense_ones(
     )
     for name, vector in metric.natural_gradient().items():
         torch.testing.assert_close(vector, expected[name], rtol=1e-9, atol=1e-11)
-
-
-@pytest.mark.parametrize("momentum", [0.0, 0.8])
-@pytest.mark.parametrize(
-    ("kind", "shape"),
-    [
-        ("lorentz", (4, 5)),
-        ("birkhoff", (4, 4)),
-        ("log_euclidean", (4, 4)),
-        ("scaled_stiefel", (3, 5)),
-        ("scaled_lorentz", (4, 5)),
-    ],
-)
-def test_layers_learn_and_stay_on_their_manifold(
-    kind: str, shape: Shape, momentum: float
-) -> None:
-    manifold = build(kind)
-
-    def net() -> nn.Module:
-        first = rm.nn.Linear(shape[1], shape[0], bias=False, manifold=build(kind))
-        return rm.nn.Sequential(first, nn.Tanh(), nn.Linear(shape[0], 3))
-
-    model, teacher = net(), net()
-    x = torch.randn(64, shape[1])
-    target = teacher(x).detach()
-    metric = rm.LayerwiseMetric(model, rm.output.Euclidean(), mass=0.05)
-    lr = 0.02 if momentum else 0.3  # momentum needs lr well below the mass
-    optimizer = rm.optim.RiemannianSGD(metric, lr=lr, momentum=momentum)
-    losses = []
-    for _ in range(40):
-        with metric.record():
-            outputs = model(x)
-        loss = 0.5 * (outputs - target).square().sum(-1).mean()
-        metric.backward(loss, outputs)
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.2 * losses[0]
-    weight = model[0].weight.data
-    assert manifold.check_point_on_manifold(weight, atol=1e-10, rtol=1e-10)
 
 
 @pytest.mark.parametrize("kind", ["RiemannianSGD", "RiemannianAdam"])
@@ -1259,60 +1219,6 @@ def test_singular_matrices_are_no_log_euclidean_points() -> None:
 
 
 # ---- objects ---------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("kind", "shape"), CASES)
-def test_they_are_copied_and_pickled(kind: str, shape: Shape) -> None:
-    manifold = build(kind)
-    x = draw(manifold, shape)
-    e = torch.randn(shape)
-    parameter = geoopt.ManifoldParameter(x.clone(), manifold=manifold)
-    for twin in (
-        copy.deepcopy(manifold),
-        pickle.loads(pickle.dumps(manifold)),
-        copy.deepcopy(parameter).manifold,
-    ):
-        assert type(twin) is type(manifold)
-        assert torch.equal(twin.egrad2rgrad(x, e), manifold.egrad2rgrad(x, e))
-
-
-@pytest.mark.parametrize(("kind", "shape"), OWN)
-def test_they_run_on_meta_and_under_vmap(kind: str, shape: Shape) -> None:
-    manifold = build(kind)
-    x = draw(manifold, (3, *shape))
-    u = manifold.proju(x, torch.randn(3, *shape))
-    methods = ["proju", "egrad2rgrad", "inner", "retr"]
-    if kind not in NO_GEODESICS:
-        methods += ["expmap", "logmap", "dist"]
-    for method in methods:
-        call = getattr(manifold, method)
-        other = draw(manifold, (3, *shape)) if method in {"logmap", "dist"} else u
-        batched = call(x, other)
-        assert call(x.to("meta"), other.to("meta")).shape == batched.shape
-        torch.testing.assert_close(call(x[0], other[0]), batched[0])
-        vmapped = torch.func.vmap(call)(x, other)
-        torch.testing.assert_close(vmapped, batched, rtol=1e-10, atol=1e-12)
-    projected = manifold.projx(2.0 * x)
-    torch.testing.assert_close(torch.func.vmap(manifold.projx)(2.0 * x), projected)
-    assert manifold.projx(x.to("meta")).shape == x.shape
-
-
-@pytest.mark.parametrize(("kind", "shape"), OWN)
-def test_random_and_origin_and_shapes(kind: str, shape: Shape) -> None:
-    manifold = build(kind)
-    for point in (
-        manifold.random(*shape),
-        manifold.random(*shape, dtype=torch.float32),
-        manifold.origin(*shape),
-    ):
-        assert isinstance(point, geoopt.ManifoldTensor)
-        assert point.manifold is manifold
-        assert point.shape == shape
-        assert manifold.check_point_on_manifold(point, atol=1e-5)
-    bad = (1,) if kind.startswith("lorentz") else (2, 3)
-    assert not manifold.check_point(torch.ones(bad))
-    with pytest.raises(ValueError, match="should"):
-        manifold.random(*bad)
 
 
 def test_the_projection_of_lorentz_has_its_derivative_at_tangent_vectors() -> None:
