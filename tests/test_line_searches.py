@@ -1,6 +1,5 @@
 """Lengths of steps: rules on random functions, retracted curves, trust regions."""
 
-import copy
 import math
 
 import pytest
@@ -263,10 +262,6 @@ def test_without_a_better_point_the_parameters_stay_bit_for_bit(name, manifold):
     assert optimizer.report.trials == 3
     assert "no " in str(optimizer.report)
     assert all(map(torch.equal, before, model.parameters()))
-    backward()
-    with pytest.raises(ZeroDivisionError):
-        optimizer.step(lambda: 1 / 0)
-    assert all(map(torch.equal, before, model.parameters()))
     metric.parameters.require_unmoved(model.parameters())
 
 
@@ -279,45 +274,6 @@ def test_losses_that_are_no_numbers_are_an_error(name):
     with pytest.raises(NonFiniteError, match="all 3 points"):
         optimizer.step(lambda: torch.tensor(math.nan))
     assert all(map(torch.equal, before, model.parameters()))
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_saved_run_goes_on_the_same(name):
-    runs = []
-    for interrupted in (False, True):
-        torch.manual_seed(0)
-        model, metric, loss, backward = problem("stiefel", "layer")
-        optimizer = OPTIMIZERS[name](metric)
-        for index in range(6):
-            backward()
-            optimizer.step(loss)
-            if interrupted and index == 3:
-                saved = copy.deepcopy([metric.state_dict(), optimizer.state_dict()])
-                optimizer = OPTIMIZERS[name](metric)
-                metric.load_state_dict(saved[0])
-                optimizer.load_state_dict(saved[1])
-        runs.append([p.detach().clone() for p in model.parameters()])
-    assert all(map(torch.equal, *runs))
-
-
-@pytest.mark.parametrize("kind", [LineSearch, TrustRegion])
-def test_they_ask_for_what_they_need(kind):
-    _, metric, loss, backward = problem()
-    optimizer = kind(metric)
-    with pytest.raises(NotRecordedError, match="before every"):
-        optimizer.step(loss)
-    backward()
-    with pytest.raises(TypeError, match="needs a function"):
-        optimizer.step()
-    optimizer.step(loss)
-    with pytest.raises(NotRecordedError, match="before every"):
-        optimizer.step(loss)
-    with pytest.raises(TypeError, match=kind.__name__):
-        kind(metric.model.parameters())
-    with pytest.raises(ValueError, match="no further groups"):
-        optimizer.add_param_group({"params": []})
-    with pytest.raises(TypeError, match="state_dict"):
-        copy.deepcopy(optimizer)
 
 
 def test_they_refuse_settings_out_of_range():
@@ -337,21 +293,6 @@ def test_they_refuse_settings_out_of_range():
     backward()
     with pytest.raises(NotRecordedError, match="graph"):
         LineSearch(metric, StrongWolfe()).step(lambda: loss().item())
-
-
-def test_where_the_gradient_is_zero_nothing_moves():
-    for make in OPTIMIZERS.values():
-        model = nn.Linear(2, 1)
-        x = torch.randn(5, 2)
-        metric = rm.LayerwiseMetric(model, Euclidean())
-        optimizer = make(metric)
-        before = [p.detach().clone() for p in model.parameters()]
-        with metric.record():
-            z = model(x)
-        metric.backward((0.0 * z).sum() + 1.0, z)
-        assert optimizer.step(lambda m=model, x=x: (0.0 * m(x)).sum() + 1.0) == 1.0
-        assert not optimizer.report.accepted
-        assert all(map(torch.equal, before, model.parameters()))
 
 
 # --- trust regions

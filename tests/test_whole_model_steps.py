@@ -1,5 +1,6 @@
 """What all optimizers that look at the loss keep: their state, the gradient given."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -30,9 +31,13 @@ ALL: dict[str, Make] = {**SEARCHING, "Gauss-Newton": GaussNewton}
 class Problem:
     """A model, its metric, and a step of any optimizer."""
 
-    def __init__(self, model: nn.Module, x: Tensor, y: Tensor, **options: Any) -> None:
+    def __init__(
+        self, model: nn.Module, x: Tensor, y: Tensor, sampled: bool = False, **options
+    ) -> None:
         self.model, self.x, self.y = model, x, y
         output = rm.output.Euclidean(2.0 / y[0].numel())
+        if sampled:
+            output = rm.output.Sampled(output)
         self.metric = rm.LayerwiseMetric(model, output, **options)
 
     def loss(self) -> Tensor:
@@ -50,10 +55,13 @@ class Problem:
         self.metric.backward(F.mse_loss(z, self.y), z)
 
     def step(self, optimizer: Any, closure: Callable[[], Any] | None = None) -> float:
+        def loss(z: Tensor) -> Any:
+            # With a graph it is that of the start.
+            start = z.requires_grad or closure is None
+            return F.mse_loss(z, self.y) if start else closure()
+
         if isinstance(optimizer, GaussNewton):
-            return optimizer.step(
-                lambda: self.model(self.x), lambda z: F.mse_loss(z, self.y)
-            )
+            return optimizer.step(lambda: self.model(self.x), loss)
         return optimizer.step(self.loss if closure is None else closure)
 
     def values(self) -> list[Tensor]:
@@ -66,9 +74,10 @@ def linear(dtype: torch.dtype) -> Problem:
     return Problem(nn.Linear(5, 1).to(dtype), x, x.sum(1, keepdim=True), mass=1e-3)
 
 
-def curved(**options: Any) -> Problem:
+def curved(manifold: Any = None, **options: Any) -> Problem:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2))
+    first = rm.nn.Linear(4, 5, manifold=manifold)
+    model = nn.Sequential(first, nn.Tanh(), nn.Linear(5, 2))
     return Problem(model, torch.randn(9, 4), torch.randn(9, 2), mass=0.1, **options)
 
 
@@ -169,6 +178,93 @@ def test_an_error_between_the_points_puts_the_parameters_back(
     with pytest.raises(KeyboardInterrupt):
         problem.step(optimizer)
     assert all(map(torch.equal, before, problem.values()))
+
+
+@pytest.mark.parametrize("manifold", [None, rm.manifolds.Stiefel()], ids=str)
+@pytest.mark.parametrize("name", ALL)
+def test_an_error_in_the_loss_puts_the_parameters_back(
+    name: str, manifold: Any
+) -> None:
+    problem = curved(manifold)
+    optimizer = ALL[name](problem.metric)
+    problem.backward()
+    before = problem.values()
+    with pytest.raises(ZeroDivisionError):
+        problem.step(optimizer, lambda: 1 / 0)
+    assert all(map(torch.equal, before, problem.values()))
+    problem.metric.parameters.require_unmoved(problem.model.parameters())
+
+
+@pytest.mark.parametrize("manifold", [None, rm.manifolds.Stiefel()], ids=str)
+@pytest.mark.parametrize("name", ALL)
+def test_a_saved_run_goes_on_the_same(name: str, manifold: Any) -> None:
+    runs = []
+    for interrupted in (False, True):
+        sampled = name == "Gauss-Newton"
+        problem = curved(manifold, blocks="layer", sampled=sampled)
+        metric, optimizer = problem.metric, ALL[name](problem.metric)
+        for index in range(8):
+            problem.backward()
+            problem.step(optimizer)
+            if interrupted and index == 3:
+                saved = copy.deepcopy([metric.state_dict(), optimizer.state_dict()])
+                metric.set_mass(7.0)
+                optimizer = ALL[name](metric)
+                # These two find masses, which are in their own state.
+                if name not in {"Levenberg-Marquardt", "Gauss-Newton"}:
+                    metric.load_state_dict(saved[0])
+                optimizer.load_state_dict(saved[1])
+        runs.append(problem.values())
+    assert all(map(torch.equal, *runs))
+
+
+@pytest.mark.parametrize("manifold", [None, rm.manifolds.Stiefel()], ids=str)
+@pytest.mark.parametrize("name", ALL)
+def test_where_the_gradient_is_zero_nothing_moves(name: str, manifold: Any) -> None:
+    problem = curved(manifold, sampled=name == "Gauss-Newton")
+    optimizer = ALL[name](problem.metric)
+    before, mass = problem.values(), problem.metric.state_dict()["mass"]
+
+    def flat(z: Tensor) -> Tensor:
+        return (0.0 * z).sum() + 1.0
+
+    def outputs() -> Tensor:
+        return problem.model(problem.x)
+
+    with problem.metric.record():
+        z = outputs()
+    problem.metric.backward(flat(z), z)
+    if isinstance(optimizer, GaussNewton):
+        assert optimizer.step(outputs, flat) == 1.0
+        assert (optimizer.report.trials, optimizer.report.mass) == (0, 1.0)
+    else:
+        assert optimizer.step(lambda: flat(outputs())) == 1.0
+    assert not optimizer.report.accepted
+    assert all(map(torch.equal, before, problem.values()))
+    assert problem.metric.state_dict()["mass"] == mass
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_they_ask_for_what_they_need(name: str) -> None:
+    problem = curved()
+    optimizer = ALL[name](problem.metric)
+    kind = type(optimizer)
+    first = "pull_back" if name == "Gauss-Newton" else "before every"
+    with pytest.raises(rm.errors.NotRecordedError, match=first):
+        problem.step(optimizer)
+    problem.backward()
+    if name in SEARCHING:
+        with pytest.raises(TypeError, match="needs a function"):
+            optimizer.step()
+        problem.step(optimizer)
+        with pytest.raises(rm.errors.NotRecordedError, match="before every"):
+            problem.step(optimizer)
+    with pytest.raises(TypeError, match=rf"{kind.__name__}\(metric\)"):
+        kind(problem.model.parameters())
+    with pytest.raises(ValueError, match="no further groups"):
+        optimizer.add_param_group({"params": []})
+    with pytest.raises(TypeError, match="state_dict"):
+        copy.deepcopy(optimizer)
 
 
 def higher(start: float) -> Callable[[Tensor, Tensor], Tensor]:
