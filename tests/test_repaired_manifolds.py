@@ -314,9 +314,6 @@ def test_a_metric_of_its_own_would_get_the_wrong_formulas() -> None:
         require_own_formulas(OtherOblique(), "w")
 
 
-# ---- Riesz map and companions ----------------------------------------------------
-
-
 # ---- the layer metric ------------------------------------------------------------
 
 
@@ -1216,9 +1213,6 @@ def test_singular_matrices_are_no_log_euclidean_points() -> None:
         assert "begin at" in reason
     assert not manifold.check_point_on_manifold(manifold.projx(torch.zeros(2, 2)))
     assert manifold.check_point_on_manifold(torch.diag(torch.tensor([1.0, 1e-14])))
-
-
-# ---- objects ---------------------------------------------------------------------
 
 
 def test_the_projection_of_lorentz_has_its_derivative_at_tangent_vectors() -> None:
