@@ -2,6 +2,7 @@
 
 import math
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -28,13 +29,18 @@ def dot(u: Tensor, v: Tensor) -> Tensor:
     >>> torch.dot(u, u), dot(u, u)
     (tensor(inf), tensor(4.0000e+40, dtype=torch.float64))
     """
-    if u.device.type == "cpu":
+    if u.is_cpu:
         own = torch.dot(u.reshape(-1), v.reshape(-1))
-        info, size = torch.finfo(own.dtype), abs(own.item())
-        # Below that what underflowed may be more than rounding of the sum.
-        if u.numel() * info.tiny / info.eps <= size < math.inf:
+        if u.numel() * _least(own.dtype) <= abs(own.item()) < math.inf:
             return own.double()
     return wide_dot(u, v)
+
+
+@cache
+def _least(dtype: torch.dtype) -> float:
+    # Where a sum is smaller, for each entry, what underflowed may be more than rounding.
+    info = torch.finfo(dtype)
+    return info.tiny / info.eps
 
 
 def wide_dot(u: Tensor, v: Tensor) -> Tensor:
