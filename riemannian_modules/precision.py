@@ -38,7 +38,7 @@ def dot(u: Tensor, v: Tensor) -> Tensor:
 
 @cache
 def _least(dtype: torch.dtype) -> float:
-    # Where a sum is smaller, for each entry, what underflowed may be more than rounding.
+    # In sums below that, for each entry, what underflowed may be more than rounding.
     info = torch.finfo(dtype)
     return info.tiny / info.eps
 
