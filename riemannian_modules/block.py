@@ -12,6 +12,7 @@ from riemannian_modules.errors import ShapeError
 from riemannian_modules.factors import BlockFactor, MetricFactor
 from riemannian_modules.factors.chunks import most_entries
 from riemannian_modules.factors.slabs import add_lower
+from riemannian_modules.precision import dot
 from riemannian_modules.tangent import TangentSpace
 
 __all__ = ["Block", "Part", "Vectors", "small_precision"]
@@ -199,12 +200,10 @@ class Block:
         return found
 
     def pair(self, e: Vectors, u: Vectors) -> Tensor:
-        """Return ``e(u)``, a scalar."""
-        total = self.zeros()
+        """Return ``e(u)``, a scalar, float64."""
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
         for part in self.parts:
-            total = total + torch.dot(
-                e[part.name].reshape(-1), u[part.name].reshape(-1)
-            )
+            total = total + dot(e[part.name], u[part.name])
         return total
 
     # --- small matrices

@@ -13,6 +13,7 @@ from riemannian_modules.errors import ShapeError
 from riemannian_modules.factors import MetricFactor
 from riemannian_modules.inverse import Inverse, Solution
 from riemannian_modules.memory_model import parse_bytes
+from riemannian_modules.precision import dot
 from riemannian_modules.strategy import Solver, require_solver
 
 __all__ = ["LayerMetric", "Part", "Solution"]
@@ -124,10 +125,9 @@ class LayerMetric:
             Scalar tensor. Cost: two products with K.
         """
         a, b = self._vectors(u), self._vectors(v)
-        total = self._block.pair(
-            {part.name: part.space.flat(a[part.name]) for part in self.parts}, b
-        )
-        return total + (self._block.matvec(a) * self._block.matvec(b)).sum()
+        flat = {part.name: part.space.flat(a[part.name]) for part in self.parts}
+        images = self._block.matvec(a), self._block.matvec(b)
+        return self._block.pair(flat, b) + dot(*images)
 
     def norm(self, u: Tensor | Vectors) -> Tensor:
         """Return ``sqrt(g(u, u))``, a scalar."""

@@ -1,12 +1,61 @@
 """Which data type is enough, and products in that of their operands."""
 
+import math
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 
 import torch
+from torch import Tensor
 
-__all__ = ["single_suffices", "without_autocast"]
+__all__ = ["dot", "single_suffices", "wide_dot", "without_autocast"]
 
 _SINGLE_LOSS = 7e-6
+# So many entries are widened at a time: a large tensor has no copy in float64.
+_PIECE = 1 << 22
+
+
+def dot(u: Tensor, v: Tensor) -> Tensor:
+    """Return the sum of the products of all entries, a scalar, float64.
+
+    The products leave the range of a data type long before the entries do. On the CPU
+    the sum in that of the tensors tells whether they did, and then serves; elsewhere
+    reading it would make the host wait, so that it is :func:`wide_dot`.
+
+    Args:
+        u: any shape.
+        v: the same shape and data type.
+
+    >>> u = torch.full((4,), 1e20)
+    >>> torch.dot(u, u), dot(u, u)
+    (tensor(inf), tensor(4.0000e+40, dtype=torch.float64))
+    """
+    if u.is_cpu:
+        own = torch.dot(u.reshape(-1), v.reshape(-1))
+        if u.numel() * _least(own.dtype) <= abs(own.item()) < math.inf:
+            return own.double()
+    return wide_dot(u, v)
+
+
+@cache
+def _least(dtype: torch.dtype) -> float:
+    # In sums below that, for each entry, what underflowed may be more than rounding.
+    info = torch.finfo(dtype)
+    return info.tiny / info.eps
+
+
+def wide_dot(u: Tensor, v: Tensor) -> Tensor:
+    """Return the sum of the products of all entries, formed in float64, a scalar.
+
+    Args:
+        u: any shape.
+        v: the same shape.
+
+    >>> wide_dot(torch.ones(2, 2), torch.ones(2, 2))
+    tensor(4., dtype=torch.float64)
+    """
+    pieces = zip(u.reshape(-1).split(_PIECE), v.reshape(-1).split(_PIECE), strict=True)
+    first, *others = (torch.dot(a.double(), b.double()) for a, b in pieces)
+    return sum(others, start=first)
 
 
 def single_suffices(trace: float) -> bool:

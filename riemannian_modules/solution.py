@@ -8,6 +8,7 @@ from torch import Tensor
 
 from riemannian_modules.block import Block
 from riemannian_modules.finite import looks_finite
+from riemannian_modules.precision import dot
 
 __all__ = ["Solution"]
 
@@ -53,6 +54,6 @@ class Solution:
 
     @cached_property
     def squared_norm(self) -> Tensor:
-        """``g(x, x)``, a scalar: the base metric's part and ``|K x|^2``."""
+        """``g(x, x)``, a scalar, float64: the base metric's part and ``|K x|^2``."""
         flat = {p.name: p.space.flat(self.vectors[p.name]) for p in self.base.parts}
-        return self.base.pair(flat, self.vectors) + self.velocity.square().sum()
+        return self.base.pair(flat, self.vectors) + dot(self.velocity, self.velocity)

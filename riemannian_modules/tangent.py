@@ -16,6 +16,7 @@ from riemannian_modules.manifolds.riesz import (
     root_adjoint,
 )
 from riemannian_modules.mass import Mass
+from riemannian_modules.precision import dot
 
 __all__ = ["TangentSpace"]
 
@@ -97,11 +98,9 @@ class TangentSpace:
         return self.mass.multiply(flat(self.manifold, self.point, u))
 
     def inner(self, u: Tensor, v: Tensor) -> Tensor:
-        """Return ``g0(D u, v)`` summed over all entries, a scalar."""
+        """Return ``g0(D u, v)`` summed over all entries, a scalar, float64."""
         mass = self.divisor
-        if mass is None:
-            return (self.flat(u) * v).sum()
-        return mass * torch.dot(u.reshape(-1), v.reshape(-1))
+        return dot(self.flat(u), v) if mass is None else mass * dot(u, v)
 
     def project(self, u: Tensor) -> Tensor:
         """Return the tangent part of an ambient vector or covector ``u``."""

@@ -535,3 +535,26 @@ def test_a_fit_without_residuals_goes_on():
         metric.pull_back(z)
         final = optimizer.step(lambda: model(x), lambda z: F.mse_loss(z, t))
     assert final < 1e-9
+
+
+@pytest.mark.parametrize("scale", [1e20, 1e-25])
+def test_iterations_are_the_same_where_products_leave_float32(scale):
+    def run(dtype):
+        torch.manual_seed(0)
+        model = nn.Linear(4, 2).to(dtype)
+        x, t = torch.randn(6, 4).to(dtype), torch.randn(6, 2).to(dtype)
+        metric = rm.LayerwiseMetric(model, Euclidean(), mass=1e-2)
+        optimizer = GaussNewton(metric)
+
+        def loss(z):
+            return scale * (z - t).square().sum(1).mean() / 2
+
+        with metric.record():
+            z = model(x)
+        metric.backward(loss(z), z)
+        optimizer.step(lambda: model(x), loss)
+        return optimizer.report
+
+    narrow, wide = run(torch.float32), run(torch.float64)
+    assert narrow.iterations == wide.iterations > 0
+    assert narrow.predicted == pytest.approx(wide.predicted, rel=1e-3)

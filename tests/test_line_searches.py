@@ -446,3 +446,65 @@ def test_regions_of_sampled_metrics_and_their_largest_radius():
         assert optimizer.report.norm <= 0.03 * (1.0 + 1e-9)
     assert optimizer.report.radius == 0.03
     assert "edge" in str(optimizer.report)
+
+
+@pytest.mark.parametrize(
+    "kind", [LineSearch, TrustRegion, rm.optim.LevenbergMarquardt, "wolfe"]
+)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_gradients_that_are_no_numbers_are_named_and_nothing_changes(kind, bad):
+    model, metric, loss, backward = problem(blocks="layer")
+    optimizer = OPTIMIZERS[kind](metric) if kind == "wolfe" else kind(metric)
+    backward()
+    optimizer.step(loss)
+    backward()
+    model[0].bias.grad[1] = bad
+    before = copy.deepcopy(
+        [model.state_dict(), optimizer.state_dict(), metric.state_dict()]
+    )
+    with pytest.raises(NonFiniteError, match=r"gradient of '0\.bias' holds NaN") as e:
+        optimizer.step(loss)
+    assert "weight" not in str(e.value)
+    after = [model.state_dict(), optimizer.state_dict(), metric.state_dict()]
+    torch.testing.assert_close(after, before, rtol=0.0, atol=0.0)
+    metric.parameters.require_unmoved(model.parameters())
+    backward()
+    assert optimizer.step(loss) <= float(metric.loss)
+
+
+def test_directions_that_are_no_numbers_are_an_error():
+    _, metric, _, backward = problem()
+    backward()
+    gradient = {d.name: d.tensor.grad for d in metric.parameters}
+    quadratic = rm.optim.quadratic.QuadraticModel(metric, gradient)
+    direction = {name: e / 0.0 for name, e in gradient.items()}
+    with pytest.raises(NonFiniteError, match="the gradient is finite, but"):
+        quadratic.best([direction])
+
+
+@pytest.mark.parametrize("scale", [1e20, 1e-23])
+@pytest.mark.parametrize("manifold", ["euclidean", "stiefel"])
+def test_slopes_have_the_range_of_float64(scale, manifold):
+    def run(dtype):
+        torch.manual_seed(0)
+        model, metric, _, _ = problem(manifold)
+        model.to(dtype)
+        x, y = torch.randn(8, 4).to(dtype), torch.randn(8, 2).to(dtype)
+        with metric.record():
+            z = model(x)
+        metric.backward(scale * F.mse_loss(z, y), z)
+        moving = dict(metric.gradients.moving())
+        gradient = {name: metric.gradients.of(name) for name in moving}
+        optimizer = LineSearch(metric, StrongWolfe(), lr=1e-3 / scale)
+        trial = Trial(moving, Default())
+        down = optimizer._descent(moving)
+        curve = RetractedCurve(trial, down, lambda: scale * F.mse_loss(model(x), y))
+        curve.value(1e-3 / scale)
+        slope = curve.slope(1e-3 / scale)
+        trial.restore()
+        optimizer.step(lambda: scale * F.mse_loss(model(x), y))
+        step = rm.optim.quadratic.QuadraticModel(metric, gradient).best([down])
+        report = optimizer.report
+        return [slope, report.slope, report.length * scale, step.decrease]
+
+    assert run(torch.float32) == pytest.approx(run(torch.float64), rel=1e-3)

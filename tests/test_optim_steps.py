@@ -6,7 +6,7 @@ import json
 import math
 import re
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -987,3 +987,45 @@ def test_batches_that_say_nothing_are_steps_like_others() -> None:
     finally:
         torch.set_default_dtype(before)
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("scale", "options"),
+    [
+        (1e20, {}),
+        (1e-23, {"floor": None}),
+        *product(
+            [1e20, 1e-23],
+            [
+                {"lr": 1.0, "clip": 1.0},
+                {"lr": 0.01, "normalize": True},
+                {"lr": 0.01, "normalize": True, "spring": 0.5},
+            ],
+        ),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("manifold", [None, "Sphere"])
+def test_steps_are_as_long_where_squares_leave_float32(scale, options, manifold):
+    def run(dtype):
+        torch.manual_seed(0)
+        own = copy.deepcopy(MANIFOLDS[manifold]) if manifold else None
+        model = nn.Sequential(rm.nn.Linear(4, 3, manifold=own)).to(dtype)
+        x, t = torch.randn(8, 4).to(dtype), torch.randn(8, 3).to(dtype)
+        metric = rm.LayerwiseMetric(model, rm.output.Euclidean(), mass=10.0)
+        optimizer = RiemannianSGD(metric, **options)
+        for _ in range(2):
+            with metric.record():
+                z = model(x)
+            metric.backward(scale * (z - t).square().sum(1).mean() / 2, z)
+            optimizer.step()
+        block = next(iter(optimizer.report))
+        return optimizer.report.motion.numbers() | block.numbers()
+
+    wide, narrow = run(torch.float64), run(torch.float32)
+    # Nothing but rounding.
+    residuals = wide.pop("residual"), narrow.pop("residual")
+    assert max(residuals) < 1e-5
+    assert narrow == pytest.approx(wide, rel=1e-3)
+    if "normalize" in options:
+        assert narrow["norm"] == pytest.approx(0.01)

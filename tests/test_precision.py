@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import riemannian_modules as rm
+from riemannian_modules import precision
 
 MASSES = [1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6]
 Digits = tuple[nn.Module, Tensor, Tensor]
@@ -375,3 +376,31 @@ def test_steps_of_rows_that_are_nearly_normal_to_their_manifold() -> None:
         assert (layer.weight - start).norm() < 1e-3
         before = backward()
         assert rm.optim.LevenbergMarquardt(metric).step(loss) <= before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", ["tiny", "one", "max"])
+def test_sums_of_products_have_the_range_of_float64(
+    dtype: torch.dtype, scale: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "_PIECE", 16)
+    info = torch.finfo(dtype)
+    size = {"tiny": 8.0 * info.tiny, "one": 1.0, "max": info.max / 8.0}[scale]
+    u, v = (size * torch.rand(2, 5, 8).double() + size).to(dtype)
+    expected = (u.double() * v.double()).sum()
+    # bfloat16 is summed in itself where that holds the products.
+    rtol = 4.0 * info.eps
+    torch.testing.assert_close(precision.dot(u, v), expected, rtol=rtol, atol=0.0)
+    torch.testing.assert_close(precision.wide_dot(u, v), expected, rtol=1e-14, atol=0.0)
+    w = -v.flip(0)
+    mixed = (u.double() * w.double()).sum()
+    assert torch.isfinite(precision.dot(u, w))
+    torch.testing.assert_close(precision.dot(u, w), mixed, rtol=rtol, atol=0.0)
+
+
+def test_sums_of_products_pass_on_what_is_no_number() -> None:
+    u = torch.tensor([float("nan"), 1.0])
+    assert precision.dot(u, u).isnan()
+    assert precision.dot(torch.zeros(0), torch.zeros(0)) == 0.0
+    assert precision.dot(torch.full((2,), float("inf")), torch.ones(2)).isposinf()
+    assert precision.dot(*torch.ones(2, 3, device="meta")).dtype == torch.float64

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from riemannian_modules.optim.joint_map import JointMap
 from riemannian_modules.optim.output_map import OutputMap
+from riemannian_modules.precision import wide_dot
 from riemannian_modules.tangent import TangentSpace
 
 __all__ = ["Proximal", "Truncated"]
@@ -37,9 +38,7 @@ class Truncated:
 
 
 def _dot(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
-    return float(
-        torch.stack([(a[name] * b[name]).sum(dtype=torch.float64) for name in a]).sum()
-    )
+    return float(torch.stack([wide_dot(a[name], b[name]) for name in a]).sum())
 
 
 def _plus(a: Mapping[str, Tensor], t: float, b: Mapping[str, Tensor]) -> Vectors:

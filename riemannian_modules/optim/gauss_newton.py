@@ -31,6 +31,7 @@ from riemannian_modules.optim.output_map import OutputMap
 from riemannian_modules.optim.trial import Trial
 from riemannian_modules.optim.trial_reports import GaussNewtonReport
 from riemannian_modules.optim.weighing import WeighingOptimizer
+from riemannian_modules.precision import wide_dot
 from riemannian_modules.retractions import Retraction
 
 __all__ = ["GaussNewton"]
@@ -45,7 +46,7 @@ class _Point:
     loss: float
 
     def slope(self, u: Mapping[str, Tensor]) -> float:
-        return sum(float((self.gradient[name] * x).sum()) for name, x in u.items())
+        return sum(float(wide_dot(self.gradient[name], x)) for name, x in u.items())
 
 
 class GaussNewton(WeighingOptimizer):

@@ -11,9 +11,11 @@ from riemannian_modules.errors import NonFiniteError, NotRecordedError
 from riemannian_modules.model_metric import ModelMetric
 from riemannian_modules.optim.kinds import require_kinds
 from riemannian_modules.optim.line_rules import Armijo, LineRule
+from riemannian_modules.optim.quadratic import refuse_unmeasurable
 from riemannian_modules.optim.trial import Trial
 from riemannian_modules.optim.trial_reports import LineSearchReport
 from riemannian_modules.optim.whole_model import WholeModelOptimizer
+from riemannian_modules.precision import dot
 from riemannian_modules.retractions import Retraction
 
 __all__ = ["LineSearch"]
@@ -97,7 +99,8 @@ class LineSearch(WholeModelOptimizer):
 
         Raises:
             NotRecordedError: no ``metric.backward`` since the last step.
-            NonFiniteError: the loss was NaN or infinite at every point.
+            NonFiniteError: the gradient is not finite, or the loss was NaN or infinite
+                at every point.
             NotPositiveDefiniteError: a block's small matrix could not be factorised.
             TypeError: no closure.
         """
@@ -114,10 +117,10 @@ class LineSearch(WholeModelOptimizer):
         group, moving = self.param_groups[0], trial.moving
         with torch.no_grad():
             down = self._descent(moving)
-            slope = sum(
-                float((g * down[name]).sum(dtype=torch.float64))
-                for name, g in self._gradient(moving).items()
-            )
+            gradient = self._gradient(moving)
+            slope = sum(float(dot(g, down[name])) for name, g in gradient.items())
+        if not math.isfinite(slope):
+            refuse_unmeasurable(gradient)
         if not slope < 0.0:
             return LineSearchReport(loss, loss, slope, 0.0, 0, False, False)
         first = min(group["lr"], 2.0 * group["length"])
@@ -221,9 +224,7 @@ class RetractedCurve:
     def _part(self, name: str, covector: Tensor, t: float) -> float:
         # <e, d/dt R_w(t d)>: one reverse pass through the retraction.
         direction = self._direction[name]
-        s = torch.tensor(
-            t, dtype=direction.dtype, device=direction.device, requires_grad=True
-        )
-        point = self._trial.along(name, s * direction)
-        (slope,) = torch.autograd.grad((covector * point).sum(), s)
-        return float(slope)
+        step = (t * direction).requires_grad_()
+        point = self._trial.along(name, step)
+        (pulled,) = torch.autograd.grad(point, step, covector)
+        return float(dot(pulled, direction))

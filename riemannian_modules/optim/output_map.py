@@ -18,6 +18,7 @@ from riemannian_modules.heads import (
     pair,
 )
 from riemannian_modules.output import OutputMetric
+from riemannian_modules.precision import wide_dot
 
 __all__ = ["OutputMap"]
 
@@ -149,7 +150,7 @@ class OutputMap:
     def pairing(self, velocities: Sequence[Tensor], lowered: Sequence[Tensor]) -> float:
         """Return ``v^T w``, in float64, for velocities v and cotangents w."""
         pairs = zip(velocities, lowered, strict=True)
-        return sum(float((a * b).sum(dtype=torch.float64)) for a, b in pairs)
+        return sum(float(wide_dot(a, b)) for a, b in pairs)
 
     def total(self, value: float) -> float:
         """Return what a number of these examples is for all: the same."""

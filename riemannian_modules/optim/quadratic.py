@@ -2,13 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
+from riemannian_modules.errors import NonFiniteError
+from riemannian_modules.finite import looks_finite
 from riemannian_modules.model_metric import ModelMetric
+from riemannian_modules.precision import dot
 
-__all__ = ["Numbers", "QuadraticModel", "Step", "spanned"]
+__all__ = ["Numbers", "QuadraticModel", "Step", "refuse_unmeasurable", "spanned"]
 
 Vectors = Mapping[str, Tensor]
 
@@ -27,6 +31,27 @@ def spanned(metric: ModelMetric) -> Tensor | None:
     if found is None or found.residual is None or found.rest is not None:
         return None
     return found.residual if metric.gradients.untouched() else None
+
+
+def refuse_unmeasurable(gradient: Vectors) -> NoReturn:
+    """Say why the loss has no finite model along a step.
+
+    Args:
+        gradient: ``{parameter name: d f}``; the host waits for the device.
+
+    Raises:
+        NonFiniteError: with the names of the parameters where it is not finite.
+    """
+    bad = [name for name, e in gradient.items() if not bool(e.isfinite().all())]
+    if not bad:
+        raise NonFiniteError(
+            "the gradient is finite, but the step or the slope of the loss along it is "
+            "not; nothing was changed. Raise the mass, or scale the loss down"
+        )
+    raise NonFiniteError(
+        f"the gradient of {', '.join(map(repr, bad))} holds NaN or infinity where the "
+        "step begins; nothing was changed. Leave this batch out, or load a good state"
+    )
 
 
 @dataclass(frozen=True)
@@ -162,10 +187,15 @@ class QuadraticModel:
 
         Returns:
             The best combination.
+
+        Raises:
+            NonFiniteError: the gradient or a direction is not finite.
         """
         numbers = self.numbers(directions)
         curvature, slopes = numbers.curvature.cpu(), numbers.slopes.cpu()
         damped = numbers.damped.cpu()
+        if not (looks_finite(damped) and looks_finite(slopes)):
+            refuse_unmeasurable(self._gradient)
         # Of length one each, so that a short one is not taken for a dependent one.
         size = damped.diagonal().clamp_min(1e-300).sqrt()
         scaled = damped / size.outer(size)
@@ -199,6 +229,5 @@ class QuadraticModel:
         total = self._zero()
         for name, vector in u.items():
             if name in self._gradient:
-                own = self._gradient[name].reshape(-1)
-                total = total + torch.dot(own, vector.reshape(-1))
+                total = total + dot(self._gradient[name], vector)
         return total

@@ -13,6 +13,7 @@ from riemannian_modules.model_metric import ModelMetric
 from riemannian_modules.optim.motion import Motion
 from riemannian_modules.optim.plan import Plan
 from riemannian_modules.optim.quadratic import spanned
+from riemannian_modules.precision import dot
 
 __all__ = ["BlockReport", "MotionReport", "StepReport", "block_reports"]
 
@@ -107,7 +108,7 @@ class BlockReport:
     @cached_property
     def update_norm(self) -> float:
         """Euclidean norm of the tangent step."""
-        norms = [abs(rate) * vector.norm() for rate, vector in self.moves.values()]
+        norms = [abs(rate) * dot(u, u).sqrt() for rate, u in self.moves.values()]
         return float(torch.stack(norms).norm())
 
     @property
@@ -119,7 +120,7 @@ class BlockReport:
         if self.slope is not None:
             return -float(self.slope)
         if self.whitened is not None:
-            return -float(self.whitened @ self.image.to(self.whitened))
+            return -float(dot(self.whitened, self.image.to(self.whitened)))
         x = self.solution.vectors
         if all(
             rate == -self.lr and vector is x[name]
@@ -149,9 +150,9 @@ class BlockReport:
         """
         if self.rank == 0:
             return 0.0
-        measured = self.metric.image(self.solution.vectors)
+        measured = self.metric.image(self.solution.vectors).double()
         error = (measured - self.solution.velocity).norm()
-        size = torch.maximum(measured.norm(), self.solution.velocity.norm())
+        size = torch.maximum(measured.norm(), self.solution.velocity.double().norm())
         return float(error / size.clamp_min(torch.finfo(size.dtype).tiny))
 
     @cached_property
@@ -338,10 +339,7 @@ def block_reports(
         if turned and residual is not None and solution.base.rank:
             whitened = residual
         elif turned:
-            found = [
-                rate * torch.dot(plans[n].gradient.reshape(-1), u.reshape(-1))
-                for n, (rate, u) in moves.items()
-            ]
+            found = [rate * dot(plans[n].gradient, u) for n, (rate, u) in moves.items()]
             slope = torch.stack(found).sum()
         reports[block] = BlockReport(
             block, metric.solved[block], solution, lr, moves, slope, whitened

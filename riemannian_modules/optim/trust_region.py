@@ -126,6 +126,7 @@ class TrustRegion(WholeModelOptimizer):
 
         Raises:
             NotRecordedError: no ``metric.backward`` since the last step.
+            NonFiniteError: the gradient, or the step that it makes, is not finite.
             NotPositiveDefiniteError: a block's small matrix could not be factorised.
             TypeError: no closure.
         """

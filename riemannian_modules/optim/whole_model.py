@@ -12,6 +12,7 @@ from riemannian_modules.declared import Declared
 from riemannian_modules.model_metric import ModelMetric
 from riemannian_modules.optim.kinds import refuse_scaler, require_pass, require_ready
 from riemannian_modules.optim.trial import Trial
+from riemannian_modules.precision import dot
 from riemannian_modules.retractions import Default, Retraction
 
 __all__ = ["WholeModelOptimizer"]
@@ -126,8 +127,9 @@ class WholeModelOptimizer(torch.optim.Optimizer):
         """Whether a step is less than rounding of the parameters: nothing helps."""
         parameters = self.metric.parameters
         eps = max(torch.finfo(u.dtype).eps for u in step.values())
-        moved = sum(float(u.norm()) ** 2 for u in step.values())
-        size = sum(float(parameters[n].tensor.detach().norm()) ** 2 for n in step)
+        moved = sum(float(dot(u, u)) for u in step.values())
+        points = [parameters[name].tensor.detach() for name in step]
+        size = sum(float(dot(w, w)) for w in points)
         return moved <= eps**2 * size
 
 
