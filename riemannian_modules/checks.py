@@ -112,10 +112,17 @@ def recorded_tape(tape: Tape | None, outputs: Sequence[Tensor]) -> Tape:
     if tape is not None and not tape.uses and tape.opaque:
         raise LinearizationError(str(tape.says_nothing(min(tape.opaque))))
     if tape is None or not tape.uses or not any(z.requires_grad for z in outputs):
+        unheard = (
+            tape is not None and not tape.uses and any(z.requires_grad for z in outputs)
+        )
+        compiled = (
+            ". If what you run is compiled and ran before, its graph calls no layer: "
+            "build the metric from the model that torch.compile returned"
+        )
         raise NotRecordedError(
             "no recorded forward pass leads to these outputs: run the model inside "
             "'with metric.record():', with gradients enabled, before every "
-            "metric.backward or metric.pull_back"
+            "metric.backward or metric.pull_back" + (compiled if unheard else "")
         )
     return tape
 
