@@ -143,7 +143,7 @@ def test_a_graph_that_calls_no_layer_asks_for_a_metric_of_it() -> None:
     with metric.record():
         logits = model(x)
     if not OLD:
-        with pytest.raises(NotRecordedError, match="that torch.compile returned"):
+        with pytest.raises(NotRecordedError, match=r"that torch\.compile returned"):
             metric.pull_back(logits)
     metric = rm.LayerwiseMetric(model, rm.output.Categorical(), mass=1e-2)
     with metric.record():
