@@ -57,6 +57,23 @@ def test_zero_grad_between_backward_and_step(make: type) -> None:
     assert not all(map(torch.equal, before, model.parameters()))
 
 
+@pytest.mark.parametrize(
+    "make",
+    [rm.optim.LevenbergMarquardt, rm.optim.TrustRegion, rm.optim.GaussNewton],
+)
+def test_a_learning_rate_where_there_is_none(make: type) -> None:
+    _, metric = setting()
+    with pytest.raises(TypeError, match=rf"no learning rate.*{make.__name__}\(metric"):
+        make(metric, lr=1.0)
+
+
+@pytest.mark.parametrize("make", [rm.optim.LevenbergMarquardt, rm.optim.TrustRegion])
+def test_two_functions_where_one_evaluates_the_loss(make: type) -> None:
+    model, metric = setting()
+    with pytest.raises(TypeError, match="2 arguments.*that only evaluates the loss"):
+        make(metric).step(lambda: model(X), lambda z: F.cross_entropy(z, Y))
+
+
 class Tagger(nn.Module):
     """A class for every position; ``torch_order``: as torch's losses want them."""
 

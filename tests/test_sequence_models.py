@@ -281,13 +281,17 @@ def test_packed_sequences_inside_a_model() -> None:
 
 
 def test_packed_sequences_are_warned_of_once() -> None:
-    model, outputs = Packed(), []
+    model = Packed()
     metric = rm.LayerwiseMetric(model, rm.output.Categorical())
-    with pytest.warns(UserWarning, match="instead of its last state") as caught:
-        for n in (4, 5, 1, 4):
+
+    def pull_back(*sizes: int) -> None:
+        for n in sizes:
             with metric.record():
-                outputs.append(model(torch.randn(n, STEPS, 4)))
-            metric.pull_back(outputs[-1])
+                outputs = model(torch.randn(n, STEPS, 4))
+            metric.pull_back(outputs)
+
+    with pytest.warns(UserWarning, match="instead of its last state") as caught:
+        pull_back(4, 5, 1, 4)
     assert len(caught) == 1
 
 

@@ -69,9 +69,11 @@ class BlockReport:
     def numbers(self, *, spectrum: bool = False) -> dict[str, float]:
         """Return the block's numbers by name, which hold nothing of the pass.
 
+        ``condition`` and ``contraction_rate`` are left out unless asked for: they cost
+        the eigenvalues of a matrix, O(rank^3).
+
         Args:
-            spectrum: also ``condition`` and ``contraction_rate``, whose cost is
-                O(rank^3).
+            spectrum: also ``condition`` and ``contraction_rate``.
 
         Returns:
             ``{name: number}``; the names are those of the properties.
@@ -273,10 +275,12 @@ class StepReport:
     def numbers(self, *, spectrum: bool = False) -> dict[str, dict[str, float]]:
         """Return plain numbers, for a log: they hold nothing of the pass.
 
-        Cost: one product with each block's K, and that of :class:`MotionReport`.
+        Cost: one product with each block's K, and that of :class:`MotionReport`. Of
+        what ``print`` shows ``condition`` and ``contraction_rate`` (the columns
+        ``condition`` and ``rate``) are left out, which cost eigenvalues: O(rank^3).
 
         Args:
-            spectrum: also what costs O(rank^3), see :meth:`BlockReport.numbers`.
+            spectrum: these two as well.
 
         Returns:
             ``{block name: {name: number}}``; how long the step was, where more than
