@@ -808,7 +808,9 @@ def test_the_quickstart_names_every_column_and_its_attribute():
     page = (REPOSITORY / "docs" / "quickstart.md").read_text(encoding="utf-8")
     table = page.partition("| column | attribute")[2].partition("\n\n")[0]
     rows = [line.split(" | ")[:2] for line in table.splitlines()[2:]]
-    columns, names = (re.findall(r"`(.+?)`", " ".join(r)) for r in zip(*rows))
+    columns, names = (
+        re.findall(r"`(.+?)`", " ".join(row[i] for row in rows)) for i in (0, 1)
+    )
     problem = Problem()
     optimizer = RiemannianSGD(problem.metric)
     steps(problem, optimizer, 1)

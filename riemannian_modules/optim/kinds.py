@@ -58,8 +58,8 @@ def require_kinds(
         )
     if lr is not None:
         raise TypeError(
-            f"lr={lr!r}, but there is no learning rate: the loss decides how long a step "
-            f"is; call {call}"
+            f"lr={lr!r}, but there is no learning rate: the loss decides how long a "
+            f"step is; call {call}"
         )
     if isinstance(retraction, type) and issubclass(retraction, Retraction):
         name = retraction.__name__
