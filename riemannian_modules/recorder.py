@@ -135,9 +135,9 @@ class Recorder:
         ends = [tensor for tensor, _ in heads]
         if self._used_up:
             raise NotRecordedError(
-                "the recorded pass was linearised already, and can be only once: run "
-                "the model inside 'with metric.record():' again. Losses of the same "
-                "outputs are added up: metric.backward(one + other, outputs)"
+                "run the model inside 'with metric.record():' before every backward: "
+                "the recorded pass was linearised already, and can be only once. Losses "
+                "of the same outputs are added up: metric.backward(one + other, outputs)"
             )
         unknown = self._tape is not None and self._tape.saw_nothing
         if unknown and any(end.requires_grad for end in ends):
