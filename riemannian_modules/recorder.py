@@ -136,8 +136,9 @@ class Recorder:
         if self._used_up:
             raise NotRecordedError(
                 "run the model inside 'with metric.record():' before every backward: "
-                "the recorded pass was linearised already, and can be only once. Losses "
-                "of the same outputs are added up: metric.backward(one + other, outputs)"
+                "the recorded pass was linearised already, and can be only once. "
+                "Losses of the same outputs are added up: "
+                "metric.backward(one + other, outputs)"
             )
         unknown = self._tape is not None and self._tape.saw_nothing
         if unknown and any(end.requires_grad for end in ends):

@@ -57,7 +57,7 @@ def test_a_backward_pass_that_was_not_recorded() -> None:
     model, metric = setting()
     passed(model, metric)
     z = model(X)
-    with pytest.raises(NotRecordedError, match="^run the model inside 'with metric"):
+    with pytest.raises(NotRecordedError, match=r"^run the model inside 'with metric"):
         metric.backward(F.cross_entropy(z, Y), z)
 
 

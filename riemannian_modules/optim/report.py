@@ -69,11 +69,9 @@ class BlockReport:
     def numbers(self, *, spectrum: bool = False) -> dict[str, float]:
         """Return the block's numbers by name, which hold nothing of the pass.
 
-        ``condition`` and ``contraction_rate`` are left out unless asked for: they cost
-        the eigenvalues of a matrix, O(rank^3).
-
         Args:
-            spectrum: also ``condition`` and ``contraction_rate``.
+            spectrum: also ``condition`` and ``contraction_rate``: they cost the
+                eigenvalues of a matrix, O(rank^3).
 
         Returns:
             ``{name: number}``; the names are those of the properties.
@@ -275,12 +273,11 @@ class StepReport:
     def numbers(self, *, spectrum: bool = False) -> dict[str, dict[str, float]]:
         """Return plain numbers, for a log: they hold nothing of the pass.
 
-        Cost: one product with each block's K, and that of :class:`MotionReport`. Of
-        what ``print`` shows ``condition`` and ``contraction_rate`` (the columns
-        ``condition`` and ``rate``) are left out, which cost eigenvalues: O(rank^3).
+        Cost: one product with each block's K, and that of :class:`MotionReport`.
 
         Args:
-            spectrum: these two as well.
+            spectrum: also ``condition`` and ``contraction_rate`` (the column ``rate``),
+                which are left out as they cost eigenvalues, O(rank^3).
 
         Returns:
             ``{block name: {name: number}}``; how long the step was, where more than
