@@ -48,15 +48,21 @@ def refuse_coupling(layers: list[tuple[str, nn.Module]]) -> None:
         layers: the model's BatchNorm layers.
 
     Raises:
-        LinearizationError: one is in training mode or keeps no running statistics.
+        LinearizationError: some are in training mode or keep no running statistics.
     """
-    for path, module in layers:
-        if module.training or not module.track_running_stats:
-            raise LinearizationError(
-                f"{_label(path, module)} couples the examples of a batch in training "
-                "mode, so no factor per example exists; call "
-                f"model.get_submodule({path!r}).eval() or use LayerNorm"
-            )
+    coupled = [
+        _label(path, module)
+        for path, module in layers
+        if module.training or not module.track_running_stats
+    ]
+    if coupled:
+        raise LinearizationError(
+            f"{', '.join(coupled)}: BatchNorm in training mode couples the examples of "
+            "a batch, so no factor per example exists. Use GroupNorm (convolutions) or "
+            "LayerNorm instead; or, with pretrained statistics, run after every "
+            "model.train(): [m.eval() for m in model.modules() if isinstance(m, "
+            "torch.nn.modules.batchnorm._BatchNorm)]"
+        )
 
 
 def embeddings(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -112,10 +118,17 @@ def recorded_tape(tape: Tape | None, outputs: Sequence[Tensor]) -> Tape:
     if tape is not None and not tape.uses and tape.opaque:
         raise LinearizationError(str(tape.says_nothing(min(tape.opaque))))
     if tape is None or not tape.uses or not any(z.requires_grad for z in outputs):
+        unheard = (
+            tape is not None and not tape.uses and any(z.requires_grad for z in outputs)
+        )
+        compiled = (
+            ". If what you run is compiled and ran before, its graph calls no layer: "
+            "build the metric from the model that torch.compile returned"
+        )
         raise NotRecordedError(
             "no recorded forward pass leads to these outputs: run the model inside "
             "'with metric.record():', with gradients enabled, before every "
-            "metric.backward or metric.pull_back"
+            "metric.backward or metric.pull_back" + (compiled if unheard else "")
         )
     return tape
 

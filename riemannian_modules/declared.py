@@ -325,7 +325,7 @@ def _lost(declared: Declared, now: Tensor | None) -> str:
     elif now is not declared.tensor:
         what = f"is another {type(now).__name__} now"
     elif isinstance(base, geoopt.Manifold):
-        what = f"is on another manifold now, {base.name}"
+        what = f"is on {base.name} now (call geometrize before the metric is built)"
     else:
         what = f"is a plain {type(now).__name__} now"
     where = declared.manifold.name

@@ -27,7 +27,6 @@ __all__ = [
     "output_rows",
     "pair",
     "require_loss",
-    "require_output_metrics",
 ]
 
 Reduction = Literal["mean", "sum"]
@@ -36,40 +35,6 @@ OutputMetricLike = (
 )
 OutputLike = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 Head = tuple[Tensor, OutputMetric | None]
-
-
-def require_output_metrics(output: object, reduction: str) -> None:
-    """Refuse what is no output metric, no collection of them, and no reduction.
-
-    Args:
-        output: what was given as output metric.
-        reduction: how the loss is said to sum over examples.
-
-    Raises:
-        TypeError: the metric is a class, a name, a function, ...
-        OutputMetricError: an empty collection.
-        ValueError: unknown ``reduction``.
-    """
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction={reduction!r}; choose 'mean' or 'sum'")
-    several = isinstance(output, Mapping | Sequence) and not isinstance(output, str)
-    if several and not output:
-        raise OutputMetricError(
-            f"output={output!r} names no output metric; pass one for each output, or "
-            "None for the massed base metric"
-        )
-    each = output.values() if isinstance(output, Mapping) else output
-    for one in each if several else [output]:  # type: ignore[attr-defined]
-        if one is None or isinstance(one, OutputMetric):
-            continue
-        if isinstance(one, type) and issubclass(one, OutputMetric):
-            problem = f"the class {one.__name__}; call it: {one.__name__}()"
-        else:
-            problem = (
-                f"{one!r}, a {type(one).__name__}; pass an instance, such as "
-                "riemannian_modules.output.Categorical() for cross entropy"
-            )
-        raise TypeError(f"output must be an OutputMetric, got {problem}")
 
 
 def require_loss(loss: object, outputs: object) -> None:
@@ -117,9 +82,11 @@ def pair(metric: OutputMetricLike, outputs: OutputLike) -> list[Head]:
     if isinstance(metric, Mapping):
         if not isinstance(outputs, Mapping) or set(outputs) != set(metric):
             found = sorted(outputs) if isinstance(outputs, Mapping) else type(outputs)
+            ordered = isinstance(outputs, tuple | list)
             raise OutputMetricError(
                 f"the metric measures the outputs {sorted(metric)}, got {found}; hand "
                 "on a dictionary with these keys"
+                + (", or give a list of output metrics" if ordered else "")
             )
         heads: list[Head] = [(outputs[name], metric[name]) for name in metric]
     elif isinstance(metric, Sequence):

@@ -111,7 +111,7 @@ class LayerwiseMetric(ModelMetric):
     def __init__(
         self,
         model: nn.Module,
-        output: OutputMetricLike,
+        output: OutputMetricLike = ...,  # type: ignore[assignment]
         *,
         mass: MassLike | Mapping[str, MassLike] = 1e-2,
         blocks: Blocks = "layer",

@@ -28,7 +28,6 @@ from riemannian_modules.gradients import Gradients
 from riemannian_modules.heads import (
     OutputMetricLike,
     Reduction,
-    require_output_metrics,
 )
 from riemannian_modules.joining import Passed, Size, Waiting
 from riemannian_modules.linearization import Linearization
@@ -36,6 +35,7 @@ from riemannian_modules.manifolds import Product
 from riemannian_modules.mass import Mass, MassLike
 from riemannian_modules.memory_model import parse_bytes
 from riemannian_modules.metric import LayerMetric, Solution
+from riemannian_modules.output.given import require_output_metrics
 from riemannian_modules.rows import FewerRows, Neglected
 from riemannian_modules.strategy import Solver, require_solver
 from riemannian_modules.tape import Tape

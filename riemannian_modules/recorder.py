@@ -1,5 +1,6 @@
 """Recording forward passes and linearising them: what is known from pass to pass."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -30,6 +31,7 @@ from riemannian_modules.linearization import Linearization
 from riemannian_modules.linearize import Graph, assemble, taken_apart
 from riemannian_modules.reverse import batching_pays, loss_scale
 from riemannian_modules.rules.job import UnexplainedError
+from riemannian_modules.rules.recurrent import advice
 from riemannian_modules.survey import survey
 from riemannian_modules.tape import Tape, Use
 from riemannian_modules.watch import Watch
@@ -74,6 +76,7 @@ class Recorder:
         self._exploring = True
         self._tape: Tape | None = None
         self._used_up = False
+        self._advised: set[str] = set()
         for declared in parameters:
             if declared.tensor.is_complex():
                 raise LinearizationError(
@@ -132,9 +135,10 @@ class Recorder:
         ends = [tensor for tensor, _ in heads]
         if self._used_up:
             raise NotRecordedError(
-                "the recorded pass was linearised already, and can be only once: run "
-                "the model inside 'with metric.record():' again. Losses of the same "
-                "outputs are added up: metric.backward(one + other, outputs)"
+                "run the model inside 'with metric.record():' before every backward: "
+                "the recorded pass was linearised already, and can be only once. "
+                "Losses of the same outputs are added up: "
+                "metric.backward(one + other, outputs)"
             )
         unknown = self._tape is not None and self._tape.saw_nothing
         if unknown and any(end.requires_grad for end in ends):
@@ -245,6 +249,7 @@ class Recorder:
                 if not tape.partial:
                     raise
                 raise LinearizationError(f"{_OTHERWISE}: {error}") from error
+        self._advise(tape)
         if certain:
             if self.watch.generation != self._generation:
                 self._forget()
@@ -254,6 +259,15 @@ class Recorder:
             graph.alone = travels_alone(rows, graph, probes=moving)
             self.graphs[key] = graph
         return found
+
+    def _advise(self, tape: Tape) -> None:
+        """Say once of a layer how it would be faster."""
+        for use in tape.uses:
+            text = advice(use.label, use.module, use.args, use.kwargs)
+            if text is not None and use.name not in self._advised:
+                self._advised.add(use.name)
+                # Whoever called backward or pull_back.
+                warnings.warn(text, stacklevel=6)
 
     def _survey(
         self, uses: Sequence[Use], outputs: Sequence[Tensor], loss: Tensor | None

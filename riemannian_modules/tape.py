@@ -15,6 +15,7 @@ from riemannian_modules.errors import LinearizationError, NonFiniteError
 from riemannian_modules.finite import looks_finite
 from riemannian_modules.nested import map_tensors, own_memory, seen, tensors_in
 from riemannian_modules.place import Finder, Place
+from riemannian_modules.untraced import disabled, outside
 
 __all__ = ["Tape", "Use", "Watched"]
 
@@ -204,12 +205,18 @@ class Tape:
         ]
 
     def _hook(self, watched: Watched):  # type: ignore[no-untyped-def]
+        apart = outside()
+
         def remember(
             module: nn.Module,
             args: tuple[Any, ...],
             kwargs: dict[str, Any],
             output: object,
         ) -> None:
+            # What torch.compile returned for this model, or one around it, is called.
+            if torch.compiler.is_compiling():
+                apart(remember, module, args, kwargs, output)
+                return
             # A copy of the module, made meanwhile, has a copy of this hook.
             if module is not watched.module:
                 return
@@ -265,15 +272,8 @@ class Tape:
                 )
             )
 
-        if not self.compiled:
-            return remember
         # Traced, it would break graphs in many places, and in every pass anew.
-        disabled = torch.compiler.disable(remember)
-        disabled._torchdynamo_disable_msg = (
-            "metric.record() remembers calls of layers, which a compiled graph cannot: "
-            "leave out fullgraph=True"
-        )
-        return disabled
+        return disabled(remember) if self.compiled else remember
 
     def says_nothing(self, path: str) -> str | None:
         """Return why a module's outputs show nothing, for an error, or None."""

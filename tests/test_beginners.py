@@ -8,9 +8,11 @@ from torch import Tensor, nn
 import riemannian_modules as rm
 from riemannian_modules.errors import (
     LinearizationError,
+    LostManifoldError,
     ManifoldContractError,
     MassError,
     NotRecordedError,
+    OutputMetricError,
     ShapeError,
 )
 
@@ -27,6 +29,45 @@ def passed(model: nn.Module, metric: rm.LayerwiseMetric) -> Tensor:
         z = model(X)
     metric.backward(F.cross_entropy(z, Y), z)
     return z
+
+
+@pytest.mark.parametrize(
+    "given", [(), ("mse",), (nn.MSELoss(),), ([nn.CrossEntropyLoss()],)]
+)
+def test_a_metric_without_an_output_metric(given: tuple[object, ...]) -> None:
+    words = (
+        r"Categorical\(\) for cross entropy.*Euclidean\(2 / d\) for MSE of d outputs"
+    )
+    with pytest.raises(TypeError, match=words):
+        rm.LayerwiseMetric(nn.Linear(4, 3), *given)
+
+
+def test_output_metrics_by_name_for_a_tuple() -> None:
+    model = nn.Linear(4, 3)
+    metric = rm.LayerwiseMetric(model, {"class": rm.output.Categorical()})
+    with metric.record():
+        z = model(X)
+    with pytest.raises(OutputMetricError, match="or give a list of output metrics"):
+        metric.pull_back((z,))
+    with pytest.raises(OutputMetricError, match=r"with these keys$"):
+        metric.pull_back({"other": z})
+
+
+def test_a_backward_pass_that_was_not_recorded() -> None:
+    model, metric = setting()
+    passed(model, metric)
+    z = model(X)
+    with pytest.raises(NotRecordedError, match=r"^run the model inside 'with metric"):
+        metric.backward(F.cross_entropy(z, Y), z)
+
+
+def test_manifolds_declared_after_the_metric() -> None:
+    model, metric = setting()
+    rm.geometrize(model, {"0.weight": rm.manifolds.Stiefel()})
+    with pytest.raises(LostManifoldError, match="geometrize before the metric is"):
+        passed(model, metric)
+    metric = rm.LayerwiseMetric(model, rm.output.Categorical())
+    passed(model, metric)
 
 
 def test_two_backward_passes_through_one_recorded_pass() -> None:
@@ -55,6 +96,23 @@ def test_zero_grad_between_backward_and_step(make: type) -> None:
     passed(model, metric)
     optimizer.step(*given)
     assert not all(map(torch.equal, before, model.parameters()))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [rm.optim.LevenbergMarquardt, rm.optim.TrustRegion, rm.optim.GaussNewton],
+)
+def test_a_learning_rate_where_there_is_none(make: type) -> None:
+    _, metric = setting()
+    with pytest.raises(TypeError, match=rf"no learning rate.*{make.__name__}\(metric"):
+        make(metric, lr=1.0)
+
+
+@pytest.mark.parametrize("make", [rm.optim.LevenbergMarquardt, rm.optim.TrustRegion])
+def test_two_functions_where_one_evaluates_the_loss(make: type) -> None:
+    model, metric = setting()
+    with pytest.raises(TypeError, match=r"2 arguments.*only evaluates the loss"):
+        make(metric).step(lambda: model(X), lambda z: F.cross_entropy(z, Y))
 
 
 class Tagger(nn.Module):

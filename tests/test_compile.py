@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import riemannian_modules as rm
 from riemannian_modules import woodbury
+from riemannian_modules.errors import NotRecordedError
 
 # The default backend needs a C++ compiler; what can be traced does not depend on it.
 BACKEND = "aot_eager"
@@ -105,9 +106,57 @@ def test_a_recorded_model_is_compiled_once(compiled: Any) -> None:
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
 
-def test_a_whole_graph_cannot_be_recorded() -> None:
-    model = torch.compile(Deep(), backend="eager", fullgraph=True)
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+@pytest.mark.parametrize("compiled", [torch.compile, in_place])
+def test_a_model_is_compiled_after_its_metric(compiled: Any) -> None:
+    graphs = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    plain, x, y = Deep(), torch.randn(6, 4), torch.arange(6) % 3
+    start = copy.deepcopy(plain)
+    metrics = [
+        rm.LayerwiseMetric(each, rm.output.Categorical(), mass=1e-2)
+        for each in (plain, start)
+    ]
+    model, counts = compiled(start, backend=backend), []
+    for _ in range(12):
+        for metric, each in zip(metrics, (plain, model), strict=True):
+            with metric.record():
+                logits = each(x)
+            metric.backward(F.cross_entropy(logits, y), logits)
+        counts.append(len(graphs))
+    assert len(set(counts[2:])) == 1
+    assert counts[-1] > 0 or OLD
+    one, other = (metric.natural_gradient() for metric in metrics)
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=1e-10, atol=1e-12)
+
+
+def test_a_graph_that_calls_no_layer_asks_for_a_metric_of_it() -> None:
+    layers, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)), torch.randn(6, 4)
+    model = torch.compile(layers, backend=BACKEND)
+    model(x)
+    metric = rm.LayerwiseMetric(layers, rm.output.Categorical(), mass=1e-2)
+    with metric.record():
+        logits = model(x)
+    if not OLD:
+        with pytest.raises(NotRecordedError, match=r"that torch\.compile returned"):
+            metric.pull_back(logits)
     metric = rm.LayerwiseMetric(model, rm.output.Categorical(), mass=1e-2)
+    with metric.record():
+        logits = model(x)
+    metric.pull_back(logits)
+
+
+@pytest.mark.parametrize("of_compiled", [True, False])
+def test_a_whole_graph_cannot_be_recorded(of_compiled: bool) -> None:
+    layers = Deep()
+    model = torch.compile(layers, backend="eager", fullgraph=True)
+    measured = model if of_compiled else layers
+    metric = rm.LayerwiseMetric(measured, rm.output.Categorical(), mass=1e-2)
     message = "torch._dynamo.disable" if OLD else "leave out fullgraph=True"
     with pytest.raises(RuntimeError, match=message), metric.record():
         model(torch.randn(6, 4))

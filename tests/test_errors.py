@@ -1045,15 +1045,19 @@ def test_a_loss_that_sees_hidden_values() -> None:
 @pytest.mark.parametrize("affine", [False, True])
 def test_batchnorm_in_training_mode(affine: bool) -> None:
     norm = nn.BatchNorm1d(4, affine=affine)
-    model = nn.Sequential(nn.Linear(5, 4), norm, nn.Linear(4, 3))
+    other, kept = nn.BatchNorm1d(4, affine=affine), nn.BatchNorm1d(4).eval()
+    model = nn.Sequential(nn.Linear(5, 4), norm, other, kept, nn.Linear(4, 3))
     metric = rm.LayerwiseMetric(model, output=rm.output.Categorical())
-    with (
-        refused(
-            errors.LinearizationError, "'1'", "BatchNorm1d", "eval()", metric=metric
-        ),
-        metric.record(),
-    ):
+    words = ("'1' (BatchNorm1d)", "'2' (BatchNorm1d)", "GroupNorm", "model.train(): ")
+    with refused(errors.LinearizationError, *words, metric=metric), metric.record():
         model(X)
+    with pytest.raises(errors.LinearizationError) as caught, metric.record():
+        model(X)
+    assert "'3'" not in str(caught.value)
+    remedy = str(caught.value).rpartition("model.train(): ")[2]
+    exec(remedy, {"torch": torch, "model": model})
+    assert model.training
+    backward(metric)
 
 
 def test_batchnorm_in_evaluation_mode_works() -> None:

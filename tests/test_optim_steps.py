@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from mutants.steps import MUTANTS
+from scripts import REPOSITORY
 from torch import nn
 
 import riemannian_modules as rm
@@ -801,6 +802,22 @@ def test_plain_numbers_for_a_log(options, monkeypatch):
     cheap = optimizer.report.numbers()
     assert set(whole["0"]) - set(cheap["0"]) == {"condition", "contraction_rate"}
     assert json.loads(json.dumps(cheap)) == cheap
+
+
+def test_the_quickstart_names_every_column_and_its_attribute():
+    page = (REPOSITORY / "docs" / "quickstart.md").read_text(encoding="utf-8")
+    table = page.partition("| column | attribute")[2].partition("\n\n")[0]
+    rows = [line.split(" | ")[:2] for line in table.splitlines()[2:]]
+    columns, names = (
+        re.findall(r"`(.+?)`", " ".join(row[i] for row in rows)) for i in (0, 1)
+    )
+    problem = Problem()
+    optimizer = RiemannianSGD(problem.metric)
+    steps(problem, optimizer, 1)
+    head = str(optimizer.report).splitlines()[1].split()
+    assert [name.replace("\\", "") for name in columns] == head[1:]
+    numbers = optimizer.report.numbers(spectrum=True)
+    assert {*names} - {"branch"} == set(next(reversed(numbers.values())))
 
 
 @pytest.mark.parametrize("blocks", ["layer", "model"])

@@ -31,7 +31,7 @@ LAYERS = (
         "strategy",
     },
     {"output"},
-    {"layout", "leaves", "nested", "place", "tape"},
+    {"layout", "leaves", "nested", "place", "tape", "untraced"},
     {"rules"},
     {"model_checks", "module_tree"},
     {"declared", "reverse"},

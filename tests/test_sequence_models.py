@@ -275,7 +275,31 @@ def assert_packed(model: nn.Module, x: Tensor) -> None:
 
 def test_packed_sequences_inside_a_model() -> None:
     # The model as a whole explains them: it sees a batch.
-    assert_packed(Packed(), torch.randn(4, STEPS, 4))
+    with pytest.warns(UserWarning, match="'core'.*packed sequences") as caught:
+        assert_packed(Packed(), torch.randn(4, STEPS, 4))
+    assert [each.filename for each in caught] == [__file__]
+
+
+def test_packed_sequences_are_warned_of_once() -> None:
+    model = Packed()
+    metric = rm.LayerwiseMetric(model, rm.output.Categorical())
+
+    def pull_back(*sizes: int) -> None:
+        for n in sizes:
+            with metric.record():
+                outputs = model(torch.randn(n, STEPS, 4))
+            metric.pull_back(outputs)
+
+    with pytest.warns(UserWarning, match="instead of its last state") as caught:
+        pull_back(4, 5, 1, 4)
+    assert len(caught) == 1
+
+
+def test_the_last_of_padded_outputs_is_the_state_of_packed_ones() -> None:
+    model, x = Packed(), torch.randn(4, STEPS, 4)
+    lengths = torch.arange(4).remainder(2).add(2)
+    last = model.core(x)[0][torch.arange(4), lengths - 1]
+    torch.testing.assert_close(model.head(last), model(x))
 
 
 class Padded(nn.Module):
@@ -300,6 +324,7 @@ def of_lengths(*lengths: int) -> Tensor:
     return torch.randn(len(lengths), STEPS, 4) * there.unsqueeze(2)
 
 
+@pytest.mark.filterwarnings("ignore:.*packed sequences")
 @pytest.mark.parametrize("lengths", [(3, 1, STEPS, 2), (3, 1, 3, 2), (2, 2)])
 def test_packed_sequences_padded_again(lengths: tuple[int, ...]) -> None:
     assert_packed(Padded(total=True), of_lengths(*lengths))

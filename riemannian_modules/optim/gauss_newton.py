@@ -79,6 +79,7 @@ class GaussNewton(WeighingOptimizer):
         shorten: how often a proposal may be shortened.
         trials: how many proposals to make before the step is given up.
         retraction: how a tangent step becomes a point.
+        lr: refused: there is no learning rate.
 
     Attributes:
         report: what the last step did, a :class:`GaussNewtonReport`; None before it.
@@ -124,8 +125,9 @@ class GaussNewton(WeighingOptimizer):
         shorten: int = 4,
         trials: int = 6,
         retraction: Retraction | None = None,
+        lr: None = None,
     ) -> None:
-        require_kinds("GaussNewton(metric)", metric, retraction)
+        require_kinds("GaussNewton(metric)", metric, retraction, lr)
         if not (0.0 < shrink <= 1.0 <= grow and 0.0 < bad <= good):
             raise ValueError(
                 f"shrink={shrink}, grow={grow}, bad={bad}, good={good}: needs "

@@ -36,13 +36,16 @@ _ANOTHER = (
 )
 
 
-def require_kinds(call: str, metric: object, retraction: object) -> None:
+def require_kinds(
+    call: str, metric: object, retraction: object, lr: object = None
+) -> None:
     """Check the arguments that other optimizers have in other places.
 
     Args:
         call: how the optimizer is called, for the error.
         metric: the first argument.
         retraction: the retraction.
+        lr: a learning rate, given to an optimizer that has none.
 
     Raises:
         TypeError: one is of another kind; says what to write instead.
@@ -52,6 +55,11 @@ def require_kinds(call: str, metric: object, retraction: object) -> None:
             f"the first argument is a {type(metric).__name__}; pass the metric, which "
             f"knows the model's parameters: {call} with metric = "
             "LayerwiseMetric(model, output=...)"
+        )
+    if lr is not None:
+        raise TypeError(
+            f"lr={lr!r}, but there is no learning rate: the loss decides how long a "
+            f"step is; call {call}"
         )
     if isinstance(retraction, type) and issubclass(retraction, Retraction):
         name = retraction.__name__

@@ -56,6 +56,7 @@ class LevenbergMarquardt(WeighingOptimizer):
         bad: ratio below which it is bad.
         trials: how many points to try before the step is given up.
         retraction: how a tangent step becomes a point.
+        lr: refused: there is no learning rate.
 
     Attributes:
         report: what the last step did, a :class:`TrialReport`; None before the first.
@@ -100,8 +101,9 @@ class LevenbergMarquardt(WeighingOptimizer):
         bad: float = 0.25,
         trials: int = 12,
         retraction: Retraction | None = None,
+        lr: None = None,
     ) -> None:
-        require_kinds("LevenbergMarquardt(metric)", metric, retraction)
+        require_kinds("LevenbergMarquardt(metric)", metric, retraction, lr)
         if not (0.0 < shrink <= 1.0 <= grow and 0.0 < bad <= good and trials >= 1):
             raise ValueError(
                 f"shrink={shrink}, grow={grow}, bad={bad}, good={good}, "
@@ -132,12 +134,15 @@ class LevenbergMarquardt(WeighingOptimizer):
         }
         super().__init__(metric, retraction, defaults)
 
-    def step(self, closure: Callable[[], Any] | None = None) -> float:  # type: ignore[override]
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], Any] | None = None, *others: object
+    ) -> float:
         """Take one step from the last ``metric.backward``.
 
         Args:
             closure: returns the loss of the last backward pass at the parameters'
                 present values; called without gradients, once for each trial.
+            *others: refused.
 
         Returns:
             The loss at the new point.
@@ -148,7 +153,7 @@ class LevenbergMarquardt(WeighingOptimizer):
             NotPositiveDefiniteError: a block's small matrix could not be factorised.
             TypeError: no closure.
         """
-        evaluate, loss = self._begin(closure)
+        evaluate, loss = self._begin(closure, *others)
         points = Trial(self._moving(), self.retraction)
         with torch.no_grad(), self._undone(), points.undone():
             self.report = self._search(points, evaluate, loss)

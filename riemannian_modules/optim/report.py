@@ -71,8 +71,8 @@ class BlockReport:
         """Return the block's numbers by name, which hold nothing of the pass.
 
         Args:
-            spectrum: also ``condition`` and ``contraction_rate``, whose cost is
-                O(rank^3).
+            spectrum: also ``condition`` and ``contraction_rate``: they cost the
+                eigenvalues of a matrix, O(rank^3).
 
         Returns:
             ``{name: number}``; the names are those of the properties.
@@ -277,7 +277,8 @@ class StepReport:
         Cost: one product with each block's K, and that of :class:`MotionReport`.
 
         Args:
-            spectrum: also what costs O(rank^3), see :meth:`BlockReport.numbers`.
+            spectrum: also ``condition`` and ``contraction_rate`` (the column ``rate``),
+                which are left out as they cost eigenvalues, O(rank^3).
 
         Returns:
             ``{block name: {name: number}}``; how long the step was, where more than

@@ -43,6 +43,7 @@ class TrustRegion(WholeModelOptimizer):
         shrink: the radius after a bad step, in lengths of that step; in (0, 1).
         trials: how many points to try before the step is given up.
         retraction: how a tangent step becomes a point.
+        lr: refused: there is no learning rate.
 
     Attributes:
         report: what the last step did, a :class:`TrustRegionReport`; None before it.
@@ -82,8 +83,9 @@ class TrustRegion(WholeModelOptimizer):
         shrink: float = 0.25,
         trials: int = 12,
         retraction: Retraction | None = None,
+        lr: None = None,
     ) -> None:
-        require_kinds("TrustRegion(metric)", metric, retraction)
+        require_kinds("TrustRegion(metric)", metric, retraction, lr)
         if not (0.0 <= accept <= bad < good < 1.0 and trials >= 1):
             raise ValueError(
                 f"accept={accept}, bad={bad}, good={good}, trials={trials}: needs "
@@ -111,7 +113,9 @@ class TrustRegion(WholeModelOptimizer):
         }
         super().__init__(metric, retraction, defaults)
 
-    def step(self, closure: Callable[[], Any] | None = None) -> float:  # type: ignore[override]
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], Any] | None = None, *others: object
+    ) -> float:
         """Take one step from the last ``metric.backward``.
 
         If no step is good enough, or an error is raised, the parameters are what they
@@ -120,6 +124,7 @@ class TrustRegion(WholeModelOptimizer):
         Args:
             closure: returns the loss of the last backward pass at the parameters'
                 present values; called without gradients, once for each trial.
+            *others: refused.
 
         Returns:
             The loss at the new point.
@@ -130,7 +135,7 @@ class TrustRegion(WholeModelOptimizer):
             NotPositiveDefiniteError: a block's small matrix could not be factorised.
             TypeError: no closure.
         """
-        evaluate, loss = self._begin(closure)
+        evaluate, loss = self._begin(closure, *others)
         trial = Trial(self._moving(), self.retraction)
         with torch.no_grad(), trial.undone():
             self.report = self._search(trial, evaluate, loss)

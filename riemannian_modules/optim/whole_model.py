@@ -70,17 +70,19 @@ class WholeModelOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
     def _begin(
-        self, closure: Callable[[], Any] | None
+        self, closure: Callable[[], Any] | None, *others: object
     ) -> tuple[Callable[[], Any], float]:
         """Return the closure and the loss of the last backward pass, to step from.
 
         Raises:
-            TypeError: no closure.
+            TypeError: no closure, or more than that.
             NotRecordedError: no ``metric.backward`` since the last step.
         """
         refuse_scaler(self)
         if closure is None:
             raise TypeError(f"step() needs a function, to try points. {_EVALUATES}")
+        if others:
+            raise TypeError(f"step() got {1 + len(others)} arguments. {_EVALUATES}")
         metric = self.metric
         require_pass(metric, self._stepped, f". {_EVALUATES}")
         require_ready(metric, self.param_groups)

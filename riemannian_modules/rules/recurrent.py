@@ -11,7 +11,7 @@ by step, for all rows at once, through the slopes of the cell in closed form:
     L_t = (cotangent of h_t from outside) + L_{t+1} d cell_{t+1} / d h_t .
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -215,6 +215,29 @@ def _require_repeatable(call: Call, module: nn.RNNBase, x: object) -> None:
             "on it (nn.Dropout elsewhere may stay), or stack layers of one with "
             "nn.Dropout between them"
         )
+
+
+def advice(
+    label: str, module: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]
+) -> str | None:
+    """Return how a layer that was given packed sequences would be faster, or None.
+
+    Args:
+        label: the layer in words.
+        module: the layer.
+        args: the positional arguments of its call.
+        kwargs: its keyword arguments.
+    """
+    x = args[0] if args else kwargs.get("input")
+    # From behind, a layer would read the padding first.
+    if not isinstance(x, PackedSequence) or getattr(module, "bidirectional", True):
+        return None
+    return (
+        f"{label} ({type(module).__name__}) is run again example by example, which is "
+        "many times slower, because it was given packed sequences: give it the padded "
+        "tensor, and instead of its last state take "
+        "outputs[torch.arange(n), lengths - 1] (with batch_first=True)"
+    )
 
 
 def recurrent(call: Call) -> dict[str, MetricFactor]:
