@@ -1,5 +1,6 @@
 """Lengths of steps: rules on random functions, retracted curves, trust regions."""
 
+import copy
 import math
 
 import pytest
