@@ -19,7 +19,8 @@ def dot(u: Tensor, v: Tensor) -> Tensor:
 
     The products leave the range of a data type long before the entries do. On the CPU
     the sum in that of the tensors tells whether they did, and then serves; elsewhere
-    reading it would make the host wait, so that it is :func:`wide_dot`.
+    reading it would make the host wait, or is not possible (inside ``torch.vmap``), so
+    that it is :func:`wide_dot`.
 
     Args:
         u: any shape.
@@ -29,11 +30,16 @@ def dot(u: Tensor, v: Tensor) -> Tensor:
     >>> torch.dot(u, u), dot(u, u)
     (tensor(inf), tensor(4.0000e+40, dtype=torch.float64))
     """
-    if u.is_cpu:
+    if u.is_cpu and not _traced(u, v):
         own = torch.dot(u.reshape(-1), v.reshape(-1))
         if u.numel() * _least(own.dtype) <= abs(own.item()) < math.inf:
             return own.double()
     return wide_dot(u, v)
+
+
+def _traced(*tensors: Tensor) -> bool:
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    return torch.compiler.is_compiling() or any(map(wrapped, tensors))
 
 
 @cache

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
+import geoopt
 import pytest
 import torch
 import torch.nn.functional as F
@@ -404,3 +405,16 @@ def test_sums_of_products_pass_on_what_is_no_number() -> None:
     assert precision.dot(torch.zeros(0), torch.zeros(0)) == 0.0
     assert precision.dot(torch.full((2,), float("inf")), torch.ones(2)).isposinf()
     assert precision.dot(*torch.ones(2, 3, device="meta")).dtype == torch.float64
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e25])
+def test_sums_of_products_under_vmap(scale: float) -> None:
+    # Nothing can be read there.
+    u = scale * torch.randn(3, 5, dtype=torch.float32)
+    found = torch.func.vmap(precision.dot)(u, u)
+    torch.testing.assert_close(found, u.double().square().sum(1), rtol=1e-12, atol=0.0)
+    space = rm.TangentSpace(geoopt.Euclidean(), u[0])
+    metric = rm.LayerMetric([rm.Part("w", space)])
+    found = torch.func.vmap(lambda v: metric.inner(v, u[1]))(u)
+    wanted = u.double() @ u[1].double()
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12 * scale**2)
