@@ -75,6 +75,17 @@ class Deep(nn.Module):
         return self.last(x)
 
 
+def counting() -> tuple[list[Any], Any]:
+    """Return a list of the graphs that a backend was given, and the backend."""
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    return graphs, backend
+
+
 def in_place(model: nn.Module, **options: Any) -> nn.Module:
     model.compile(**options)
     return model
@@ -83,12 +94,7 @@ def in_place(model: nn.Module, **options: Any) -> nn.Module:
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 @pytest.mark.parametrize("compiled", [torch.compile, in_place])
 def test_a_recorded_model_is_compiled_once(compiled: Any) -> None:
-    graphs = []
-
-    def backend(graph: Any, inputs: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
+    graphs, backend = counting()
     plain, x, y = Deep(), torch.randn(6, 4), torch.arange(6) % 3
     model = compiled(copy.deepcopy(plain), backend=backend)
     found, counts = [], []
@@ -109,12 +115,7 @@ def test_a_recorded_model_is_compiled_once(compiled: Any) -> None:
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 @pytest.mark.parametrize("compiled", [torch.compile, in_place])
 def test_a_model_is_compiled_after_its_metric(compiled: Any) -> None:
-    graphs = []
-
-    def backend(graph: Any, inputs: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
+    graphs, backend = counting()
     plain, x, y = Deep(), torch.randn(6, 4), torch.arange(6) % 3
     start = copy.deepcopy(plain)
     metrics = [

@@ -11,7 +11,7 @@ def differentiated(x: Tensor) -> bool:
     """Return whether derivatives by ``x`` may be asked for; True if that is unknown.
 
     Decompositions whose derivatives cost as much again need not prepare for them where
-    nobody can take any, as in the steps of optimizers.
+    nobody can take any, as in projections between steps.
 
     >>> differentiated(torch.ones(2)), differentiated(torch.ones(2, requires_grad=True))
     (False, True)
