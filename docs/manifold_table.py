@@ -8,6 +8,7 @@ import inspect
 import math
 import sys
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from statistics import median
 
@@ -57,6 +58,7 @@ def refusal(case: Case) -> str:
     return ""
 
 
+@cache
 def findings(case: Case) -> dict[str, list[CheckResult]]:
     """Return all findings of ``check_base_manifold`` by their names."""
     found: dict[str, list[CheckResult]] = {}
@@ -66,6 +68,7 @@ def findings(case: Case) -> dict[str, list[CheckResult]]:
     return found
 
 
+@cache
 def order(case: Case, rule: Retraction) -> str:
     """Return the measured order of a retraction, or that it is none.
 

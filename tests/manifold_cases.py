@@ -54,6 +54,32 @@ def gap(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / (1e-300 + b.norm()))
 
 
+def assert_two_derivatives(
+    call: Callable[..., Tensor], arguments: tuple[Tensor, ...], *, batched: bool = False
+) -> None:
+    """Check first and second derivatives, forward and reverse, in random directions.
+
+    Every entry of the Jacobians would take ten times as long and find no more.
+    """
+    gradcheck, twice = torch.autograd.gradcheck, torch.autograd.gradgradcheck
+    assert gradcheck(
+        call,
+        arguments,
+        fast_mode=True,
+        check_undefined_grad=False,
+        check_forward_ad=True,
+        check_batched_grad=batched,
+        check_batched_forward_grad=batched,
+    )
+    assert twice(
+        call,
+        arguments,
+        fast_mode=True,
+        check_undefined_grad=False,
+        check_fwd_over_rev=True,
+    )
+
+
 def near_zero(manifold: geoopt.Manifold, shape: Shape) -> Tensor:
     """A chart of the sphere misses its pole, which lies at infinity."""
     return 0.3 * torch.randn(shape)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from manifold_cases import gap
+from manifold_cases import assert_two_derivatives, gap
 from mutants import new_manifolds as mutants
 from torch import Tensor, nn
 
@@ -588,8 +588,7 @@ def test_squared_distances_have_two_derivatives(
         return manifold.dist2(manifold.projx(x + a), manifold.projx(y + b))
 
     still = tuple(torch.zeros(shape).requires_grad_() for _ in range(2))
-    assert torch.autograd.gradcheck(square, still, check_forward_ad=True)
-    assert torch.autograd.gradgradcheck(square, still, check_fwd_over_rev=True)
+    assert_two_derivatives(square, still)
 
 
 @pytest.mark.parametrize("angle", [0.0, 1e-9, 0.3, 1.5])
@@ -781,10 +780,7 @@ def test_derivatives_of_fixed_rank(rank: int, shape: Shape, place: str) -> None:
         (manifold.proju, (x, u)),
         (lambda x, u: orthographic_step(x, u, rank), (x, u)),
     ):
-        assert torch.autograd.gradcheck(
-            call, arguments, check_forward_ad=True, check_batched_grad=True
-        )
-        assert torch.autograd.gradgradcheck(call, arguments, check_fwd_over_rev=True)
+        assert_two_derivatives(call, arguments, batched=True)
 
 
 def test_the_second_derivative_of_a_step_of_rank_one() -> None:

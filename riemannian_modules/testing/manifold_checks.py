@@ -7,7 +7,7 @@ geodesic (float64 only) 1e-6.
 
 import math
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 
 import geoopt
 import torch
@@ -38,14 +38,18 @@ def _energy_slope(probe: Probe, curve: Curve, bend: Tensor) -> float:
     nodes, vectors = torch.linalg.eigh(torch.diag(off, 1) + torch.diag(off, -1))
     weights = vectors[0].square()
 
+    @cache
+    def unbent(t: float) -> tuple[Tensor, Tensor]:
+        base = curve(t)
+        return base, manifold.proju(base, bend)
+
     def energy(amount: float) -> Tensor:
         total: Tensor = nodes.new_zeros(())
         for node, weight in zip((0.5 * (nodes + 1.0)).tolist(), weights, strict=True):
 
             def bent(dt: float, node: float = node) -> Tensor:
                 t = node + dt
-                base, bump = curve(t), (t * (1.0 - t)) ** 2
-                direction = manifold.proju(base, bend)
+                (base, direction), bump = unbent(t), (t * (1.0 - t)) ** 2
                 moved: Tensor = manifold.projx(base + amount * bump * direction)
                 return moved
 
