@@ -37,7 +37,7 @@ from riemannian_modules.testing import (
 from riemannian_modules.testing.reference import dense_natural_gradient
 
 SEEDS = st.integers(0, 2**31 - 1)
-FEW = settings(max_examples=max(4, settings.default.max_examples // 5))
+FEW = settings(max_examples=max(2, settings.default.max_examples // 5))
 PRECISIONS = [torch.float64, torch.float32]
 
 Shape = tuple[int, ...]

@@ -66,7 +66,7 @@ def plain(point: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(("name", "shape", "retraction", "order"), PAIRS)
-@settings(max_examples=max(4, settings.default.max_examples // 5))
+@settings(max_examples=max(2, settings.default.max_examples // 5))
 @given(seed=st.integers(0, 2**31 - 1))
 def test_retractions_pass_every_check_with_their_exact_order(
     name: str,

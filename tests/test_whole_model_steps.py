@@ -86,8 +86,8 @@ def curved(manifold: Any = None, **options: Any) -> Problem:
 def test_they_go_on_after_the_minimum(name: str, dtype: torch.dtype) -> None:
     problem = linear(dtype)
     optimizer = ALL[name](problem.metric)
-    for index in range(120):
-        if index == 60:
+    for index in range(60):
+        if index == 30:
             problem.y = problem.y + 1.0
         problem.backward()
         final = problem.step(optimizer)
