@@ -12,6 +12,8 @@ from riemannian_modules.output import OutputMetric, Sampled, Weighted
 __all__ = ["require_whitened"]
 
 _SLACK = 1e4
+_MOST_ENTRIES = 2**24
+_AT_ONCE = 2**22
 
 
 def require_whitened(heads: Sequence[Head], rows: Rows, reduction: Reduction) -> None:
@@ -19,7 +21,8 @@ def require_whitened(heads: Sequence[Head], rows: Rows, reduction: Reduction) ->
 
     Steps are made of y with ``L^T y = d loss``, so that of other rows would be a wrong
     one. The rows are combined with fixed numbers: the loss itself may be so small that
-    only rounding is left of it.
+    only rounding is left of it. Where the metric of samples would have more than 2^24
+    entries, it is asked for its first examples, or for none if one has more.
 
     Args:
         heads: outputs and their metrics.
@@ -43,19 +46,32 @@ def require_whitened(heads: Sequence[Head], rows: Rows, reduction: Reduction) ->
             # Not asked again for what it gave: it may count, or draw.
             terms = metric.terms(outputs) if reduction == "mean" else 1.0
             given = parts[0].movedim(0, 1).to(wide) * terms**0.5
-        _require(own, wide, own.factor(wide) if given is None else given)
+        else:
+            # One row for each entry, or fewer: all of them are more than a sample.
+            wide = wide[: _MOST_ENTRIES // max(1, wide[0].numel() ** 2)]
+        if len(wide):
+            _require(own, wide, own.factor(wide) if given is None else given)
 
 
 def _require(metric: OutputMetric, outputs: Tensor, rows: Tensor) -> None:
     count = torch.arange(1, rows.shape[:2].numel() + 1, device=rows.device)
     numbers = 0.5 + torch.frac(count.double() * 0.6180339887498949)
-    combined = (rows * _like(numbers.to(rows).view(rows.shape[:2]), rows)).sum(1)
+    numbers = numbers.to(rows).view(rows.shape[:2])
+    combined = torch.einsum("nr...,nr->n...", rows, numbers)
     y, rest = metric.whiten(outputs, combined)
     if y is None:
         return
-    summands = rows.double() * _like(y.double(), rows)
-    error = (summands.sum(1) + rest - combined).abs().amax()
-    size = (summands.abs().sum(1) + rest.abs() + combined.abs()).amax()
+    error, size = rows.new_zeros(2, dtype=torch.float64)
+    # A few examples at a time, in float64.
+    most = max(1, _AT_ONCE // max(1, rows[0].numel()))
+    split = (each.split(most) for each in (rows, y, rest, combined))
+    for row, weight, left, whole in zip(*split, strict=True):
+        summands = row.double() * weight.double().view(
+            *weight.shape, *[1] * (rows.ndim - 2)
+        )
+        error = error.maximum((summands.sum(1) + left - whole).abs().amax())
+        sizes = summands.abs().sum(1) + left.abs() + whole.abs()
+        size = size.maximum(sizes.amax())
     # Other rows are off by as much as they are; ill-conditioned ones by rounding.
     bound = min(0.05, max(1e-6, _SLACK * torch.finfo(rows.dtype).eps)) * size
     # Written so that NaN is left to those who look for it.
@@ -67,7 +83,3 @@ def _require(metric: OutputMetric, outputs: Tensor, rows: Tensor) -> None:
             "than factor, and steps would go astray. Write whiten for this factor, or "
             "leave it out for the default"
         )
-
-
-def _like(weights: Tensor, rows: Tensor) -> Tensor:
-    return weights.view(*weights.shape, *[1] * (rows.ndim - 2))

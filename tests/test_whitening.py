@@ -82,6 +82,38 @@ def test_a_residual_of_other_rows_is_refused(reduction: str) -> None:
         optimizer.step()
 
 
+@pytest.mark.parametrize(("positions", "asked"), [(2, [6]), (2**9, [4]), (2**11, [])])
+def test_samples_of_many_outputs_are_compared_for_some_examples(
+    positions: int, asked: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # All rows of a model of language, for a look at whether they fit, need gigabytes.
+    sizes, factor = [], Categorical.factor
+
+    def counted(self: Categorical, outputs: Tensor) -> Tensor:
+        sizes.append(len(outputs))
+        return factor(self, outputs)
+
+    monkeypatch.setattr(Categorical, "factor", counted)
+    model = nn.Linear(3, 4)
+    output = rm.output.Sampled(Categorical(), gradient_rows=False)
+    metric = rm.LayerwiseMetric(model, output)
+    with metric.record():
+        z = model(torch.randn(6, positions, 3))
+    y = torch.zeros(6, positions, dtype=torch.long)
+    metric.backward(F.cross_entropy(z.movedim(-1, 1), y), z)
+    assert sizes == asked
+
+
+def test_other_rows_of_many_outputs_are_refused() -> None:
+    model, x = nn.Linear(3, 2**11), torch.randn(6, 3)
+    output = rm.output.Sampled(UnrootedResidual(), gradient_rows=False)
+    metric = rm.LayerwiseMetric(model, output)
+    with metric.record():
+        z = model(x)
+    with pytest.raises(rm.errors.OutputMetricError, match="other rows"):
+        metric.backward(F.softplus(z).mean(), z)
+
+
 def test_a_functional_metric_looks_too() -> None:
     model = nn.Linear(3, 2)
     metric = rm.functional.FunctionalMetric(
