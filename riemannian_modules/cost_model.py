@@ -147,9 +147,10 @@ def _(factor: EmbeddingFactor, space: TangentSpace) -> Work:
     stream = factor.cotangents.numel()
     product = 2 * (stream + space.point.numel()) / STREAM + 10 * CALL
     # Rows exist at the tokens that occur only.
-    size = min(len(factor.tokens), factor.shape[0]) * factor.shape[1]
-    gram = factor.rank**2 * size / (2 * PRODUCT)
-    return Work(product, product, gram, _of_rows(factor.rank, factor.shape[1]))
+    occurring = 4 * len(factor.cotangents) * len(factor.tokens) * factor.shape[1]
+    return Work(
+        product, product, factor.gram_work() / PRODUCT, occurring / STREAM + 10 * CALL
+    )
 
 
 @work.register(SumFactor)

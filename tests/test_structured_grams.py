@@ -15,8 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import riemannian_modules as rm
 from riemannian_modules import Mass, TangentSpace
 from riemannian_modules import factors as fs
+from riemannian_modules.cost_model import work
 from riemannian_modules.factors import chunks, embedding, linear, linear_gram, slabs
 from riemannian_modules.factors import tokens as tokens_of
+from riemannian_modules.factors.products import gram_diagonal
 from riemannian_modules.factors.stacked import StackedFactor
 from riemannian_modules.manifolds.riesz import riesz
 
@@ -132,6 +134,8 @@ def assert_gram(
     eps = torch.finfo(min(dtype, factor.dtype, key=lambda d: d.itemsize)).eps
     bound = 200.0 * eps * float(expected.norm() + K.square().sum())
     torch.testing.assert_close(found, expected, rtol=0.0, atol=bound)
+    wide = gram_diagonal(factor.double(), space.to(torch.float64))
+    torch.testing.assert_close(wide, expected.diagonal(), rtol=0.0, atol=bound)
 
 
 def linear_factor(shape: tuple[int, int], positions: int, r: int = 2, n: int = 3):
@@ -530,12 +534,24 @@ def test_nothing_of_the_size_of_the_vocabulary_is_made(name: str) -> None:
     e = factor.narrow(0, 4).row_sum()
     with Largest() as seen:
         factor.gram(base, torch.float64)
+        gram_diagonal(factor, base)
         factor.image(base, e, factor)
         factor.matvec(base.point)
         factor.magnitude()
     assert seen.most < 2000
     expected = factor.matvec(base.sharp(e))
     torch.testing.assert_close(factor.image(base, e, factor), expected)
+
+
+def test_few_occurrences_are_cheap_however_long_the_table() -> None:
+    # Pairs of occurrences: no reason for iterations over the whole vocabulary.
+    found = torch.randint(10**6, (4_000,))
+    factor = fs.EmbeddingFactor(found, torch.randn(19, 40, 100, 8), 10**6)
+    model = work(factor, space_of(BASES["euclidean"], (10**6, 8)))
+    assert model.gram < 10 * model.product
+    often = fs.EmbeddingFactor(found % 50, factor.cotangents, 50)
+    table = 0.5 * often.rank**2 * often.shape[0] * often.shape[1]
+    assert 0.5 * table < often.gram_work() < 4.0 * table
 
 
 def test_a_wide_vocabulary_is_learned_with() -> None:

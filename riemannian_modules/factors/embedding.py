@@ -248,14 +248,43 @@ class EmbeddingFactor(CotangentFactor, SparseFactor):
         total = torch.zeros(own.rank, own.rank, dtype=dtype, device=own.device)
         if self.device.type != "cpu":
             return own._add_table(total, space)
-        counts = torch.bincount(own._slots[1])
-        r, _, _, width = self.cotangents.shape
-        pair = _PAIR + _ENTRY * r**2 + _GATHERED * r * width
-        often = pair * counts**2 > self.rank**2 * width + _TOKEN
-        often = often[own._slots[1]]
+        pairs, product = self._ways
+        often = (pairs > product)[own._slots[1]]
         own._part(often)._add_table(total, space)
         own._part(~often)._add_pairs(total, space)
         return total
+
+    @cached_property
+    def _ways(self) -> tuple[Tensor, float]:
+        """What each token of the table costs in pairs, and what in a matrix product."""
+        r, _, _, width = self.cotangents.shape
+        pair = _PAIR + _ENTRY * r**2 + _GATHERED * r * width
+        counts = torch.bincount(self._slots[1])
+        return pair * counts.double() ** 2, self.rank**2 * width + _TOKEN
+
+    def gram_work(self) -> float:
+        """Return what :meth:`gram` costs, in multiplications of a matrix product."""
+        if self.device.type != "cpu":
+            tokens = min(len(self.tokens), self.shape[0])
+            return 0.5 * self.rank**2 * tokens * self.shape[1]
+        pairs, product = self._ways
+        return float(pairs.clamp_max(product).sum())
+
+    def gram_diagonal(self, space: TangentSpace) -> Tensor:
+        """Return the diagonal of ``K sharp K^T``, ``(rank,)``. Cost O(r N width).
+
+        Args:
+            space: tangent space, where the Riesz map acts on each row; on the CPU.
+        """
+        r, n, _, width = self.cotangents.shape
+        vocabulary = self.shape[0]
+        keys = self._examples * vocabulary + self.tokens
+        keys, index = keys.unique(return_inverse=True)
+        l = self._by_token(self.cotangents)
+        rows = l.new_zeros(r, len(keys), width).index_add_(1, index, l)
+        images = restricted(space, keys % vocabulary).sharp(rows)
+        found, products = l.new_zeros(r, n), (rows * images).sum(-1)
+        return found.index_add_(1, keys // vocabulary, products).view(-1)
 
     def _part(self, chosen: Tensor) -> "EmbeddingFactor":
         """Return the factor of some of the tokens, chosen by a mask; CPU only."""

@@ -15,7 +15,9 @@ from torch.nn.functional import one_hot
 from riemannian_modules.factors.base import MetricFactor
 from riemannian_modules.factors.chunks import most_entries
 from riemannian_modules.factors.dense import DenseFactor
+from riemannian_modules.factors.embedding import EmbeddingFactor
 from riemannian_modules.factors.linear import BiasFactor, LinearFactor
+from riemannian_modules.factors.slabs import acts_by_row
 from riemannian_modules.tangent import TangentSpace
 
 __all__ = ["gram_columns", "gram_diagonal", "gram_product", "has_kernel"]
@@ -139,7 +141,7 @@ def gram_diagonal(
 ) -> Tensor:
     """Return the diagonal of ``K sharp K^T``, ``(rank,)``.
 
-    Cost O(rank p), or O(rank out) where :func:`has_kernel`.
+    Cost O(rank p), or O(rank out) where :func:`has_kernel`; what occurs of embeddings.
 
     Args:
         factor: K.
@@ -152,6 +154,9 @@ def gram_diagonal(
         l, x = factor.cotangents.squeeze(2), factor.inputs.squeeze(1)
         lengths = x.square().sum(-1) / space.divisor + bias
         return (l.square().sum(-1) * lengths).view(-1)
+    on_host = factor.device.type == "cpu"
+    if isinstance(factor, EmbeddingFactor) and acts_by_row(space) and on_host:
+        return factor.gram_diagonal(space)
     step = max(1, _most() // max(1, space.point.numel()))
     found = []
     for start in range(0, factor.rank, step):
