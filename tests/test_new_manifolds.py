@@ -783,6 +783,24 @@ def test_derivatives_of_fixed_rank(rank: int, shape: Shape, place: str) -> None:
         assert_two_derivatives(call, arguments, batched=True)
 
 
+@pytest.mark.parametrize("rank", [1, 2])
+def test_the_third_derivative_of_a_projection_of_fixed_rank(rank: int) -> None:
+    manifold = manifolds.FixedRank(rank)
+    x, u = draw(manifold, (3, 4)), torch.randn(3, 4)
+    jacfwd = torch.func.jacfwd
+
+    def second(t: Tensor) -> Tensor:
+        return jacfwd(jacfwd(lambda s: manifold.projx(x + 0.1 * s * u)))(t)
+
+    near, far = (
+        second(torch.tensor(h)) - second(torch.tensor(-h)) for h in (1e-2, 2e-2)
+    )
+    expected = (8.0 * near - far) / 12e-2
+    found = jacfwd(second)(torch.tensor(0.0))
+    assert float(expected.norm()) > 1e-3
+    assert gap(found, expected) < 1e-4
+
+
 def test_the_second_derivative_of_a_step_of_rank_one() -> None:
     manifold = manifolds.FixedRank(1)
     x = torch.tensor([[2.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
