@@ -109,6 +109,22 @@ def test_walls_make_rules_go_back():
     assert found.value == -found.length
 
 
+@pytest.mark.parametrize("lost", [math.nan, math.inf])
+def test_a_slope_that_is_no_number_counts_as_too_far(lost):
+    class Cliff(Wave):
+        """Its value goes on falling where its slope is lost."""
+
+        def value(self, t):
+            return (t - 1.0) ** 2 if t < 2.0 else -t
+
+        def slope(self, t):
+            return 2.0 * (t - 1.0) if t < 2.0 else lost
+
+    found = StrongWolfe(curvature=0.1).search(Cliff(0), 1.0, -2.0, 16.0)
+    assert found.satisfied
+    assert abs(found.length - 1.0) <= 0.1
+
+
 @pytest.mark.parametrize("rule", [Armijo(trials=3), StrongWolfe(trials=3)])
 @pytest.mark.parametrize("level", [math.nan, math.inf, 1.0])
 def test_where_nothing_is_good_the_length_is_zero(rule, level):

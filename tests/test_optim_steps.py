@@ -892,6 +892,21 @@ def test_a_step_that_is_not_finite_changes_nothing(monkeypatch):
         assert torch.equal(entry["step_buffer"], state["state"][key]["step_buffer"])
 
 
+@pytest.mark.parametrize("options", [{}, {"lr": 0.1}, {"lr": 0.1, "momentum": 0.9}])
+def test_a_gradient_that_is_not_finite_is_named(options):
+    problem = Problem()
+    optimizer = RiemannianSGD(problem.metric, **options)
+    steps(problem, optimizer, 2)
+    start = problem.values()
+    problem.backward()
+    bias = problem.model[0].bias
+    bias.grad = torch.full_like(bias, math.nan)
+    with pytest.raises(rm.errors.NonFiniteError, match=r"the gradient of '0\.bias' hol"):
+        optimizer.step()
+    for name, value in problem.values().items():
+        assert torch.equal(value, start[name])
+
+
 @pytest.mark.parametrize("lr", [0.3, 2.0])
 def test_a_blocks_decrease_is_the_slope_of_its_whole_step(lr):
     problem = Problem(manifold=rm.manifolds.Stiefel())

@@ -189,16 +189,17 @@ class StrongWolfe(LineRule):
             enough = reached <= value + self.sufficient * t * slope
             if not (math.isfinite(reached) and enough and reached < low.value):
                 high = _End(t, reached, math.nan)
+            elif not math.isfinite(there := curve.slope(t)):
+                high = _End(t, math.inf, math.nan)  # as bad as no value
             else:
-                here = _End(t, reached, curve.slope(t))
-                if abs(here.slope) <= -self.curvature * slope:
+                if abs(there) <= -self.curvature * slope:
                     return Found(t, reached, trial, True, True)
                 # The good points lie downhill from here.
                 if high is None:
-                    high = low if here.slope > 0.0 else None
-                elif here.slope * (high.t - low.t) >= 0.0:
+                    high = low if there > 0.0 else None
+                elif there * (high.t - low.t) >= 0.0:
                     high = low
-                low = here
+                low = _End(t, reached, there)
             if high is None:
                 t *= 2.0
                 continue

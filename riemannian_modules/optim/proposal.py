@@ -21,7 +21,12 @@ from riemannian_modules.optim.motion import (
     within,
 )
 from riemannian_modules.optim.plan import Plan
-from riemannian_modules.optim.quadratic import Numbers, QuadraticModel, spanned
+from riemannian_modules.optim.quadratic import (
+    Numbers,
+    QuadraticModel,
+    refuse_unmeasurable,
+    spanned,
+)
 
 __all__ = ["propose"]
 
@@ -174,6 +179,9 @@ def _solve(metric: ModelMetric, plans: Plans, shift: Tensor | None) -> Solutions
         solutions = metric.solve(covector, gradient=0.0, shift=shift, only=only)
     for block, solution in solutions.items():
         if not solution.looks_finite():
+            gradients = {n: plans[n].gradient for n in solution.vectors if n in plans}
+            if not all(map(looks_finite, gradients.values())):
+                refuse_unmeasurable(gradients)
             raise NonFiniteError(
                 f"the step of block '{block}' is not finite; nothing was changed. "
                 "Lower the learning rate or raise the mass"
