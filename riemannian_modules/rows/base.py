@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from numbers import Integral
+from typing import final
 
 import torch
 from torch import Tensor
@@ -14,11 +15,10 @@ from riemannian_modules.linearization import Linearization
 from riemannian_modules.tangent import TangentSpace
 
 __all__ = [
+    "Counted",
     "Neglected",
     "RowReduction",
     "combinations",
-    "require_count",
-    "total_energies",
 ]
 
 Spaces = Mapping[str, TangentSpace]
@@ -107,27 +107,49 @@ class RowReduction(ABC):
         """
 
 
-def require_count(who: object, count: int) -> None:
-    """Refuse a number of rows that is none.
+class Counted(RowReduction):
+    """A reduction to a number of rows, besides those that keep the gradient.
 
     Args:
-        who: what was given it.
         count: the number.
 
     Raises:
         ShapeError: it is less than one, or no whole number.
     """
-    if not isinstance(count, int | Integral) or count < 1:
-        raise ShapeError(
-            f"{type(who).__name__}({count!r}): a whole number of rows, at least one "
-            "row has to be kept"
-        )
 
+    def __init__(self, count: int) -> None:
+        if not isinstance(count, int | Integral) or count < 1:
+            raise ShapeError(
+                f"{type(self).__name__}({count!r}): a whole number of rows, at least "
+                "one row has to be kept"
+            )
+        self.count = count
 
-def total_energies(found: Linearization, spaces: Spaces) -> Tensor:
-    """Return the energy of each row of all parameters together, ``(rank,)``."""
-    parts = [energies(f, spaces[name]) for name, f in found.factors.items()]
-    return torch.stack(parts).sum(0)
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.count})"
+
+    @final
+    def reduce(
+        self, found: Linearization, spaces: Spaces
+    ) -> tuple[Linearization, Neglected]:
+        """Return the pass with fewer rows, or as it is where that has no more."""
+        parts = [energies(f, spaces[name]) for name, f in found.factors.items()]
+        energy = torch.stack(parts).sum(0)
+        more = 0 if found.residual is None else self._more(found)
+        if self.count + more >= len(energy):
+            zero = energy.new_zeros(())
+            return found, Neglected(zero, energy.sum(), len(energy), len(energy))
+        return self._reduce(found, spaces, energy)
+
+    def _more(self, found: Linearization) -> int:
+        """Return how many rows are kept for the gradient."""
+        return 1
+
+    @abstractmethod
+    def _reduce(
+        self, found: Linearization, spaces: Spaces, energy: Tensor
+    ) -> tuple[Linearization, Neglected]:
+        """Return the pass with fewer rows, given the energies of all of them."""
 
 
 def combinations(

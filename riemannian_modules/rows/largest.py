@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import final
 
 import torch
+from torch import Tensor
 
 from riemannian_modules.factors import (
     Shared,
@@ -13,19 +14,13 @@ from riemannian_modules.factors import (
     taken,
 )
 from riemannian_modules.linearization import Linearization
-from riemannian_modules.rows.base import (
-    Neglected,
-    RowReduction,
-    Spaces,
-    require_count,
-    total_energies,
-)
+from riemannian_modules.rows.base import Counted, Neglected, Spaces
 
 __all__ = ["Largest"]
 
 
 @final
-class Largest(RowReduction):
+class Largest(Counted):
     """Keeps the rows with the largest energy ``k(sharp k)``, of all parameters.
 
     No other choice of as many rows leaves out less energy. Of the rest it keeps one
@@ -33,7 +28,7 @@ class Largest(RowReduction):
     along the whitened residual, so that the gradient stays a combination of rows. The
     reduced metric is below the exact one, and the energy left out bounds the
     difference; see :class:`Neglected`. Linear layers and convolutions keep their
-    structure. Implements :eq:`rows-largest`.
+    structure. It costs :func:`energies` of every factor. Implements :eq:`rows-largest`.
 
     Args:
         count: rows to keep, besides one for each example.
@@ -53,31 +48,13 @@ class Largest(RowReduction):
     (28, 72)
     """
 
-    def __init__(self, count: int) -> None:
-        require_count(self, count)
-        self.count = count
+    def _more(self, found: Linearization) -> int:
+        return found.examples
 
-    def __repr__(self) -> str:
-        return f"Largest({self.count})"
-
-    def reduce(
-        self, found: Linearization, spaces: Spaces
+    def _reduce(
+        self, found: Linearization, spaces: Spaces, energy: Tensor
     ) -> tuple[Linearization, Neglected]:
-        """Return the pass with the largest rows; see the base class.
-
-        Args:
-            found: a linearised pass.
-            spaces: tangent spaces.
-
-        Returns:
-            The pass and what is left out. Cost: :func:`energies` of every factor.
-        """
-        energy = total_energies(found, spaces)
-        rank, n, y = len(energy), found.examples, found.residual
-        more = 0 if y is None else n
-        if self.count + more >= rank:
-            zero = energy.new_zeros(())
-            return found, Neglected(zero, energy.sum(), rank, rank)
+        n, y = found.examples, found.residual
         shared = Shared()
         index = energy.topk(self.count).indices.sort().values
         factors = {k: taken(f, index, shared) for k, f in found.factors.items()}
@@ -99,6 +76,6 @@ class Largest(RowReduction):
                 k: concatenated([f, extra[k]], 1, shared) for k, f in factors.items()
             }
             y = torch.cat([y[index], lengths * size])
-        kept = self.count + more
+        kept = self.count + (0 if y is None else n)
         reduced = replace(found, factors=factors, residual=y, examples=kept)
-        return reduced, Neglected(left.clamp_min(0.0), energy.sum(), kept, rank)
+        return reduced, Neglected(left.clamp_min(0.0), energy.sum(), kept, len(energy))

@@ -9,19 +9,17 @@ from torch import Tensor
 from riemannian_modules.factors import column
 from riemannian_modules.linearization import Linearization
 from riemannian_modules.rows.base import (
+    Counted,
     Neglected,
-    RowReduction,
     Spaces,
     combinations,
-    require_count,
-    total_energies,
 )
 
 __all__ = ["Pivoted"]
 
 
 @final
-class Pivoted(RowReduction):
+class Pivoted(Counted):
     """Keeps combinations ``Q^T K`` in which the whole Gram matrix is nearly contained.
 
     The pivoted Cholesky factorisation of ``K sharp K^T`` (Harbrecht, Peters and
@@ -30,7 +28,8 @@ class Pivoted(RowReduction):
     gradient stays a combination of rows. What the rows kept explain of the others
     counts, unlike in :class:`Largest`; in exchange rows are stored, one number for
     each parameter. The trace of what the factorisation leaves bounds the difference
-    of the metrics. Implements :eq:`rows-pivoted`.
+    of the metrics. It costs a column of the Gram matrix for each pivot, O(rank
+    count^2), and a backward product for each row. Implements :eq:`rows-pivoted`.
 
     Args:
         count: number of pivots, at most; one more row is kept for the gradient.
@@ -42,31 +41,10 @@ class Pivoted(RowReduction):
     Pivoted(32)
     """
 
-    def __init__(self, count: int) -> None:
-        require_count(self, count)
-        self.count = count
-
-    def __repr__(self) -> str:
-        return f"Pivoted({self.count})"
-
-    def reduce(
-        self, found: Linearization, spaces: Spaces
+    def _reduce(
+        self, found: Linearization, spaces: Spaces, energy: Tensor
     ) -> tuple[Linearization, Neglected]:
-        """Return the pass with combinations of its rows; see the base class.
-
-        Args:
-            found: a linearised pass.
-            spaces: tangent spaces.
-
-        Returns:
-            The pass and what is left out. Cost: a column of the Gram matrix for each
-            pivot, O(rank count^2), and a backward product for each row.
-        """
-        energy = total_energies(found, spaces)
-        rank, y = len(energy), found.residual
-        if self.count + (y is not None) >= rank:
-            zero = energy.new_zeros(())
-            return found, Neglected(zero, energy.sum(), rank, rank)
+        y = found.residual
 
         def gram_column(j: Tensor) -> Tensor:
             columns = [column(f, spaces[name], j) for name, f in found.factors.items()]
@@ -78,7 +56,7 @@ class Pivoted(RowReduction):
         basis = torch.linalg.qr(span).Q
         new = None if y is None else (basis.mT @ y.to(basis)).to(y.dtype)
         reduced = combinations(found, basis.mT, new)
-        return reduced, Neglected(left, energy.sum(), basis.shape[1], rank)
+        return reduced, Neglected(left, energy.sum(), basis.shape[1], len(energy))
 
 
 def pivoted_cholesky(

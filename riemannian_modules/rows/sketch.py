@@ -9,12 +9,10 @@ from torch import Tensor
 from riemannian_modules.errors import ShapeError
 from riemannian_modules.linearization import Linearization
 from riemannian_modules.rows.base import (
+    Counted,
     Neglected,
-    RowReduction,
     Spaces,
     combinations,
-    require_count,
-    total_energies,
 )
 
 __all__ = ["Sketch"]
@@ -23,7 +21,7 @@ Kind = Literal["sign", "gaussian", "hadamard"]
 
 
 @final
-class Sketch(RowReduction):
+class Sketch(Counted):
     """Takes random combinations ``S K`` of all rows with ``E[S^T S] = 1``.
 
     As with :class:`riemannian_modules.output.Sampled` the whitened residual keeps a
@@ -33,7 +31,8 @@ class Sketch(RowReduction):
 
     Rows are stored, one number for each parameter, and all rows have to be carried
     down first: ``Sampled(metric, per="batch")`` draws before and is cheaper, this
-    has less variance for some metrics (``"hadamard"``) and works on any rows.
+    has less variance for some metrics (``"hadamard"``) and works on any rows. It costs
+    a backward product for each row.
 
     Args:
         count: number of random rows; one more is kept for the gradient.
@@ -56,34 +55,19 @@ class Sketch(RowReduction):
         kind: Kind = "sign",
         generator: torch.Generator | None = None,
     ) -> None:
-        require_count(self, count)
+        super().__init__(count)
         if kind not in ("sign", "gaussian", "hadamard"):
             raise ShapeError(f"kind={kind!r}; choose 'sign', 'gaussian' or 'hadamard'")
-        self.count = count
         self.kind: Kind = kind
         self.generator = generator
 
     def __repr__(self) -> str:
         return f"Sketch({self.count}, {self.kind!r})"
 
-    def reduce(
-        self, found: Linearization, spaces: Spaces
+    def _reduce(
+        self, found: Linearization, spaces: Spaces, energy: Tensor
     ) -> tuple[Linearization, Neglected]:
-        """Return the pass with random rows; see the base class.
-
-        Args:
-            found: a linearised pass.
-            spaces: tangent spaces.
-
-        Returns:
-            The pass, and the energy that is left out on average: none. Cost: a
-            backward product for each row.
-        """
-        energy = total_energies(found, spaces)
         rank, y = len(energy), found.residual
-        zero = energy.new_zeros(())
-        if self.count + (y is not None) >= rank:
-            return found, Neglected(zero, energy.sum(), rank, rank)
         sketch = self.matrix(rank, energy.device)
         new = None
         if y is not None:
@@ -93,7 +77,8 @@ class Sketch(RowReduction):
             new = y.new_zeros(len(sketch))
             new[0] = length
         reduced = combinations(found, sketch, new)
-        left = Neglected(zero, energy.sum(), len(sketch), rank, bounds=False)
+        none = energy.new_zeros(())  # on average
+        left = Neglected(none, energy.sum(), len(sketch), rank, bounds=False)
         return reduced, left
 
     def matrix(self, rank: int, device: torch.device | None = None) -> Tensor:
