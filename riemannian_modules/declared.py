@@ -162,6 +162,10 @@ class DeclaredParameters:
     def __getitem__(self, name: str) -> Declared:
         return self._by_name[name]
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what the parameters hold, by name, as plain tensors."""
+        return {d.name: d.tensor.detach().as_subclass(Tensor) for d in self}
+
     def name_of(self, tensor: Tensor) -> str | None:
         """Return the name of a parameter, or None if it is not trainable here."""
         return self._names.get(id(tensor))
@@ -171,14 +175,7 @@ class DeclaredParameters:
         return self._by_name[self._names[id(tensor)]]
 
     def groups(self, blocks: Blocks) -> dict[str, list[str]]:
-        """Return ``{block name: parameter names}``.
-
-        Args:
-            blocks: one block for each tensor, for each layer, or for all.
-
-        Returns:
-            The blocks in the order of the parameters.
-        """
+        """Return ``{block name: parameter names}`` in the order of the parameters."""
         groups: dict[str, list[str]] = {}
         for name in self._by_name:
             layer = name.rpartition(".")[0] or "model"

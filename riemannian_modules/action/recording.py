@@ -113,10 +113,7 @@ class TrajectoryRecorder:
         )
 
     def _point(self) -> dict[str, Tensor]:
-        return {
-            d.name: d.tensor.detach().as_subclass(Tensor).clone()
-            for d in self.metric.parameters
-        }
+        return {n: x.clone() for n, x in self.metric.parameters.tensors().items()}
 
 
 class ModelLandscape:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from riemannian_modules.contraction.verified import plus_up, spectral_norm, times_up
 
-__all__ = ["CONSTANTS", "convolution_norm", "layer_constants"]
+__all__ = ["CONSTANTS", "convolution_norm"]
 
 Constant = Callable[[Any], float]
 
@@ -145,8 +145,3 @@ CONSTANTS: dict[type[nn.Module], Constant] = {
     nn.LeakyReLU: leaky,
     nn.ELU: lambda layer: max(abs(layer.alpha), 1.0),
 }
-
-
-def layer_constants() -> list[str]:
-    """Names of the layers whose constants are known."""
-    return sorted(kind.__name__ for kind in CONSTANTS)

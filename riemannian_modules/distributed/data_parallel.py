@@ -145,10 +145,7 @@ class DataParallel(Exchange):
             self._headers = [header for header, _ in notes]
             terms = [header.terms for header in self._headers]
             self._shares = _shares(terms, reduction)
-            like = {
-                declared.name: declared.tensor.detach().as_subclass(Tensor)
-                for declared in self._metric.parameters
-            }
+            like = self._metric.parameters.tensors()
             share = self._shares[self._ranks.rank]
             parts = Processes(self._ranks, found, factors, pieces, like, share)
             joint = join(self._headers, self._shares, parts, list(like))

@@ -173,7 +173,7 @@ class FunctionalMetric(ModelMetric):
             self.parameters.verify()
             given = self._given(examples)
             with torch.no_grad():
-                point = self._point()
+                point = self.parameters.tensors()
                 values = {
                     name: self._functions[name].outputs(point, each)
                     for name, each in given.items()
@@ -249,7 +249,7 @@ class FunctionalMetric(ModelMetric):
         if not self._rows:
             raise NotRecordedError("call metric.backward(loss, outputs) first")
         with torch.no_grad():
-            point = self._point()
+            point = self.parameters.tensors()
             zeros = {name: torch.zeros_like(value) for name, value in point.items()}
             along = {**zeros, **direction}
             found = [
@@ -266,12 +266,6 @@ class FunctionalMetric(ModelMetric):
     def _require_finite(self, values: Mapping[str, Tensor]) -> None:
         for name, value in values.items():
             self._functions[name].require_finite(value)
-
-    def _point(self) -> dict[str, Tensor]:
-        return {
-            declared.name: declared.tensor.detach().as_subclass(torch.Tensor)
-            for declared in self.parameters
-        }
 
     def _given(self, examples: Sequence[Any]) -> dict[str, tuple[Tensor, ...]]:
         if isinstance(self.output, Mapping):
@@ -342,7 +336,9 @@ class FunctionalMetric(ModelMetric):
                         "FunctionalMetric cannot make; use per='example'"
                     )
                 function, examples = self._functions[name], self._examples[name]
-                parts.append(function.linearize(self._point(), examples, rows))
+                parts.append(
+                    function.linearize(self.parameters.tensors(), examples, rows)
+                )
                 stacks[name] = rows.stacks[0][: rows.rank]
             found = parts[0] if len(parts) == 1 else joined(parts)
         return found, stacks

@@ -123,10 +123,7 @@ class Waiting:
             )
         for tape in self._tapes:
             tape.require_intact()
-        like = {
-            declared.name: declared.tensor.detach().as_subclass(Tensor)
-            for declared in self._parameters
-        }
+        like = self._parameters.tensors()
         with torch.no_grad():
             return join_passes(passes, reduction, like)
 
