@@ -190,14 +190,6 @@ class Exponential(Retraction):
     ) -> Tensor:
         """Return ``manifold.expmap(point, tangent)``.
 
-        Args:
-            manifold: the manifold, also inside a ``MetricManifold``.
-            point: where the step starts.
-            tangent: tangent vector there.
-
-        Returns:
-            The end point of the geodesic.
-
         Raises:
             ManifoldContractError: the manifold has no ``expmap``.
         """

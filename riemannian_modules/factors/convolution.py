@@ -244,13 +244,6 @@ class ConvolutionFactor(CotangentFactor, SlabFactor):
 
         The latter multiplies patches for each pair of positions, which pays off only
         where there are few of them (:func:`forms_rows`).
-
-        Args:
-            space: tangent space of the weight.
-            dtype: data type in which the matrix is formed.
-
-        Returns:
-            ``(rank, rank)``, lower triangle valid.
         """
         flat = isinstance(space.manifold, geoopt.Euclidean) and space.mass.is_scalar
         if flat and self.convolution.groups == 1:

@@ -133,16 +133,7 @@ class EmbeddingFactor(CotangentFactor, SparseFactor):
         return out.index_add_(0, self.tokens, self._by_token(cotangent))
 
     def image(self, space: TangentSpace, e: Tensor, source: MetricFactor) -> Tensor:
-        """Return ``K sharp e``, with the Riesz map of the rows that occur.
-
-        Args:
-            space: tangent space of the weight.
-            e: the covector.
-            source: a factor whose rows add up to it.
-
-        Returns:
-            ``(rank,)``.
-        """
+        """Return ``K sharp e``, with the Riesz map of the rows that occur."""
         if not acts_by_row(space) or len(self.tokens) > self.shape[0]:
             return super().image(space, e, source)
         there = restricted(space, self.tokens)
@@ -234,13 +225,6 @@ class EmbeddingFactor(CotangentFactor, SparseFactor):
         table of tokens, or, if it occurs c times, the handling of ``c^2`` pairs of
         occurrences. Each token goes the cheaper way; off the CPU, where how often it
         occurs is not known, all go the first.
-
-        Args:
-            space: tangent space of the weight.
-            dtype: data type in which the matrix is formed.
-
-        Returns:
-            ``(rank, rank)``, lower triangle valid.
         """
         own, space = self.to(dtype), space.to(dtype)
         if not acts_by_row(space):

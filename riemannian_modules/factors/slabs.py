@@ -232,15 +232,7 @@ class SlabFactor(MetricFactor):
         return self.to(torch.float64)
 
     def gram(self, space: TangentSpace, dtype: torch.dtype) -> Tensor:
-        """Return ``K sharp K^T`` from slabs. Cost O(rank^2 p), bounded memory.
-
-        Args:
-            space: tangent space of the parameter.
-            dtype: data type in which the matrix is formed.
-
-        Returns:
-            ``(rank, rank)``, lower triangle valid.
-        """
+        """Return ``K sharp K^T`` from slabs. Cost O(rank^2 p), bounded memory."""
         return slab_gram(self, space, dtype)
 
 

@@ -119,13 +119,6 @@ class StackedFactor(SlabFactor):
         """Return ``K sharp K^T``, shape ``(rank, rank)``, lower triangle valid.
 
         Cost: that of the blocks, unless the Riesz map mixes rows of the weight.
-
-        Args:
-            space: tangent space of the whole weight.
-            dtype: data type in which the matrix is formed.
-
-        Returns:
-            A fresh matrix.
         """
         if not acts_by_row(space):
             return self.padded.gram(space, dtype)

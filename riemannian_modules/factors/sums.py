@@ -106,15 +106,7 @@ class SumFactor(SlabFactor):
         return added(self, other)
 
     def gram(self, space: TangentSpace, dtype: torch.dtype) -> Tensor:
-        """Return ``K sharp K^T``: with a sparse part, the others keep their form.
-
-        Args:
-            space: tangent space of the parameter.
-            dtype: data type in which the matrix is formed.
-
-        Returns:
-            ``(rank, rank)``, lower triangle valid.
-        """
+        """Return ``K sharp K^T``: with a sparse part, the others keep their form."""
         sparse = [part for part in self.parts if isinstance(part, SparseFactor)]
         rest = [part for part in self.parts if not isinstance(part, SparseFactor)]
         if len(sparse) != 1 or not rest or not acts_by_row(space):

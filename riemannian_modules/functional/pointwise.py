@@ -66,14 +66,6 @@ class Pointwise(PointSet):
 
         By reverse mode, or by forward mode where the parameters have fewer entries
         than there are rows for each example.
-
-        Args:
-            point: values of the parameters.
-            examples: ``(n, ...)`` each.
-            rows: rows of the output metric and costate.
-
-        Returns:
-            Factors that store their rows, and the gradient if there is a costate.
         """
         # With an exact residual the gradient is K^T y, and needs no row of its own.
         y = None if rows.has_rest else rows.residual

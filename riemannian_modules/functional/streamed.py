@@ -142,14 +142,6 @@ class Streamed(PointSet):
     ) -> Linearization:
         """Pull the rows back to the products with weights. Implements :eq:`jet-factor`.
 
-        Args:
-            point: values of the parameters.
-            examples: points ``(n, inputs)`` and further tensors.
-            rows: rows of the output metric and costate.
-
-        Returns:
-            Structured factors, and the gradient if there is a costate.
-
         Raises:
             LinearizationError: the network or the function uses parameters elsewhere
                 than in linear layers.

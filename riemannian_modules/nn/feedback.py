@@ -66,13 +66,6 @@ class Feedback(ImplicitModule):
     def step(self, x: Any, z: Tensor) -> Tensor:
         """Return ``ahead(x + back(y))``.
 
-        Args:
-            x: input.
-            z: output y.
-
-        Returns:
-            The next output.
-
         Raises:
             ShapeError: what comes back does not have the input's shape.
         """

@@ -118,9 +118,6 @@ class OnManifold(OutputMetric):
     def validate(self, outputs: Tensor) -> None:
         """Check the outputs as the base class does, and the shape of a point.
 
-        Args:
-            outputs: ``(n, *point)``.
-
         Raises:
             ShapeError: ``*point`` is not the shape of a point of the manifold.
         """

@@ -117,9 +117,6 @@ class Weighted(OutputMetric):
     def validate(self, outputs: Tensor) -> None:
         """Check the outputs as the metric does, and that the weights fit them.
 
-        Args:
-            outputs: ``(n, *output)``.
-
         Raises:
             ShapeError: they do not.
         """
