@@ -5,9 +5,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from riemannian_modules.errors import LinearizationError
+from riemannian_modules.errors import LinearizationError, LostManifoldError
 
-__all__ = ["require_module", "require_own_memory"]
+__all__ = ["require_manifolds", "require_module", "require_own_memory"]
 
 
 def require_module(model: object) -> None:
@@ -66,4 +66,25 @@ def require_own_memory(named: Mapping[str, Tensor]) -> None:
                 "would move with the step of the other. load_state_dict(assign=True) "
                 "does that to a shared parameter; give both modules the same object "
                 "again (a.weight = b.weight), or the second one a clone"
+            )
+
+
+def require_manifolds(now: Mapping[str, str], before: Mapping[str, str]) -> None:
+    """Check that parameters are on the manifolds that they were saved on.
+
+    Args:
+        now: names of manifolds by parameter.
+        before: the same when the state was saved, of some parameters at least.
+
+    Raises:
+        LostManifoldError: one is on another.
+    """
+    for name, manifold in now.items():
+        if before.get(name, manifold) != manifold:
+            raise LostManifoldError(
+                f"parameter '{name}' is on {manifold}, and was on {before[name]} when "
+                "the metric's state was saved; a model's own state holds no manifolds, "
+                "so declare them as before (riemannian_modules.geometrize) and build "
+                'the metric anew, or, to go on without, take "manifolds" out of the '
+                "state. Nothing was changed"
             )

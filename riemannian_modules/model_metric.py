@@ -25,16 +25,14 @@ from riemannian_modules.declared import Blocks, DeclaredParameters
 from riemannian_modules.errors import NotRecordedError
 from riemannian_modules.exchange import Exchange
 from riemannian_modules.gradients import Gradients
-from riemannian_modules.heads import (
-    OutputMetricLike,
-    Reduction,
-)
+from riemannian_modules.heads import OutputMetricLike, Reduction
 from riemannian_modules.joining import Passed, Size, Waiting
 from riemannian_modules.linearization import Linearization
 from riemannian_modules.manifolds import Product
 from riemannian_modules.mass import Mass, MassLike
 from riemannian_modules.memory_model import parse_bytes
 from riemannian_modules.metric import LayerMetric, Solution
+from riemannian_modules.model_checks import require_manifolds
 from riemannian_modules.output.given import require_output_metrics
 from riemannian_modules.rows import FewerRows, Neglected
 from riemannian_modules.strategy import Solver, require_solver
@@ -163,12 +161,12 @@ class ModelMetric:
         return self.parameters.product(self.blocks, self.version)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the masses and the version; factors and histories begin anew.
+        """Return masses, version and manifolds; factors and histories begin anew.
 
         Only numbers, strings and tensors, so that ``torch.load`` can read it safely.
         """
         mass = {declared.name: asdict(declared.mass) for declared in self.parameters}
-        return {"version": self.version, "mass": mass}
+        return {"version": self.version, "mass": mass, "manifolds": self._manifolds()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over the masses and the version of another metric of such a model.
@@ -178,11 +176,16 @@ class ModelMetric:
 
         Raises:
             MassError: it is that of another model; nothing was changed.
+            LostManifoldError: a parameter was on another manifold; nothing was changed.
         """
+        require_manifolds(self._manifolds(), state.get("manifolds", {}))
         version = int(state["version"])
         self.set_mass({name: Mass(**mass) for name, mass in state["mass"].items()})
         self.version = version
         self.fewer.forget()
+
+    def _manifolds(self) -> dict[str, str]:
+        return {each.name: each.manifold.name for each in self.parameters}
 
     @contextmanager
     def frozen(self) -> Iterator[None]:

@@ -366,6 +366,27 @@ def test_a_metric_s_state_of_another_model() -> None:
     assert other.parameters["0.weight"].mass.scalar == 1e-2
 
 
+def test_a_model_that_is_built_anew_without_its_manifolds() -> None:
+    model = rm.nn.Linear(4, 3, manifold=manifolds.Stiefel())
+    metric = rm.LayerwiseMetric(model, output=None, mass=0.3)
+    state = saved(metric.state_dict(), safe=True)
+    plain = nn.Linear(4, 3)
+    plain.load_state_dict(model.state_dict())
+    other = rm.LayerwiseMetric(plain, output=None)
+    with pytest.raises(
+        LostManifoldError, match=r"'weight' is on Euclidean, and was on Stiefel"
+    ):
+        other.load_state_dict(state)
+    assert other.parameters["weight"].mass.scalar == 1e-2
+    rm.geometrize(plain, {"weight": manifolds.Stiefel()})
+    rm.LayerwiseMetric(plain, output=None).load_state_dict(state)
+    # Saved before there were names of manifolds, or on purpose without.
+    del state["manifolds"]
+    other = rm.LayerwiseMetric(nn.Linear(4, 3), output=None)
+    other.load_state_dict(state)
+    assert other.parameters["weight"].mass.scalar == 0.3
+
+
 # ---- conversions -----------------------------------------------------------------
 
 

@@ -187,10 +187,11 @@ def require_pass(metric: ModelMetric, stepped: int, more: str = "") -> None:
         NotRecordedError: there was none.
     """
     if metric.passes == stepped:
+        if metric.waiting:
+            more = f", and passes with accumulate=True wait for one without{more}"
         raise NotRecordedError(
             "call metric.backward(loss, outputs) before every optimizer.step(); "
-            "loss.backward() alone does not renew the metric, and passes with "
-            f"accumulate=True wait for one without{more}"
+            f"loss.backward() alone does not renew the metric{more}"
         )
 
 
