@@ -11,7 +11,7 @@ from itertools import pairwise, product
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
 from mutants.steps import MUTANTS
 from scripts import REPOSITORY
@@ -413,6 +413,7 @@ def test_curvature_that_new_rows_find_larger_is_corrected(seed, true):
     found, c = numbers(seed), torch.randn(2).abs() + 0.1
     real = found.curvature.clone()
     real[0, 0] *= true
+    assume(c @ real @ c > 1.5 * (c @ found.curvature @ c))
     trust = None
     for _ in range(5):
         trust = motion.foreseen(found, c, trust)
@@ -422,6 +423,25 @@ def test_curvature_that_new_rows_find_larger_is_corrected(seed, true):
     assert float(better.curvature[0, 0]) == pytest.approx(
         float(factor * found.curvature[0, 0]), rel=1e-12
     )
+
+
+@given(seed=SEEDS, true=st.floats(1e2, 1e30))
+def test_one_step_that_went_too_far_is_forgotten(seed, true):
+    found, c = numbers(seed), torch.randn(2)
+    trust = motion.foreseen(found, c, None)
+    trust = motion.renewed(trust, true * (c @ found.curvature @ c), torch.zeros(()))
+    _, first = motion.corrected(found, trust)
+    # The curvature that does not need the check may be most of it.
+    assert 1.0 <= first <= 1e4 / 1.5 * (1.0 + 1e-9)
+    # The next ones are shorter by that, and as they were foreseen.
+    trust = motion.foreseen(found, c / first, trust)
+    for steps in range(1, 9):
+        short = c / motion.corrected(found, trust)[1]
+        trust = motion.foreseen(found, short, trust)
+        curvature = short @ found.curvature @ short
+        trust = motion.renewed(trust, curvature, torch.zeros(()))
+    _, last = motion.corrected(found, trust)
+    assert last == 1.0, (steps, first, last)
 
 
 @given(seed=SEEDS)

@@ -36,6 +36,9 @@ _DEPENDENT = 1e-12
 _MEMORY = 0.7
 # The measured curvature is noisy, and to overrate it costs speed.
 _SLACK = 1.5
+# After a step far too long all are short, and weigh nothing in sums of squares beside it:
+# so it counts for no more than this, and steps as they were foreseen take it back.
+_WORST, _FORGIVEN = 1e4, 0.25
 # The reach follows slowly, since one batch says little of it, and never below a tenth,
 # since steps that hardly move learn nothing any more.
 _PATIENCE, _GAIN, _SHORTEST = 0.9, 0.05, 0.1
@@ -195,7 +198,10 @@ def renewed(trust: Tensor, curvature: Tensor, slope: Tensor) -> Tensor:
         The same with sums and a reach that include it.
     """
     measured, expected, rest, own, right, whole, reach = trust.unbind()
-    measured = _MEMORY * measured + (1.0 - _MEMORY) * (curvature - rest)
+    met = curvature <= _SLACK * (own + rest)
+    measured = torch.where(met, _FORGIVEN * measured, measured)
+    found = torch.minimum(curvature - rest, _WORST * own)
+    measured = _MEMORY * measured + (1.0 - _MEMORY) * found
     expected = _MEMORY * expected + (1.0 - _MEMORY) * own
     right = _PATIENCE * right + (1.0 - _PATIENCE) * (curvature - slope)
     whole = _PATIENCE * whole + (1.0 - _PATIENCE) * curvature
