@@ -36,8 +36,8 @@ _DEPENDENT = 1e-12
 _MEMORY = 0.7
 # The measured curvature is noisy, and to overrate it costs speed.
 _SLACK = 1.5
-# After a step far too long all are short, and weigh nothing in sums of squares beside it:
-# so it counts for no more than this, and steps as they were foreseen take it back.
+# After a step far too long all are short, and weigh nothing in sums beside it: so it
+# counts for no more than this, and steps as they were foreseen take it back.
 _WORST, _FORGIVEN = 1e4, 0.25
 # The reach follows slowly, since one batch says little of it, and never below a tenth,
 # since steps that hardly move learn nothing any more.
