@@ -11,7 +11,7 @@ from itertools import pairwise, product
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import Phase, assume, given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from mutants.steps import MUTANTS
 from scripts import REPOSITORY
@@ -413,7 +413,6 @@ def test_curvature_that_new_rows_find_larger_is_corrected(seed, true):
     found, c = numbers(seed), torch.randn(2).abs() + 0.1
     real = found.curvature.clone()
     real[0, 0] *= true
-    assume(c @ real @ c > 1.5 * (c @ found.curvature @ c))
     trust = None
     for _ in range(5):
         trust = motion.foreseen(found, c, trust)
@@ -439,7 +438,7 @@ def test_one_step_that_went_too_far_is_forgotten(seed, true):
         short = c / motion.corrected(found, trust)[1]
         trust = motion.foreseen(found, short, trust)
         curvature = short @ found.curvature @ short
-        trust = motion.renewed(trust, curvature, torch.zeros(()))
+        trust = motion.renewed(trust, curvature, torch.zeros(()), some_rows=False)
     _, last = motion.corrected(found, trust)
     assert last == 1.0, (first, last)
 

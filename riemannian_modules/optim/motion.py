@@ -20,6 +20,7 @@ from torch import Tensor
 from riemannian_modules.optim.quadratic import Numbers
 
 __all__ = [
+    "FIRST",
     "Motion",
     "Rule",
     "best_pair",
@@ -37,11 +38,14 @@ _MEMORY = 0.7
 # The measured curvature is noisy, and to overrate it costs speed.
 _SLACK = 1.5
 # After a step far too long all are short, and weigh nothing in sums beside it: so it
-# counts for no more than this, and steps as they were foreseen take it back.
+# counts for no more than this. With all rows it was the point that was another, and
+# steps that went as foreseen take it back.
 _WORST, _FORGIVEN = 1e4, 0.25
 # The reach follows slowly, since one batch says little of it, and never below a tenth,
 # since steps that hardly move learn nothing any more.
 _PATIENCE, _GAIN, _SHORTEST = 0.9, 0.05, 0.1
+# Part of the first step that is taken where only other rows will tell what it is worth.
+FIRST = 0.1
 
 
 @dataclass(frozen=True)
@@ -184,7 +188,9 @@ def best_pair(numbers: Numbers, spring: float) -> Tensor:
     return torch.stack([torch.where(bounded == b, a, alone), bounded])
 
 
-def renewed(trust: Tensor, curvature: Tensor, slope: Tensor) -> Tensor:
+def renewed(
+    trust: Tensor, curvature: Tensor, slope: Tensor, some_rows: bool = True
+) -> Tensor:
     """Learn from the new rows what the last step was worth.
 
     Implements :eq:`reach`.
@@ -193,13 +199,15 @@ def renewed(trust: Tensor, curvature: Tensor, slope: Tensor) -> Tensor:
         trust: what :func:`foreseen` left, ``(7,)``.
         curvature: ``|K u|^2`` of the last step u, with K of this pass.
         slope: ``df(u)``, with the gradient of this pass.
+        some_rows: whether others than these might have been drawn.
 
     Returns:
         The same with sums and a reach that include it.
     """
     measured, expected, rest, own, right, whole, reach = trust.unbind()
-    met = curvature <= _SLACK * (own + rest)
-    measured = torch.where(met, _FORGIVEN * measured, measured)
+    if not some_rows:
+        met = curvature <= _SLACK * (own + rest)
+        measured = torch.where(met, _FORGIVEN * measured, measured)
     found = torch.minimum(curvature - rest, _WORST * own)
     measured = _MEMORY * measured + (1.0 - _MEMORY) * found
     expected = _MEMORY * expected + (1.0 - _MEMORY) * own

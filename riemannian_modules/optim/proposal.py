@@ -6,11 +6,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from riemannian_modules.contraction.replica import is_sampled
 from riemannian_modules.errors import NonFiniteError
 from riemannian_modules.finite import looks_finite
 from riemannian_modules.metric import Solution
 from riemannian_modules.model_metric import ModelMetric
 from riemannian_modules.optim.motion import (
+    FIRST,
     Motion,
     Rule,
     best_pair,
@@ -79,11 +81,12 @@ def propose(
             ([down, before], [own, image]) if before else ([down], [own])
         )
         numbers = model.numbers(directions, images).turned()
+    some_rows = is_sampled(metric.output) or metric.fewer.rows is not None
     if trust is not None and image is not None and numbers is not None:
         slope = numbers.slopes[1]
-        trust = renewed(trust.to(image), image.square().sum(), slope)
+        trust = renewed(trust.to(image), image.square().sum(), slope, some_rows)
     gap = None if metric.loss is None else rule.gap(metric.loss, lowest)
-    motion = _combine(gap, rule, numbers, down, before, trust)
+    motion = _combine(gap, rule, numbers, down, before, trust, some_rows)
     if rule.clip is not None:
         motion = _clipped(rule.clip, model, plans, motion)
     if not all(map(looks_finite, motion.vectors.values())):
@@ -112,6 +115,7 @@ def _combine(
     down: dict[str, Tensor],
     before: dict[str, Tensor],
     trust: Tensor | None,
+    some_rows: bool,
 ) -> Motion:
     first = next(iter(down.values()))
     one = torch.ones((), dtype=torch.float64, device=first.device)
@@ -132,6 +136,8 @@ def _combine(
             share = credible_share(slope, curvature, gap)
         if rule.automatic and trust is not None:
             share = trust[-1].to(share) * share
+        elif rule.automatic and some_rows:
+            share = FIRST * share
         if rule.normalize:
             share = torch.where(length > 0.0, 1.0 / length, 0.0)
         length = share * length
