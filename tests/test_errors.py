@@ -1281,7 +1281,11 @@ def test_a_gradient_made_nan_by_the_user(momentum: float) -> None:
     backward(metric)
     model[2].weight.grad[0, 0] = torch.nan
     with refused(
-        errors.NonFiniteError, "'2'", "finite", metric=metric, optimizer=optimizer
+        errors.NonFiniteError,
+        "'2.weight'",
+        "holds NaN",
+        metric=metric,
+        optimizer=optimizer,
     ):
         optimizer.step()
 

@@ -476,13 +476,16 @@ def test_gradients_that_are_no_numbers_are_named_and_nothing_changes(kind, bad):
     optimizer.step(loss)
     backward()
     model[0].bias.grad[1] = bad
-    before = copy.deepcopy(
-        [model.state_dict(), optimizer.state_dict(), metric.state_dict()]
-    )
+    states = [
+        model.state_dict,
+        optimizer.state_dict,
+        lambda: metric.state_dict()["mass"],
+    ]
+    before = copy.deepcopy([state() for state in states])
     with pytest.raises(NonFiniteError, match=r"gradient of '0\.bias' holds NaN") as e:
         optimizer.step(loss)
     assert "weight" not in str(e.value)
-    after = [model.state_dict(), optimizer.state_dict(), metric.state_dict()]
+    after = [state() for state in states]
     torch.testing.assert_close(after, before, rtol=0.0, atol=0.0)
     metric.parameters.require_unmoved(model.parameters())
     backward()
