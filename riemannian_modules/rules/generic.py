@@ -21,7 +21,7 @@ from riemannian_modules.factors import DenseFactor, MetricFactor
 from riemannian_modules.layout import Layout, candidates
 from riemannian_modules.leaves import leaves_of
 from riemannian_modules.nested import map_tensors, tensors_in
-from riemannian_modules.rules.agree import agree
+from riemannian_modules.rules.agree import agree, combinations
 from riemannian_modules.rules.base import Call, Entry
 from riemannian_modules.rules.stand_in import StandIn
 
@@ -243,7 +243,7 @@ class _Replay:
             looped: whether to take one example after the other.
         """
         if looped:
-            return self._rows_in_a_loop(range(self.call.examples))
+            return self._rows_in_a_loop(range(self.call.examples), self.cotangents)
         try:
             # Without gradients torch maps factorisations of matrices to wrong rows.
             with warnings.catch_warnings(), torch.enable_grad():
@@ -253,7 +253,7 @@ class _Replay:
                 )(self.slices, self.cotangents)
         except (RuntimeError, NotImplementedError):
             # Not every operation can be vectorised, nor every custom function.
-            return self._rows_in_a_loop(range(self.call.examples))
+            return self._rows_in_a_loop(range(self.call.examples), self.cotangents)
         rows, outputs = found
         plain = {name: each.detach() for name, each in rows.items()}
         return plain, tuple(each.detach() for each in outputs)
@@ -264,11 +264,13 @@ class _Replay:
             return True
         n = self.call.examples
         some = sorted({0, n // 2, n - 1})
+        weights = combinations(self.cotangents[0])
+        sums = [torch.tensordot(weights.to(c), c, 1) for c in self.cotangents]
 
         def scaled(scale: float) -> Rows:
-            return self._rows_in_a_loop(some, scale)[0]
+            return self._rows_in_a_loop(some, [scale * each for each in sums])[0]
 
-        return agree({name: each[some] for name, each in rows.items()}, scaled)
+        return agree({name: each[some] for name, each in rows.items()}, scaled, weights)
 
     def _rows_of_one(
         self, example: tuple[Tensor, ...], cotangents: tuple[Tensor, ...]
@@ -281,7 +283,7 @@ class _Replay:
         return rows, outputs
 
     def _rows_in_a_loop(
-        self, which: Sequence[int], scale: float = 1.0
+        self, which: Sequence[int], cotangents: Sequence[Tensor]
     ) -> tuple[Rows, tuple[Tensor, ...]]:
         examples = self._examples()
         found: list[list[Tensor]] = []
@@ -291,8 +293,8 @@ class _Replay:
                 theta = self._leaves()
                 outputs = self.one(theta, examples[i])
                 active = [
-                    (z, scale * c[:, i])
-                    for z, c in zip(outputs, self.cotangents, strict=True)
+                    (z, c[:, i])
+                    for z, c in zip(outputs, cotangents, strict=True)
                     if z.requires_grad
                 ]
                 rows = [
@@ -304,7 +306,7 @@ class _Replay:
                         allow_unused=True,
                         materialize_grads=True,
                     )
-                    for j in range(len(self.cotangents[0]))
+                    for j in range(len(cotangents[0]))
                 ]
             values.append(tuple(z.detach() for z in outputs))
             found.append([torch.stack(column) for column in zip(*rows, strict=True)])
