@@ -155,7 +155,7 @@ def no_replay(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("a module ran again")
 
     generic = import_module("riemannian_modules.rules.generic")
-    monkeypatch.setattr(generic, "_Replay", refuse)
+    monkeypatch.setattr(generic, "Replay", refuse)
 
 
 SIZES = [(4, 5), (3, 3), (1, 4), (5, 1), (2, 2)]

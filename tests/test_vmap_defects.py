@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import jacfwd, jacrev, jvp
 
 import riemannian_modules as rm
-from riemannian_modules.rules.agree import agree
+from riemannian_modules.rules.agree import agree, combinations
 
 torch_vmap_is_wrong_for_them = {"cdist"}
 
@@ -186,3 +186,107 @@ def test_what_is_more_than_rounding_of_the_terms_is_found() -> None:
     assert 0.0 < rounding < 1e-13
     for factor, same in ((0.0, True), (2.0, True), (1e3, False)):
         assert agree({"w": scaled(1.0)["w"] + factor * rounding}, scaled) is same
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_one_wrong_row_among_many_is_found(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    rank = 500
+    jacobian = torch.randn(30, 7, dtype=dtype)
+    jacobian[0] *= 0.1
+    cotangents = torch.randn(rank, 30, dtype=dtype)
+    cotangents[::3, 1:] = 0.0
+    drawn = torch.get_rng_state()
+    weights = combinations(cotangents)
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert torch.equal(weights, combinations(cotangents))
+    assert len(weights) == 3
+
+    def scaled(scale: float) -> dict[str, Tensor]:
+        return {"w": ((scale * weights @ cotangents) @ jacobian).unsqueeze(0)}
+
+    right = (cotangents @ jacobian).unsqueeze(0)
+    assert agree({"w": right}, scaled, weights)
+    # Also one of the small ones, and one that no finite bound could tell.
+    for row, value in [(0, 0.0), (3, 1e30), (250, torch.inf), (498, -1.0)]:
+        wrong = right.clone()
+        wrong[0, row] = value
+        assert not agree({"w": wrong}, scaled, weights)
+
+
+class OneWrongSlope(torch.autograd.Function):
+    """The sine, with a forward mode that is wrong for one of its entries."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.sin()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> Tensor:
+        return cotangent * ctx.saved_tensors[0].cos()
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        slope = ctx.saved_tensors[0].cos()
+        wrong = torch.arange(slope.shape[-1]) == 17
+        return tangent * torch.where(wrong, slope.abs() + 1.0, slope)
+
+
+class Waves(nn.Module):
+    """More outputs for each example than parameters, so that these are told apart."""
+
+    def __init__(self, wrong: bool) -> None:
+        super().__init__()
+        self.w, self.wrong = nn.Parameter(torch.randn(2).double()), wrong
+
+    def forward(self, x: Tensor) -> Tensor:
+        phase: Tensor = torch.stack([x, x.square()], -1) @ self.w
+        return OneWrongSlope.apply(phase) if self.wrong else phase.sin()
+
+
+def waves(wrong: bool, way: str) -> tuple[Any, Tensor, Tensor]:
+    """Return a metric of 60 outputs and 2 parameters, its points and their values."""
+    torch.manual_seed(0)
+    model, x = Waves(wrong), torch.rand(2, 60).double()
+    if way == "layerwise":
+        layerwise = rm.LayerwiseMetric(model, rm.output.Euclidean())
+        with layerwise.record():
+            return layerwise, x, model(x)
+    functional = rm.functional.FunctionalMetric(
+        model, lambda net, x: net(x), rm.output.Euclidean()
+    )
+    return functional, x, functional(x)
+
+
+def test_a_wrong_forward_mode_of_one_output_is_found() -> None:
+    metric, x, z = waves(True, "functional")
+    with pytest.warns(UserWarning, match="one by one"):
+        metric.backward(0.5 * z.square().sum(1).mean(), z)
+    require_rows(metric, x)
+
+
+@pytest.mark.parametrize("way", ["functional", "layerwise"])
+def test_looking_at_many_rows_takes_few_passes(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metric, x, z = waves(False, way)
+    taken = []
+    grad = torch.autograd.grad
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        taken.append(args)
+        return grad(*args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.autograd, "grad", counted)
+        metric.backward(0.5 * z.square().sum(1).mean(), z)
+    # Three sums of the 60 rows of each of two examples, and some for the gradient.
+    assert 6 <= len(taken) <= 20
+    require_rows(metric, x)

@@ -15,7 +15,7 @@ from riemannian_modules.functional.pointset import Point, PointSet, refuse_other
 from riemannian_modules.heads import Rows
 from riemannian_modules.linearization import Linearization
 from riemannian_modules.linearize import Assembled, taken_apart
-from riemannian_modules.rules.agree import agree
+from riemannian_modules.rules.agree import agree, combinations
 
 __all__ = ["Function", "Pointwise", "finished"]
 
@@ -120,12 +120,13 @@ class Pointwise(PointSet):
         pulled = {name: each.detach() for name, each in mapped.items()}
         if self._trusted or stack.is_meta or len(stack) == 0:
             return pulled
-        some = sorted({0, n // 2, n - 1})
+        some, weights = sorted({0, n // 2, n - 1}), combinations(stack)
+        sums = torch.tensordot(weights, stack, 1)
 
         def scaled(scale: float) -> Point:
-            return self._in_a_loop(point, examples, scale * stack, some)
+            return self._in_a_loop(point, examples, scale * sums, some)
 
-        if agree({name: each[some] for name, each in pulled.items()}, scaled):
+        if agree({name: each[some] for name, each in pulled.items()}, scaled, weights):
             self._trusted = True
             return pulled
         self._one_by_one = True

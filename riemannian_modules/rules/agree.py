@@ -5,21 +5,51 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-__all__ = ["agree"]
+__all__ = ["agree", "combinations"]
+
+_COMBINATIONS = 3
+
+
+def combinations(cotangents: Tensor) -> Tensor:
+    """Return weights of a few sums of cotangents in which every one of them is seen.
+
+    Rows are linear in their cotangents: those of the sums are the sums of the rows, and
+    take as many passes as there are sums. The weights are random and the same in every
+    call, and none is small.
+
+    Args:
+        cotangents: ``(r, *shape)``.
+
+    Returns:
+        ``(m, r)`` with m at most 3; the identity for so few cotangents.
+    """
+    rank = len(cotangents)
+    if rank <= _COMBINATIONS:
+        return torch.eye(rank).to(cotangents)
+    # A generator of its own: the numbers that a model draws stay the same.
+    generator = torch.Generator().manual_seed(0)
+    sizes = 1.0 + torch.rand(_COMBINATIONS, rank, generator=generator)
+    signs = torch.randint(2, sizes.shape, generator=generator) * 2.0 - 1.0
+    return (sizes * signs).to(cotangents)
 
 
 def agree(
-    one: Mapping[str, Tensor], scaled: Callable[[float], Mapping[str, Tensor]]
+    one: Mapping[str, Tensor],
+    scaled: Callable[[float], Mapping[str, Tensor]],
+    weights: Tensor | None = None,
 ) -> bool:
     """Whether rows of the same parameters are the same but for rounding.
 
     Args:
         one: rows by parameter.
-        scaled: makes those that are right, multiplied by a number that the cotangents
-            are multiplied with.
+        scaled: makes those that are right, or sums of them, multiplied by a number that
+            the cotangents are multiplied with.
+        weights: the weights of these sums, ``(m, r)``, for rows ``(n, r, *shape)``;
+            None: none are summed.
     """
     other = scaled(1.0)
-    sizes = {name: each.abs().amax() for name, each in other.items() if each.numel()}
+    # Of single rows: a sum of many is larger, and would hide that one of them is wrong.
+    sizes = {name: each.abs().amax() for name, each in one.items() if each.numel()}
     if not sizes:
         return True
     largest = torch.stack([size.double() for size in sizes.values()]).max()
@@ -28,14 +58,20 @@ def agree(
         eps = torch.finfo(size.dtype).eps
         # A derivative that vanishes is rounding of the others.
         bound = eps**0.5 * size + 1e3 * eps * largest
-        error = (one[name] - other[name]).abs().amax()
-        if bool(error <= bound):
+        own = one[name] if weights is None else _summed(weights, one[name])
+        error = (own - other[name]).abs().amax()
+        # The bound of infinite rows is infinite.
+        if bool((error <= bound) & error.isfinite()):
             continue
         # Where terms cancel, all derivatives are rounding of what is not seen here.
         rounding = _rounding(other, scaled) if rounding is None else rounding
         if not bool(error <= 16.0 * rounding):
             return False
     return True
+
+
+def _summed(weights: Tensor, rows: Tensor) -> Tensor:
+    return torch.einsum("mr,nr...->nm...", weights.to(rows), rows)
 
 
 def _rounding(
