@@ -17,7 +17,7 @@ import geoopt
 import torch
 from torch import Tensor
 
-from riemannian_modules.manifolds.differentiated import differentiated
+from riemannian_modules.manifolds.differentiated import any_of, differentiated
 from riemannian_modules.manifolds.drawing import Device, Drawing, Dtype, Shape
 from riemannian_modules.manifolds.riesz import dimension, flat, root, root_adjoint
 
@@ -51,13 +51,6 @@ def _residuals(x: Tensor) -> tuple[Tensor, Tensor]:
     return 1.0 - x.sum(-1), 1.0 - x.sum(-2)
 
 
-def _any(flags: Tensor) -> bool:
-    # Under vmap: of the whole batch.
-    while torch._C._functorch.is_functorch_wrapped_tensor(flags):
-        flags = torch._C._functorch.get_unwrapped(flags)
-    return bool(flags.any())
-
-
 def _solved(logs: Tensor, steps: int) -> Tensor:
     """Return logarithms whose matrix has rows and columns that sum to 1.
 
@@ -74,7 +67,7 @@ def _solved(logs: Tensor, steps: int) -> Tensor:
         off = torch.maximum(p.abs().amax(-1), q.abs().amax(-1))[..., None, None]
         moving = off > 16.0 * eps
         # On the CPU looking costs nothing; elsewhere it would wait for the device.
-        if x.device.type == "cpu" and not _any(moving):
+        if x.device.type == "cpu" and not any_of(moving):
             break
         change = _multipliers(x, p, q)
         largest = change.abs().amax((-1, -2), keepdim=True).clamp_min(tiny)

@@ -8,13 +8,14 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from riemannian_modules.errors import LostManifoldError
-from riemannian_modules.manifolds.boundary import on_boundary
+from riemannian_modules.manifolds.boundary import inside, on_boundary
 from riemannian_modules.manifolds.contract import base_of
 from riemannian_modules.manifolds.metric_manifold import MetricManifold, follow
 from riemannian_modules.manifolds.scaled import Scaled
 
 __all__ = [
     "LOST_REMEDY",
+    "left_by_step",
     "off_manifold",
     "place_on_",
     "projected",
@@ -166,3 +167,21 @@ def off_manifold(
         value, explain=True, atol=tolerance, rtol=tolerance
     )
     return on_boundary(manifold, value) if ok else str(reason)
+
+
+def left_by_step(manifold: geoopt.Manifold, point: Tensor) -> str | None:
+    """Return why the end point of a step is on no manifold any more, or None.
+
+    Looks at open manifolds alone, and waits for the device. It is None for meta
+    tensors.
+
+    Args:
+        manifold: base manifold.
+        point: a finite end point.
+    """
+    flag = inside(manifold, point)
+    if flag is None or point.is_meta or bool(flag):
+        return None
+    # In this order: what geoopt says of eigenvalues has no numbers.
+    problem = on_boundary(manifold, point)
+    return problem or off_manifold(manifold, point, point.dtype)

@@ -1,10 +1,10 @@
-"""Whether derivatives can be taken through what is made of a tensor."""
+"""What torch's transformations leave to be known of a tensor."""
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["differentiated"]
+__all__ = ["any_of", "differentiated"]
 
 
 def differentiated(x: Tensor) -> bool:
@@ -23,3 +23,14 @@ def differentiated(x: Tensor) -> bool:
         or forward_ad._current_level >= 0
         or torch.compiler.is_compiling()
     )
+
+
+def any_of(flags: Tensor) -> bool:
+    """Return whether a flag is set; inside of ``vmap``, one of the whole batch.
+
+    >>> any_of(torch.tensor([False, True]))
+    True
+    """
+    while torch._C._functorch.is_functorch_wrapped_tensor(flags):
+        flags = torch._C._functorch.get_unwrapped(flags)
+    return bool(flags.any())

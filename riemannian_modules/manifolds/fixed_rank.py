@@ -3,7 +3,7 @@ r"""Matrices of one rank, as a manifold in the space of all matrices.
 With the singular value decomposition ``X = U S V^T`` of a point, tangent vectors are
 the matrices that ``(I - U U^T) . (I - V V^T)`` kills (Vandereycken, 2013). The point is
 the dense matrix, so it is a weight like any other; its decomposition is computed where
-it is needed.
+it is needed, in the time that its rank takes (``low_rank.py``).
 
 The leading singular subspaces are smooth where the singular values that are kept
 coincide, and where those left out are zero, as all are on the manifold; torch's
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from riemannian_modules.manifolds.differentiated import differentiated
 from riemannian_modules.manifolds.drawing import Device, Dtype, Embedded, Shape
+from riemannian_modules.manifolds.low_rank import low_rank_svd
 from riemannian_modules.manifolds.riesz import dimension
 from riemannian_modules.manifolds.stiefel import _orthonormalise
 
@@ -40,7 +41,8 @@ def _bases(x: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     Their projectors have derivatives of up to third order where there is a gap between
     the singular values that are kept and those that are not.
     """
-    u, values, vh = torch.linalg.svd(x.detach(), full_matrices=False)
+    # A step from one point has twice the rank at most.
+    u, values, vh = low_rank_svd(x.detach(), 2 * rank)
     left, right = u[..., :rank], vh[..., :rank, :].mT
     if not differentiated(x):
         return left, right
@@ -108,7 +110,9 @@ class FixedRank(Embedded):
     Dimension ``rank (m + n - rank)`` (Vandereycken, 2013). The default retraction is
     the truncated singular value decomposition of ``x + u``, the nearest matrix of the
     rank; ``riemannian_modules.retractions.Orthographic`` is another. Geodesics have no
-    closed form. Every method decomposes the point: O(m n min(m, n)).
+    closed form. Every method decomposes the point: O(m n rank) on the manifold and a
+    step away from it, O(m n min(m, n)) where ``projx`` meets a matrix of more than
+    twice the rank.
 
     Random points have uniform singular vectors, and singular values uniform in
     [1/2, 3/2]; the origin is the identity of the size of the rank, with zeros around.

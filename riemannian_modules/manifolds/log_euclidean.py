@@ -11,7 +11,7 @@ self-adjoint for the Euclidean inner product of symmetric matrices. Cost: O(n^3)
 import torch
 from torch import Tensor
 
-from riemannian_modules.manifolds.boundary import singular
+from riemannian_modules.manifolds.boundary import definite, inside, singular
 from riemannian_modules.manifolds.drawing import Device, Drawing, Dtype, Shape
 from riemannian_modules.manifolds.riesz import dimension, flat, root, root_adjoint
 
@@ -154,6 +154,11 @@ class LogEuclideanSPD(Drawing):
         if not torch.allclose(u, u.mT, atol=atol, rtol=rtol):
             return False, f"`u != u^T` with atol={atol}, rtol={rtol}"
         return True, None
+
+
+@inside.register(LogEuclideanSPD)
+def _(manifold: LogEuclideanSPD, x: Tensor) -> Tensor | None:
+    return definite(x)
 
 
 @flat.register(LogEuclideanSPD)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from riemannian_modules.manifolds.boundary import inside
 from riemannian_modules.manifolds.drawing import Device, Drawing, Dtype, Shape
 from riemannian_modules.manifolds.riesz import dimension, flat, root, root_adjoint
 
@@ -128,6 +129,12 @@ class Positive(Drawing):
         self, x: Tensor, u: Tensor, *, atol: float = 1e-5, rtol: float = 1e-5
     ) -> tuple[bool, str | None]:
         return True, None
+
+
+@inside.register(Positive)
+def _(manifold: Positive, x: Tensor) -> Tensor | None:
+    # A factor may be too small for a number.
+    return (x.detach() > 0).all()
 
 
 @flat.register(Positive)

@@ -10,7 +10,7 @@ from geoopt.utils import size2shape
 from torch import Tensor
 
 from riemannian_modules.errors import ManifoldContractError, ShapeError
-from riemannian_modules.manifolds.boundary import on_boundary
+from riemannian_modules.manifolds.boundary import inside, on_boundary
 from riemannian_modules.manifolds.contract import base_of, ensure_contract
 from riemannian_modules.manifolds.declaring import shape_problem
 from riemannian_modules.manifolds.drawing import drawn
@@ -302,6 +302,11 @@ def _(manifold: Reshaped, x: Tensor, e: Tensor) -> Tensor:
 @dimension.register(Reshaped)
 def _(manifold: Reshaped, x: Tensor) -> int:
     return int(dimension(manifold.base, manifold._in(x)))
+
+
+@inside.register(Reshaped)
+def _(manifold: Reshaped, x: Tensor) -> Tensor | None:
+    return inside(manifold.base, manifold._in(x))
 
 
 @on_boundary.register(Reshaped)

@@ -130,9 +130,10 @@ class LineSearch(WholeModelOptimizer):
             trial.restore()
             if not end.finite:
                 raise NonFiniteError(
-                    f"the loss is NaN or infinite at all {end.trials} points of the "
-                    f"search, down to {first:.1e} times a small power of ten of the "
-                    "natural gradient; nothing was changed. Lower lr or raise the mass"
+                    "the loss is NaN or infinite, or a manifold left, at all "
+                    f"{end.trials} points of the search, down to {first:.1e} times a "
+                    "small power of ten of the natural gradient; nothing was changed. "
+                    "Lower lr or raise the mass"
                 )
         else:
             group["length"] = end.length

@@ -1,5 +1,6 @@
 """One parameter's part of a step, worked out before anything is changed."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,14 +9,16 @@ import torch
 from torch import Tensor
 
 from riemannian_modules.declared import Declared
-from riemannian_modules.errors import NonFiniteError
+from riemannian_modules.errors import NonFiniteError, NotOnManifoldError
 from riemannian_modules.finite import looks_finite
 from riemannian_modules.gradients import Gradients
+from riemannian_modules.manifolds.boundary import inside
+from riemannian_modules.manifolds.declaring import left_by_step
 from riemannian_modules.model_metric import ModelMetric
 from riemannian_modules.optim.motion import transported
 from riemannian_modules.retractions import Retraction
 
-__all__ = ["Plan", "plans_of"]
+__all__ = ["Plan", "arrived", "plans_of"]
 
 
 @dataclass(frozen=True)
@@ -187,16 +190,25 @@ class Plan:
 
         Raises:
             NonFiniteError: the retraction left the numbers.
+            NotOnManifoldError: it left the manifold. On other devices than the CPU
+                neither is raised; see :func:`arrived`.
         """
         manifold = self.declared.manifold
         if update is None or isinstance(manifold, geoopt.Euclidean):
             return None
-        point = retraction(manifold, self.declared.space().point, update)
+        name = self.declared.name
+        try:
+            point = retraction(manifold, self.declared.space().point, update)
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            raise NonFiniteError(_endless(name, manifold, update)) from error
         if not looks_finite(point):
-            raise NonFiniteError(
-                f"the step of '{self.declared.name}' on {manifold.name} has no finite "
-                f"end point (step norm {float(update.norm()):.2e}); lower the learning "
-                "rate. Nothing was changed"
+            raise NonFiniteError(_endless(name, manifold, update))
+        left = left_by_step(manifold, point) if point.device.type == "cpu" else None
+        if left is not None:
+            raise NotOnManifoldError(
+                f"the step of '{name}' ends off its manifold {manifold.name}: {left} "
+                f"(step norm {float(update.norm()):.2e}); lower the learning rate, or "
+                "set a clip. Nothing was changed"
             )
         return point
 
@@ -223,6 +235,38 @@ class Plan:
         else:
             tensor.copy_(point)
         self.declared.verified = tensor._version
+
+
+def _endless(name: str, manifold: geoopt.Manifold, update: Tensor) -> str:
+    return (
+        f"the step of '{name}' on {manifold.name} has no finite end point (step norm "
+        f"{float(update.norm()):.2e}); lower the learning rate. Nothing was changed"
+    )
+
+
+def arrived(
+    plans: Mapping[str, Plan],
+    points: Mapping[str, Tensor | None],
+    totals: Sequence[Tensor],
+) -> Tensor:
+    """Return whether a step on a device went well, without waiting for it.
+
+    Args:
+        plans: by parameter name.
+        points: what their :meth:`Plan.retract` returned.
+        totals: numbers that are finite only if the directions are.
+
+    Returns:
+        A boolean scalar on the device: the directions are finite, and so are the new
+        points, which are inside of their manifolds.
+    """
+    flags = [torch.isfinite(total).all() for total in totals]
+    for name, point in points.items():
+        if point is not None:
+            flag = inside(plans[name].declared.manifold, point)
+            flags.append(torch.isfinite(point).all())
+            flags += [] if flag is None else [flag]
+    return torch.stack(flags).all()
 
 
 def plans_of(optimizer: torch.optim.Optimizer, metric: ModelMetric) -> dict[str, Plan]:

@@ -30,7 +30,7 @@ from riemannian_modules.optim.kinds import (
     require_ready,
 )
 from riemannian_modules.optim.motion import Rule, lower
-from riemannian_modules.optim.plan import plans_of
+from riemannian_modules.optim.plan import arrived, plans_of
 from riemannian_modules.optim.proposal import propose
 from riemannian_modules.optim.report import MotionReport, StepReport, block_reports
 from riemannian_modules.retractions import Default, Retraction
@@ -211,9 +211,9 @@ class RiemannianSGD(torch.optim.Optimizer):
         healthy = self._healthy
         if healthy is not None and not healthy.is_meta and not bool(healthy):
             raise NotPositiveDefiniteError(
-                "in the last step a small matrix was not positive definite or a "
-                "direction not finite, so it changed nothing; check the data, raise "
-                "the mass or lower the learning rate"
+                "in the last step a small matrix was not positive definite, something "
+                "not finite or an end point off its manifold, so it changed nothing; "
+                "check the data, raise the mass, lower the learning rate or set a clip"
             )
         return self._report
 
@@ -292,7 +292,7 @@ class RiemannianSGD(torch.optim.Optimizer):
         Raises:
             NotRecordedError: no ``metric.backward`` since the last step.
             NotPositiveDefiniteError: a block's small matrix could not be factorised.
-            NonFiniteError: a step is not finite.
+            NonFiniteError, NotOnManifoldError: a step leaves numbers, or a manifold.
         """
         refuse_scaler(self)
         loss = None
@@ -321,9 +321,9 @@ class RiemannianSGD(torch.optim.Optimizer):
         points = {n: p.retract(self.retraction, updates[n]) for n, p in plans.items()}
         healthy = self.metric.succeeded()
         if healthy is not None:
-            totals = [s.total().float() for s in solutions.values()]
-            totals += [] if motion is None else [motion.total().float()]
-            healthy = healthy & torch.isfinite(torch.stack(totals)).all()
+            totals = [s.total() for s in solutions.values()]
+            totals += [] if motion is None else [motion.total()]
+            healthy = healthy & arrived(plans, points, totals)
         self._healthy = healthy
         kept = {}
         if motion is not None and rule.keeps:

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from riemannian_modules.declared import Declared
 from riemannian_modules.errors import NonFiniteError
+from riemannian_modules.finite import looks_finite
+from riemannian_modules.manifolds.declaring import left_by_step
 from riemannian_modules.retractions import Retraction
 
 __all__ = ["Trial"]
@@ -27,7 +29,7 @@ class Trial:
         self.moving = dict(moving)
         self._retraction = retraction
         self.start = {n: d.tensor.detach().clone() for n, d in moving.items()}
-        self._away = False
+        self._away = self._refused = False
 
     def point(self, name: str) -> Tensor:
         """Return where a parameter started, as a plain tensor."""
@@ -40,12 +42,31 @@ class Trial:
 
     @torch.no_grad()
     def move(self, vectors: Mapping[str, Tensor]) -> None:
-        """Put the parameters where tangent vectors lead from the start."""
-        points = {name: self.along(name, vectors[name]) for name in self.moving}
+        """Put the parameters where tangent vectors lead from the start.
+
+        They stay where they are if that is no point of one of the manifolds.
+        """
+        points = self._points(vectors)
+        self._refused = points is None
+        if points is None:
+            return
         self._away = True
         for name, declared in self.moving.items():
             declared.tensor.copy_(points[name])
             declared.verified = declared.tensor._version
+
+    def _points(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+        found = {}
+        for name, declared in self.moving.items():
+            try:
+                point = self.along(name, vectors[name])
+            except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+                return None
+            # The loss of the point is read in any case, so this waits for no more.
+            if not looks_finite(point) or left_by_step(declared.manifold, point):
+                return None
+            found[name] = point
+        return found
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -53,7 +74,7 @@ class Trial:
         for name, declared in self.moving.items():
             declared.tensor.copy_(self.start[name])
             declared.verified = declared.linearised = declared.tensor._version
-        self._away = False
+        self._away = self._refused = False
 
     @contextmanager
     def undone(self) -> Iterator[None]:
@@ -69,8 +90,11 @@ class Trial:
         """Return the loss that a closure finds here.
 
         Infinity where it refuses the point, since outputs or parameters are not finite
-        there: one more loss that is too large.
+        there, and where there is no point, for :meth:`move` left a manifold: one more
+        loss that is too large.
         """
+        if self._refused:
+            return math.inf
         try:
             return closure()
         except NonFiniteError:
