@@ -41,11 +41,11 @@ class PoincareBall(geoopt.PoincareBall):  # type: ignore[misc]
     """Rows x with ``c |x|^2 < 1``: the curvature is ``-c``.
 
     Replaces the formulas of ``geoopt.PoincareBall``, which are compiled by TorchScript:
-    forward mode through those is wrong and ``torch.func.vmap`` fails once they were
-    specialised, their ``inner`` mixes up the points of a batch, and they lose the digits of small
-    distances, all of them near the boundary. Random points, the stereographic projections
-    and everything else are geoopt's. The retraction is ``x + u``, pulled back into the
-    ball; ``project=False`` leaves results of other methods where they are.
+    once they were specialised, forward mode through them is wrong and torch.func.vmap
+    fails. Their ``inner`` mixes up the points of a batch, and small distances lose
+    their digits, all of them near the boundary. Random points, midpoints and the
+    stereographic projections are geoopt's. The retraction is ``x + u``, pulled back
+    into the ball; ``project=False`` leaves results of other methods where they are.
 
     Args:
         c: minus the curvature, positive.

@@ -21,7 +21,7 @@ from riemannian_modules.factors import DenseFactor, MetricFactor
 from riemannian_modules.layout import Layout, candidates
 from riemannian_modules.leaves import leaves_of
 from riemannian_modules.nested import map_tensors, tensors_in
-from riemannian_modules.rules.agree import agree
+from riemannian_modules.rules.agree import agree, warn_of_loop
 from riemannian_modules.rules.base import Call, Entry
 from riemannian_modules.rules.stand_in import StandIn
 
@@ -76,6 +76,7 @@ def generic(call: Call) -> dict[str, MetricFactor]:
             continue
         if replay.agrees(outputs):
             call.memo["slicing"] = slicing
+            warn_of_loop(call, replay.failure)
             return {
                 name: DenseFactor(each.transpose(0, 1).flatten(0, 1))
                 for name, each in rows.items()
@@ -160,6 +161,7 @@ class _Replay:
             for name in call.wanted
         }
         self.stand_in = StandIn(call.module, call.wanted)
+        self.failure: str | None = None  # why examples were not mapped
 
     def one(
         self, theta: Rows, example: Sequence[Tensor], *, leaves: bool = True
@@ -251,8 +253,9 @@ class _Replay:
                 found: tuple[Rows, tuple[Tensor, ...]] = vmap(
                     self._rows_of_one, in_dims=(0, 1)
                 )(self.slices, self.cotangents)
-        except (RuntimeError, NotImplementedError):
+        except (RuntimeError, NotImplementedError) as error:
             # Not every operation can be vectorised, nor every custom function.
+            self.failure = f"{error}" or type(error).__name__
             return self._rows_in_a_loop(range(self.call.examples))
         rows, outputs = found
         plain = {name: each.detach() for name, each in rows.items()}
