@@ -5,8 +5,9 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch import nn
 
-__all__ = ["disabled", "outside"]
+__all__ = ["disabled", "is_compiled", "outside"]
 
 
 def disabled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -27,3 +28,12 @@ def disabled(function: Callable[..., Any]) -> Callable[..., Any]:
 def outside() -> Callable[..., Any]:
     """Return what calls a function with arguments, and is not traced."""
     return disabled(lambda function, *arguments: function(*arguments))
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a module is what torch.compile returned, or compiled in place.
+
+    Args:
+        module: the module, without those below it.
+    """
+    return "_orig_mod" in module._modules or module._compiled_call_impl is not None

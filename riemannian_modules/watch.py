@@ -12,6 +12,7 @@ from riemannian_modules.rules import GENERIC, SHARED, Entry, entry_of
 from riemannian_modules.rules.job import Job
 from riemannian_modules.rules.shared import find_shared, shared_places
 from riemannian_modules.tape import Tape, Use, Watched
+from riemannian_modules.untraced import is_compiled
 
 __all__ = ["Watch", "above"]
 
@@ -56,7 +57,7 @@ class Watch:
         claimed: set[nn.Module] = set()
         self._modules = list(self._model.modules())
         self._plain = [_is_plain(module) for module in self._modules]
-        self.compiled = any(map(_is_compiled, self._modules))
+        self.compiled = any(map(is_compiled, self._modules))
         for path, module in self._model.named_modules():
             entry = entry_of(module) if _is_plain(module) else None
             deep = entry is not None and entry.deep
@@ -282,11 +283,6 @@ def _is_plain(module: nn.Module) -> bool:
         or module._backward_pre_hooks
         or "forward" in vars(module)
     )
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    """Whether a module is what torch.compile returned, or compiled in place."""
-    return "_orig_mod" in module._modules or module._compiled_call_impl is not None
 
 
 def above(path: str) -> Iterable[str]:

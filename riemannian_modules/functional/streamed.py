@@ -17,7 +17,12 @@ from riemannian_modules.factors import (
     joined,
 )
 from riemannian_modules.functional.binding import Binding
-from riemannian_modules.functional.operator import DifferentialOperator
+from riemannian_modules.functional.operator import (
+    Beside,
+    DifferentialOperator,
+    network_of,
+)
+from riemannian_modules.functional.parameters import Parameters
 from riemannian_modules.functional.pointset import Point, PointSet, refuse_others
 from riemannian_modules.functional.pointwise import Function, Pointwise, finished
 from riemannian_modules.functional.streams import Streams
@@ -51,6 +56,8 @@ class _Uses:
     def __init__(self, point: Point) -> None:
         self._names = {id(value): name for name, value in point.items()}
         self.all: list[_Use] = []
+        # Where tensors beside the network enter the graph, one for each example.
+        self.beside: list[tuple[str, GradientEdge]] = []
 
     def remember(
         self, weight: Tensor, bias: Tensor | None, inputs: Tensor, outputs: Tensor
@@ -71,6 +78,14 @@ class _Uses:
             names = self._names.get(id(weight)), self._names.get(id(bias))
             self.all.append(_Use(*names, inputs.detach(), get_gradient_edge(outputs)))
 
+    def handed_on(self, tensor: Tensor, n: int) -> Tensor:
+        """Return a tensor beside the network for each example, and remember it."""
+        each = tensor.expand(n, *tensor.shape)
+        if each.requires_grad and id(tensor) in self._names:
+            edge = get_gradient_edge(each)
+            self.beside.append((self._names[id(tensor)], edge))
+        return each
+
 
 @final
 class Streamed(PointSet):
@@ -88,6 +103,8 @@ class Streamed(PointSet):
         self._model = model
         self._binding = Binding(model)
         self._operator = operator
+        # The arguments before the streams: which member of Parameters is called.
+        self._network = [network_of(model())] if isinstance(model, Parameters) else []
         self._checked: set[tuple[object, ...]] = set()
         self.label = label
 
@@ -97,19 +114,25 @@ class Streamed(PointSet):
 
     def _evaluate(
         self, point: Point, examples: Sequence[Tensor], *, recording: bool = False
-    ) -> tuple[Tensor, list[_Use]]:
-        uses = _Uses(point)
+    ) -> tuple[Tensor, _Uses]:
+        uses, beside = _Uses(point), None
+        for network in self._network:
+            members = self._binding.call(point)
+            del members[network]
+            n = len(examples[0])
+            tensors = {name: uses.handed_on(each, n) for name, each in members.items()}
+            beside = Beside(network, tensors)
 
         def through(start: Streams) -> Any:
             uses.all.clear()
             return self._through(point, start)
 
         record = uses.remember if recording else None
-        return self._operator.evaluate(through, examples, record), uses.all
+        return self._operator.evaluate(through, examples, record, beside), uses
 
     def _through(self, point: Point, start: Streams) -> Any:
         try:
-            end = self._binding.call(point, start)
+            end = self._binding.call(point, *self._network, start)
         except (LinearizationError, AttributeError, TypeError) as error:
             where = self._innermost(point, start)
             raise LinearizationError(f"{self.label}, in {where}: {error}") from error
@@ -129,7 +152,7 @@ class Streamed(PointSet):
                 module.register_forward_hook(lambda *_: running.pop() and None),
             ]
         try:
-            self._binding.call(point, start)
+            self._binding.call(point, *self._network, start)
         except (LinearizationError, AttributeError, TypeError):
             return running[-1] if running else "the model"
         finally:
@@ -152,7 +175,8 @@ class Streamed(PointSet):
             name: value.detach().requires_grad_() for name, value in point.items()
         }
         with torch.enable_grad():
-            outputs, uses = self._evaluate(leaves, examples, recording=True)
+            outputs, found = self._evaluate(leaves, examples, recording=True)
+        uses = found.all
         # The graph may be another one in every pass: the function may have branches.
         refuse_others(outputs, leaves.values(), self._model, self.label)
         graph = tuple((use.weight, use.bias, *use.inputs.shape[1:]) for use in uses)
@@ -160,11 +184,11 @@ class Streamed(PointSet):
         if graph not in self._checked:
             stack = torch.cat([stack, _probe(outputs.detach())])
             truth = self._truth(outputs, leaves, stack[-1])
-        edges = [use.edge for use in uses]
+        edges = [use.edge for use in uses] + [edge for _, edge in found.beside]
         carried: Sequence[Tensor | None] = [None] * len(edges)
         if edges and outputs.requires_grad:
             carried, _ = reverse_pass([outputs], edges, [stack], batched=True)
-        whole = _factors(uses, carried, point, len(stack) * len(outputs))
+        whole = _factors(found, carried, point, len(stack) * len(outputs))
         if truth is not None:
             n = len(outputs)
             last = {m: f.narrow(count * n, (count + 1) * n) for m, f in whole.items()}
@@ -223,13 +247,16 @@ def point_set(
 
 
 def _factors(
-    uses: Sequence[_Use],
+    uses: _Uses,
     carried: Sequence[Tensor | None],
     point: Point,
     rank: int,
 ) -> dict[str, MetricFactor]:
     found: dict[str, list[MetricFactor]] = {name: [] for name in point}
-    for use, rows in zip(uses, carried, strict=True):
+    for (name, _), rows in zip(uses.beside, carried[len(uses.all) :], strict=True):
+        if rows is not None:
+            found[name].append(DenseFactor(rows.flatten(0, 1)))
+    for use, rows in zip(uses.all, carried, strict=False):
         if rows is None:
             continue
         if use.weight is not None:

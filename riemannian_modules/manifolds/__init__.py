@@ -1,7 +1,7 @@
 """Where parameters live: geoopt's manifolds, repaired where they need it."""
 
 import geoopt
-from geoopt import Euclidean, PoincareBall, Sphere
+from geoopt import Euclidean, Sphere
 
 from riemannian_modules.manifolds.birkhoff import BirkhoffPolytope
 from riemannian_modules.manifolds.contract import base_of, ensure_contract
@@ -12,6 +12,7 @@ from riemannian_modules.manifolds.lorentz import Lorentz
 from riemannian_modules.manifolds.metric_manifold import MetricManifold
 from riemannian_modules.manifolds.metric_product import MetricProduct
 from riemannian_modules.manifolds.oblique import Oblique
+from riemannian_modules.manifolds.poincare import PoincareBall
 from riemannian_modules.manifolds.positive import Positive
 from riemannian_modules.manifolds.product import Product
 from riemannian_modules.manifolds.quotient import Quotient

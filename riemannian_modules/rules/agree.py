@@ -1,11 +1,15 @@
-"""Whether rows that were made in two ways are the same but for rounding."""
+"""Whether rows made in two ways are the same, and which way was taken."""
 
+import warnings
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-__all__ = ["agree", "combinations"]
+from riemannian_modules.rules.base import Call
+from riemannian_modules.untraced import is_compiled
+
+__all__ = ["agree", "combinations", "warn_of_loop"]
 
 _COMBINATIONS = 3
 
@@ -85,3 +89,25 @@ def _rounding(
         if each.numel()
     ]
     return torch.stack(changes).max()
+
+
+def warn_of_loop(call: Call, failure: str | None) -> None:
+    """Warn once of examples that are differentiated one by one because of an error.
+
+    Args:
+        call: the call of a module; its memo keeps that it was said.
+        failure: the error, None if there was none.
+    """
+    if failure is None or "told" in call.memo:
+        return
+    call.memo["told"] = True
+    # A compiled module may be one that nobody can map: nothing is to be done there.
+    if not any(map(is_compiled, call.module.modules())):
+        warnings.warn(
+            f"{call.label} cannot be mapped by torch.func.vmap "
+            f"({failure.strip().splitlines()[-1]}): its examples are differentiated "
+            "one by one, which is slower. Replace what vmap does not take: geoopt's "
+            "Poincare ball by riemannian_modules.manifolds.PoincareBall, or give a "
+            "function of your own a rule for vmap",
+            stacklevel=2,
+        )

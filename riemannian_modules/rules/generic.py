@@ -16,6 +16,7 @@ from riemannian_modules.errors import LinearizationError
 from riemannian_modules.factors import DenseFactor, MetricFactor
 from riemannian_modules.layout import Layout, candidates
 from riemannian_modules.nested import tensors_in
+from riemannian_modules.rules.agree import warn_of_loop
 from riemannian_modules.rules.base import Call, Entry
 from riemannian_modules.rules.single import Replay, Slicing, UnevenError
 
@@ -67,6 +68,7 @@ def generic(call: Call) -> dict[str, MetricFactor]:
             continue
         if replay.agrees(outputs):
             call.memo["slicing"] = slicing
+            warn_of_loop(call, replay.failure)
             return {
                 name: DenseFactor(each.transpose(0, 1).flatten(0, 1))
                 for name, each in rows.items()

@@ -95,6 +95,7 @@ class Replay:
             for name in call.wanted
         }
         self.stand_in = StandIn(call.module, call.wanted)
+        self.failure: str | None = None  # why examples were not mapped
 
     def _sliced(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         return tuple(
@@ -246,8 +247,9 @@ class Replay:
                 found: tuple[Rows, tuple[Tensor, ...]] = vmap(
                     self._rows_of_one, in_dims=(0, 1)
                 )(self.slices, self.cotangents)
-        except (RuntimeError, NotImplementedError):
+        except (RuntimeError, NotImplementedError) as error:
             # Not every operation can be vectorised, nor every custom function.
+            self.failure = f"{error}" or type(error).__name__
             return self._rows_in_a_loop(range(self.call.examples), self.cotangents)
         rows, outputs = found
         plain = {name: each.detach() for name, each in rows.items()}
