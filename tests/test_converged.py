@@ -105,6 +105,7 @@ def mean(rest: Tensor, a: Tensor, amount: float) -> Tensor:
     return rest - amount * rest.mean(0)
 
 
+@pytest.mark.filterwarnings("ignore:.*called random operation:UserWarning")
 @pytest.mark.parametrize("change", [random, statistic, mean])
 @pytest.mark.parametrize("passes", [0, 4])
 def test_what_is_refused_elsewhere_is_refused_at_a_solution(

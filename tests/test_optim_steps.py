@@ -168,6 +168,9 @@ def automatic_findings(problem, optimizer, spring, part=0.0):
     optimizer.step()
     report = optimizer.report.motion
     share = report.share
+    # Without a step before nobody knows what sampled rows are worth.
+    sampled = isinstance(problem.metric.output, rm.output.Sampled)
+    whole = share / motion.FIRST if sampled else share
     directions = [dense.candidate(before, spring), before]
     c = torch.tensor([report.length, report.carried]) / share
     c.requires_grad_(True)
@@ -177,7 +180,8 @@ def automatic_findings(problem, optimizer, spring, part=0.0):
     (slope,) = torch.autograd.grad(objective, c)
     scale = max(abs(float(dense.slope(v))) for v in directions)
     taken = {n: share * v.detach() for n, v in u.items()}
-    reached = float(dense.predicted(taken)) - floor
+    end = {n: whole * v.detach() for n, v in u.items()}
+    reached = float(dense.predicted(end)) - floor
     c = c.detach()
     if abs(float(c[1])) > 1.0 - 1e-12:
         # More of the step before would be better, and is not taken.
@@ -191,15 +195,15 @@ def automatic_findings(problem, optimizer, spring, part=0.0):
     return {
         "stationary": float(slope.abs().max()) <= 1e-9 * max(scale, 1e-3),
         "credible": reached >= -1e-9,
-        "far enough": math.isclose(share, 1.0) or abs(reached) < 1e-9,
+        "far enough": math.isclose(whole, 1.0) or abs(reached) < 1e-9,
         "smallest": all(
-            float(dense.predicted({n: t * v for n, v in taken.items()})) > floor - 1e-9
+            float(dense.predicted({n: t * v for n, v in end.items()})) > floor - 1e-9
             for t in (0.25, 0.5, 0.75)
         ),
         "ends": max(map(float, ends.values())) < 1e-9,
         "decrease": math.isclose(
             report.predicted_decrease,
-            dense.loss - floor - reached,
+            dense.loss - float(dense.predicted(taken)),
             rel_tol=1e-8,
             abs_tol=1e-12,
         ),
@@ -440,7 +444,7 @@ def test_one_step_that_went_too_far_is_forgotten(seed, true):
         curvature = short @ found.curvature @ short
         trust = motion.renewed(trust, curvature, torch.zeros(()), some_rows=False)
     _, last = motion.corrected(found, trust)
-    assert last == 1.0, (first, last)
+    assert last <= 100.0 / 1.5 * (1.0 + 1e-9), (first, last)
 
 
 @given(seed=SEEDS)

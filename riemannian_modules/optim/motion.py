@@ -40,7 +40,7 @@ _SLACK = 1.5
 # After a step far too long all are short, and weigh nothing in sums beside it: so it
 # counts for no more than this. With all rows it was the point that was another, and
 # steps that went as foreseen take it back.
-_WORST, _FORGIVEN = 1e4, 0.25
+_WORST, _FAR, _FORGIVEN = 1e4, 100.0, 0.25
 # The reach follows slowly, since one batch says little of it, and never below a tenth,
 # since steps that hardly move learn nothing any more.
 _PATIENCE, _GAIN, _SHORTEST = 0.9, 0.05, 0.1
@@ -206,7 +206,7 @@ def renewed(
     """
     measured, expected, rest, own, right, whole, reach = trust.unbind()
     if not some_rows:
-        met = curvature <= _SLACK * (own + rest)
+        met = (curvature <= _SLACK * (own + rest)) & (measured > _FAR * expected)
         measured = torch.where(met, _FORGIVEN * measured, measured)
     found = torch.minimum(curvature - rest, _WORST * own)
     measured = _MEMORY * measured + (1.0 - _MEMORY) * found
