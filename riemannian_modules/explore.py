@@ -14,7 +14,7 @@ from riemannian_modules.errors import LinearizationError, NotRecordedError
 from riemannian_modules.heads import Rows
 from riemannian_modules.layout import Layout, bit_probes, find_layout, is_linear
 from riemannian_modules.linearization import Linearization
-from riemannian_modules.linearize import Graph, assemble, taken_apart
+from riemannian_modules.linearize import Graph, Rounds, assemble, taken_apart
 from riemannian_modules.reverse import joint
 from riemannian_modules.rules.job import UnexplainedError
 from riemannian_modules.tape import Tape, Use
@@ -148,19 +148,23 @@ def _agreed(
     reached = {k for _, truth in truths for k, g in truth.items() if g is not None}
     unreached = {declared.name for declared in parameters} - reached
     _explain_paths(watch, tape, outputs, parameters)
+    rounds = Rounds()
+    before: dict[_Looked, _Told] = {}
     while True:
         if watch.seek(tape):
             known, _ = again()
         uses = watch.explaining(tape)
         carried = [known[position[id(use)]] for use in uses]
-        try:
-            layouts, certain = _layouts(watch, uses, carried, first, n, tape.rounding)
-            graph = Graph(True, layouts, [], unreached=unreached)
+        rounds.begin(watch, uses)
+        found, certain = _layouts(
+            watch, uses, carried, first, n, tape.rounding, before, rounds.failed
+        )
+        graph = Graph(True, found, [], unreached=unreached)
+        if not rounds.failed:
             needed = [narrowed(each, stop) for each in carried]
-            whole = assemble(watch, uses, [needed], graph, n)
-        except UnexplainedError as error:
-            for name in error.names:
-                watch.raise_up(name, tape, error.reason)
+            whole = assemble(watch, uses, [needed], graph, n, rounds)
+        if rounds.failed:
+            _hand_up(watch, tape, rounds.failed)
             continue
         if not whole.uses:
             raise NotRecordedError(
@@ -179,6 +183,21 @@ def _agreed(
             watch.raise_up(name, tape, reason)
 
 
+def _hand_up(watch: Watch, tape: Tape, failed: Sequence[UnexplainedError]) -> None:
+    """Hand up what a round could not explain, each parameter once."""
+    done: set[str] = set()
+    for error in failed:
+        for name in error.names:
+            if name not in done:
+                done.add(name)
+                watch.raise_up(name, tape, error.reason)
+
+
+# A use as it was looked into, and for each of its outputs the layout and if it is sure.
+_Looked = tuple[Use, tuple[int, ...]]
+_Told = list[tuple[Layout | None, bool]]
+
+
 def _layouts(
     watch: Watch,
     uses: Sequence[Use],
@@ -186,36 +205,48 @@ def _layouts(
     first: int,
     examples: int,
     rounding: float,
+    before: dict[_Looked, _Told],
+    failed: list[UnexplainedError],
 ) -> tuple[list[tuple[Layout, ...]], bool]:
     """Return where the examples are in the outputs of every use; and if that is sure.
 
+    What is found stays in ``before``, for the next round; that they are nowhere in a
+    use's output goes to ``failed``.
+
     Raises:
-        UnexplainedError: they are nowhere in a use's output.
         LinearizationError: something changes the cotangents on their way.
     """
-    found, certain = [], True
+    found: list[tuple[Layout, ...]] = []
+    certain = True
     for use, cotangents in zip(uses, carried, strict=True):
+        key = use, use.sought
+        if key not in before:
+            told: _Told = []
+            for each in cotangents:
+                if each is None:
+                    told.append((Layout(), True))
+                    continue
+                told.append(find_layout(each[first:], examples))
+                if not is_linear(each[first:], rounding):
+                    if failed:
+                        # What failed before it comes first.
+                        return found, certain
+                    raise LinearizationError(
+                        f"at {use.label} the way back is not linear: a hook changes "
+                        "the gradients that arrive there; remove it, and use the .grad "
+                        "that metric.backward leaves if you want to clip"
+                    )
+            before[key] = told
         layouts = []
-        for place, each in enumerate(cotangents):
-            if each is None:
-                layouts.append(Layout())
-                continue
-            layout, told = find_layout(each[first:], examples)
-            certain = certain and told
-            if not is_linear(each[first:], rounding):
-                raise LinearizationError(
-                    f"at {use.label} the way back is not linear: a hook changes the "
-                    "gradients that arrive there; remove it, and use the .grad that "
-                    "metric.backward leaves if you want to clip"
-                )
-            if layout is None and place >= len(use.places):
-                # The rule says whether it can do without.
-                layout = Layout(-1)
-            if layout is None:
-                raise UnexplainedError(
-                    watch.names_of(use), _apart_no_more(use, uses, each, examples)
-                )
-            layouts.append(layout)
+        for place, (layout, sure) in enumerate(before[key]):
+            certain = certain and sure
+            if layout is None and place < len(use.places):
+                each = cotangents[place]
+                assert each is not None
+                reason = _apart_no_more(use, uses, each, examples)
+                failed.append(UnexplainedError(watch.names_of(use), reason))
+            # Of places inside it the rule says whether it can do without.
+            layouts.append(Layout(-1) if layout is None else layout)
         found.append(tuple(layouts))
     return found, certain
 
