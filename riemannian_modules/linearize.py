@@ -175,7 +175,8 @@ def assemble(
         together: list[Carried] | None = None
         jobs: list[Job] = watch.jobs[use.name]
         while len(graph.memos) <= index:
-            graph.memos.append([{} for _ in jobs])
+            skipped = uses[len(graph.memos)].name
+            graph.memos.append([{} for _ in watch.jobs[skipped]])
         memos = graph.memos[index]
         for number, job in enumerate(jobs):
             before = None if rounds is None else rounds.made.get(asked(use, job))
