@@ -10,7 +10,9 @@ from torch.nn import functional
 
 import riemannian_modules as rm
 from riemannian_modules import explore, linearize, probing
+from riemannian_modules.carry import carry_to
 from riemannian_modules.layout import Fitting, Layout, probe_masks, probes
+from riemannian_modules.rules.job import explained
 
 
 class Adapted(nn.Module):
@@ -41,7 +43,7 @@ def test_modules_to_replay_are_found_in_one_round_and_asked_once(
     count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rounds, asked = [], []
-    assemble, explained = linearize.assemble, linearize.explained
+    assemble = linearize.assemble
 
     def counted(*args: Any) -> Any:
         rounds.append(len(args[1]))
@@ -141,7 +143,6 @@ def test_probes_are_let_go_and_no_place_is_reached_twice(
 ) -> None:
     carried: list[tuple[int, int]] = []
     places: list[object] = []
-    carry_to = probing.carry_to
 
     def counted(edges: Any, outputs: Any, stacks: Any, **how: Any) -> Any:
         carried.append((len(edges), len(stacks[0])))
