@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from riemannian_modules.errors import NotRecordedError
 from riemannian_modules.layout import Layout, keeps_apart
@@ -11,17 +12,24 @@ from riemannian_modules.reverse import joint, rescaled, reverse_passes, unit_sca
 from riemannian_modules.tape import Use
 
 __all__ = [
+    "NOT_FROM_IT",
     "Carried",
     "between",
     "by_use",
     "carry",
+    "carry_to",
     "in_float16",
     "in_place",
-    "narrowed",
+    "require_some",
 ]
 
 # What comes to the outputs of a use, and to the linear maps inside it.
 Carried = tuple[Tensor | None, ...]
+
+NOT_FROM_IT = (
+    "these outputs do not come from the recorded pass; call the model inside "
+    "metric.record() and hand on what it returned"
+)
 
 
 def carry(
@@ -49,15 +57,62 @@ def carry(
         NotRecordedError: the outputs do not come from the recorded pass, or there is
             neither an output metric nor a loss.
     """
+    require_some(stacks)
+    edges = [edge for use in uses for edge in use.edges]
+    passes, batched = carry_to(
+        edges,
+        outputs,
+        stacks,
+        half=in_float16(uses, outputs),
+        batched=batched,
+        keep=keep,
+    )
+    if all(each is None for flat in passes for each in flat):
+        raise NotRecordedError(NOT_FROM_IT)
+    return [by_use(uses, flat) for flat in passes], batched
+
+
+def require_some(stacks: Sequence[Tensor]) -> None:
+    """Check that there is something to carry.
+
+    Args:
+        stacks: cotangents at each output, none of them without a metric and a loss.
+
+    Raises:
+        NotRecordedError: there is not.
+    """
     if not stacks:
         raise NotRecordedError(
             "there is nothing to pull back: the metric was built with output=None and "
             "no loss was given; use metric.backward(loss, outputs)"
         )
-    edges = [edge for use in uses for edge in use.edges]
+
+
+def carry_to(
+    edges: Sequence[GradientEdge],
+    outputs: Sequence[Tensor],
+    stacks: Sequence[Tensor],
+    *,
+    half: bool,
+    batched: bool | None,
+    keep: bool,
+) -> tuple[list[list[Tensor | None]], bool]:
+    """Carry cotangents down to places in the graph.
+
+    Args:
+        edges: the places.
+        outputs: the model's outputs.
+        stacks: cotangents at each output, ``(k, n, *output)``.
+        half: whether float16 is on the way.
+        batched: see :func:`riemannian_modules.reverse.reverse_passes`.
+        keep: whether to keep the graph.
+
+    Returns:
+        As :func:`riemannian_modules.reverse.reverse_passes`.
+    """
     active = [i for i, output in enumerate(outputs) if output.requires_grad]
     back = None
-    if in_float16(uses, outputs):
+    if half:
         stacks, back = unit_scaled(stacks)
     passes, batched = reverse_passes(
         [outputs[i] for i in active],
@@ -69,12 +124,7 @@ def carry(
     if back is not None:
         flat = joint(passes)
         passes = [[None if each is None else rescaled(each, back) for each in flat]]
-    if all(each is None for flat in passes for each in flat):
-        raise NotRecordedError(
-            "these outputs do not come from the recorded pass; call the model inside "
-            "metric.record() and hand on what it returned"
-        )
-    return [by_use(uses, flat) for flat in passes], batched
+    return passes, batched
 
 
 def in_float16(uses: Sequence[Use], outputs: Sequence[Tensor]) -> bool:
@@ -98,11 +148,6 @@ def by_use(uses: Sequence[Use], flat: Sequence[Tensor | None]) -> list[Carried]:
 
 def _in_shape(carried: Tensor | None, shape: torch.Size) -> Tensor | None:
     return None if carried is None else carried.reshape(len(carried), *shape)
-
-
-def narrowed(carried: Carried, stop: int) -> Carried:
-    """Return the first cotangents only."""
-    return tuple(None if each is None else each[:stop] for each in carried)
 
 
 def between(carried: Sequence[Carried], start: int, stop: int) -> list[Carried]:

@@ -1,21 +1,21 @@
 """The first pass through a graph: what it looks like, and whether all is explained."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from riemannian_modules.carry import Carried, carry, narrowed
+from riemannian_modules.carry import NOT_FROM_IT, require_some
 from riemannian_modules.checks import disagreements, parameters_reached
 from riemannian_modules.declared import DeclaredParameters
 from riemannian_modules.errors import LinearizationError, NotRecordedError
 from riemannian_modules.heads import Rows
-from riemannian_modules.layout import Layout, bit_probes, find_layout, is_linear
+from riemannian_modules.layout import Layout
 from riemannian_modules.linearization import Linearization
-from riemannian_modules.linearize import Graph, assemble, taken_apart
-from riemannian_modules.reverse import joint
+from riemannian_modules.linearize import Graph, Rounds, assemble, taken_apart
+from riemannian_modules.probing import Probing
 from riemannian_modules.rules.job import UnexplainedError
 from riemannian_modules.tape import Tape, Use
 from riemannian_modules.watch import Watch, above
@@ -33,6 +33,8 @@ def explore(
     rows: Rows,
     expected: Mapping[str, Tensor | None] | None,
     parameters: DeclaredParameters,
+    *,
+    pays: bool,
 ) -> tuple[Linearization, Graph, bool]:
     """Linearise a graph that was not seen before, and make sure of it.
 
@@ -48,6 +50,7 @@ def explore(
         rows: what is carried down.
         expected: autograd's gradient, or None without a loss.
         parameters: the model's parameters.
+        pays: whether it pays to carry several cotangents at once.
 
     Returns:
         The linearisation, what is known about the graph now, and whether that is
@@ -58,31 +61,23 @@ def explore(
             examples interact; names it.
         NotRecordedError: the outputs do not come from the recorded pass.
     """
-    probes = [bit_probes(output.detach()) for output in outputs]
-    stacks = [
-        torch.cat([stack, probe])
-        for stack, probe in zip(rows.stacks, probes, strict=False)
-    ]
-
-    def carried() -> tuple[list[Carried], bool]:
-        passes, batched = carry(tape.uses, outputs, stacks, batched=None)
-        return [tuple(joint(own)) for own in zip(*passes, strict=True)], batched
-
-    known, batched = carried()
+    require_some(rows.stacks)
+    _require_recorded(tape, outputs)
     _refuse_nested_heads(outputs)
+    probing = Probing(tape, outputs, rows, pays=pays)
     truths = [] if expected is None else [(rows.rank, expected)]
     # At an optimum the costate vanishes and tells nothing; the probes always do.
-    for index in range(min(2, len(probes[0]))):
-        truth = _pulled_back(outputs, [probe[index] for probe in probes], parameters)
+    for index, probes in enumerate(zip(*probing.kept, strict=True)):
+        truth = _pulled_back(outputs, probes, parameters)
         truths.append((rows.count + index, truth))
     try:
         found, graph, certain = _agreed(
-            watch, tape, outputs, rows, truths, parameters, known, carried
+            watch, tape, outputs, rows, truths, parameters, probing
         )
     except Exception:
         watch.forget()
         raise
-    graph.batched = batched
+    graph.batched = bool(probing.batched)
     watch.keep()
     return found, graph, certain
 
@@ -108,6 +103,26 @@ def _pulled_back(
         d.name: g.to_dense() if g is not None and g.is_sparse else g
         for d, g in zip(declared, grads, strict=True)
     }
+
+
+def _require_recorded(tape: Tape, outputs: Sequence[Tensor]) -> None:
+    """Check that the outputs come from some recorded call, before any is blamed.
+
+    Raises:
+        NotRecordedError: they do not.
+    """
+    ends = {edge.node for use in tape.uses for edge in use.edges}
+    waiting = [z.grad_fn for z in outputs]
+    seen: set[Node] = set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        if node in ends:
+            return
+        seen.add(node)
+        waiting += [following for following, _ in node.next_functions]
+    raise NotRecordedError(NOT_FROM_IT)
 
 
 def _refuse_nested_heads(outputs: Sequence[Tensor]) -> None:
@@ -139,28 +154,25 @@ def _agreed(
     rows: Rows,
     truths: Sequence[tuple[int, Mapping[str, Tensor | None]]],
     parameters: DeclaredParameters,
-    known: Sequence[Carried],
-    again: Callable[[], tuple[Sequence[Carried], bool]],
+    probing: Probing,
 ) -> tuple[Linearization, Graph, bool]:
-    position = {id(use): i for i, use in enumerate(tape.uses)}
-    first, n = rows.count, len(outputs[0])
-    stop = max((index for index, _ in truths), default=first) + 1
+    n = len(outputs[0])
     reached = {k for _, truth in truths for k, g in truth.items() if g is not None}
     unreached = {declared.name for declared in parameters} - reached
     _explain_paths(watch, tape, outputs, parameters)
+    rounds = Rounds()
     while True:
-        if watch.seek(tape):
-            known, _ = again()
+        watch.seek(tape)
         uses = watch.explaining(tape)
-        carried = [known[position[id(use)]] for use in uses]
-        try:
-            layouts, certain = _layouts(watch, uses, carried, first, n, tape.rounding)
-            graph = Graph(True, layouts, [], unreached=unreached)
-            needed = [narrowed(each, stop) for each in carried]
-            whole = assemble(watch, uses, [needed], graph, n)
-        except UnexplainedError as error:
-            for name in error.names:
-                watch.raise_up(name, tape, error.reason)
+        probing.reach(uses)
+        rounds.begin(watch, uses)
+        found, certain = _layouts(watch, uses, probing, n, rounds.failed)
+        graph = Graph(True, found, [], unreached=unreached)
+        if not rounds.failed:
+            carried = list(map(probing.cotangents, uses))
+            whole = assemble(watch, uses, [carried], graph, n, rounds)
+        if rounds.failed:
+            _hand_up(watch, tape, rounds.failed)
             continue
         if not whole.uses:
             raise NotRecordedError(
@@ -179,43 +191,51 @@ def _agreed(
             watch.raise_up(name, tape, reason)
 
 
+def _hand_up(watch: Watch, tape: Tape, failed: Sequence[UnexplainedError]) -> None:
+    """Hand up what a round could not explain, each parameter once."""
+    done: set[str] = set()
+    for error in failed:
+        for name in error.names:
+            if name not in done:
+                done.add(name)
+                watch.raise_up(name, tape, error.reason)
+
+
 def _layouts(
     watch: Watch,
     uses: Sequence[Use],
-    carried: Sequence[Carried],
-    first: int,
+    probing: Probing,
     examples: int,
-    rounding: float,
+    failed: list[UnexplainedError],
 ) -> tuple[list[tuple[Layout, ...]], bool]:
     """Return where the examples are in the outputs of every use; and if that is sure.
 
+    That they are nowhere in a use's output goes to ``failed``.
+
     Raises:
-        UnexplainedError: they are nowhere in a use's output.
         LinearizationError: something changes the cotangents on their way.
     """
-    found, certain = [], True
-    for use, cotangents in zip(uses, carried, strict=True):
+    found: list[tuple[Layout, ...]] = []
+    certain = True
+    for use in uses:
         layouts = []
-        for place, each in enumerate(cotangents):
-            if each is None:
-                layouts.append(Layout())
-                continue
-            layout, told = find_layout(each[first:], examples)
-            certain = certain and told
-            if not is_linear(each[first:], rounding):
+        for place, seen in enumerate(probing.of(use)):
+            certain = certain and seen.certain
+            if not seen.linear:
+                if failed:
+                    # What failed before it comes first.
+                    return found, certain
                 raise LinearizationError(
                     f"at {use.label} the way back is not linear: a hook changes the "
                     "gradients that arrive there; remove it, and use the .grad that "
                     "metric.backward leaves if you want to clip"
                 )
-            if layout is None and place >= len(use.places):
-                # The rule says whether it can do without.
-                layout = Layout(-1)
-            if layout is None:
-                raise UnexplainedError(
-                    watch.names_of(use), _apart_no_more(use, uses, each, examples)
-                )
-            layouts.append(layout)
+            if seen.layout is None and place < len(use.places):
+                assert seen.cotangents is not None
+                reason = _apart_no_more(use, uses, seen.cotangents, examples)
+                failed.append(UnexplainedError(watch.names_of(use), reason))
+            # Of places inside it the rule says whether it can do without.
+            layouts.append(seen.layout or Layout(-1))
         found.append(tuple(layouts))
     return found, certain
 

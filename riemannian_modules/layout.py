@@ -1,7 +1,9 @@
 """Where the examples of a batch are in a tensor inside the model."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import torch
 from torch import Tensor
@@ -9,12 +11,12 @@ from torch import Tensor
 from riemannian_modules.errors import LinearizationError
 
 __all__ = [
+    "Fitting",
     "Layout",
-    "bit_probes",
     "candidates",
-    "find_layout",
-    "is_linear",
     "keeps_apart",
+    "probe_masks",
+    "probes",
     "random_scales",
     "scaled_examples",
 ]
@@ -79,31 +81,53 @@ def candidates(shape: Sequence[int], examples: int) -> Iterator[Layout]:
             yield from (Layout(dim, major) for major in (True, False))
 
 
-def bit_probes(outputs: Tensor) -> Tensor:
-    """Return cotangents that tell the examples apart.
+def probe_masks(n: int, device: torch.device) -> Tensor:
+    """Return which examples each probe is for.
 
-    The first is for all examples. Then there are two for each binary digit of an
-    example's index: for the examples where it is 1, and for those where it is 0. Of any
-    two examples one is there and the other is not.
+    The first is for all examples. Each example is in the same number of the others,
+    half of them, and no two are in the same ones. So of any two examples each is
+    somewhere where the other is not, and no fewer probes do that (Sperner).
+
+    Args:
+        n: number of examples.
+        device: where they are.
+
+    Returns:
+        ``(1 + k, n)``, boolean, with ``n <= comb(k, k // 2)``.
+
+    >>> probe_masks(3, torch.device("cpu")).int()
+    tensor([[1, 1, 1],
+            [1, 0, 0],
+            [0, 1, 0],
+            [0, 0, 1]], dtype=torch.int32)
+    """
+    count = 0
+    while n > 1 and math.comb(count, count // 2) < n:
+        count += 1
+    masks = torch.zeros(1 + count, n, dtype=torch.bool)
+    masks[0] = True
+    if count:
+        total = math.comb(count, count // 2)
+        # From all of them, so that every probe is for about half of the examples.
+        chosen = {index * total // n: index for index in range(n)}
+        for index, places in enumerate(combinations(range(1, 1 + count), count // 2)):
+            if index in chosen:
+                masks[list(places), chosen[index]] = True
+    return masks.to(device)
+
+
+def probes(outputs: Tensor, masks: Tensor) -> Tensor:
+    """Return cotangents that are zero for all examples that are not in a mask.
 
     Args:
         outputs: ``(n, *output)``.
+        masks: of :func:`probe_masks`, ``(k, n)``.
 
     Returns:
-        ``(1 + 2 b, n, *output)`` with b binary digits of n - 1.
+        ``(k, n, *output)``.
     """
-    n = len(outputs)
-    digits = _digits(n, outputs.device)
-    masks = torch.cat([torch.ones_like(digits[:1]), digits, 1 - digits])
-    if n == 1:
-        masks = torch.ones(1, 1, dtype=torch.long, device=outputs.device)
     pattern = _pattern(outputs)
     return masks.to(pattern).view(*masks.shape, *[1] * (outputs.ndim - 1)) * pattern
-
-
-def _digits(n: int, device: torch.device) -> Tensor:
-    bits = torch.arange((n - 1).bit_length(), device=device).unsqueeze(1)
-    return torch.arange(n, device=device).bitwise_right_shift(bits) & 1
 
 
 def _pattern(outputs: Tensor) -> Tensor:
@@ -170,60 +194,104 @@ def keeps_apart(
     return not bool((error > allowed).any())
 
 
-def find_layout(probes: Tensor, examples: int) -> tuple[Layout | None, bool]:
-    """Find where the examples are from what the probes of the outputs have become.
+class Fitting:
+    """What the probes of the outputs have become at a tensor, one after the other.
 
     A gradient is a sum over examples and does not notice rows that end up in another
-    example; where a probe leaves an example out, its part must stay exactly zero.
+    example; where a probe leaves an example out, its part must stay exactly zero. And
+    what is carried must be linear: all others add up to a multiple of the first.
 
     Args:
-        probes: the cotangents of :func:`bit_probes`, carried to a tensor of the model,
-            ``(k, *shape)``.
-        examples: number n of examples.
-
-    Returns:
-        The layout, or None if there is none: the examples interact, or the tensor is
-        shared by all. And whether it is certain: not where the probes vanish, or fit
-        more than one layout.
-    """
-    shape = probes.shape[1:]
-    possible = list(candidates(shape, examples))
-    if examples == 1:
-        # Any layout is right; a dimension of size one that is no feature is likeliest.
-        likely = [each for each in possible if each.dim < len(shape) - 1]
-        return next(iter(likely), Layout()), True
-    if probes.is_meta:
-        return next(iter(possible), None), True
-    digits = _digits(examples, probes.device)
-    absent = torch.cat([torch.zeros_like(digits[:1]), 1 - digits, digits]).bool()
-    # A value that is not finite is another error, found with the gradient.
-    touched = (probes != 0) & torch.isfinite(probes)
-    fitting = []
-    for layout in possible:
-        front = layout.front(touched, examples, 1)
-        by_example = front.reshape(*front.shape[:2], -1).any(-1)
-        if not bool((by_example & absent).any()):
-            fitting.append(layout)
-    certain = len(fitting) == 1 and bool(touched.any())
-    return (fitting[0] if fitting else None), certain
-
-
-def is_linear(probes: Tensor, rounding: float = 0.0) -> bool:
-    """Whether the parts of :func:`bit_probes` add up to the whole, as carried.
-
-    Args:
-        probes: as in :func:`find_layout`.
+        shape: that of a tensor of the model.
+        masks: the examples of all probes, :func:`probe_masks`.
         rounding: the unit of rounding on the way, where it is not that of the probes.
-
-    Returns:
-        Whether they do.
     """
-    if probes.is_meta or len(probes) == 1 or probes.numel() == 0:
-        return True
-    bits = (len(probes) - 1) // 2
-    whole, ones, zeros = probes[:1], probes[1 : 1 + bits], probes[1 + bits :]
-    error = (ones + zeros - whole).abs()
-    size = ones.abs() + zeros.abs() + whole.abs()
-    tolerance = max(rounding, torch.finfo(probes.dtype).eps) ** 0.5
-    finite = torch.isfinite(error)
-    return not bool(((error > tolerance * (size + size.amax())) & finite).any())
+
+    def __init__(
+        self, shape: Sequence[int], masks: Tensor, rounding: float = 0.0
+    ) -> None:
+        self._masks, self._rounding = masks, rounding
+        self._n = masks.shape[1]
+        self._left = list(candidates(shape, self._n))
+        self._sure, self._seen = self._n == 1, 0
+        self._meta = False
+        self._error: Tensor | None = None
+        self._largest = 0.0
+        if self._n == 1:
+            # Any is right; a dimension of size one that is no feature is likeliest.
+            likely = [each for each in self._left if each.dim < len(shape) - 1]
+            self._left = [next(iter(likely), Layout())]
+
+    def see(self, carried: Tensor) -> None:
+        """Look at the next probes.
+
+        Args:
+            carried: what they have become, ``(k, *shape)``.
+        """
+        masks = self._masks[self._seen : self._seen + len(carried)]
+        self._meta = carried.is_meta
+        if self._n > 1 and not self._meta and carried.numel() > 0:
+            self._compare(carried, masks)
+            self._add(carried)
+        self._seen += len(carried)
+
+    def _compare(self, carried: Tensor, masks: Tensor) -> None:
+        fitting, largest = [], None
+        for layout in self._left:
+            front = layout.front(carried, self._n, 1)
+            touched, largest = _touched(front)
+            if not bool((touched & ~masks).any()):
+                fitting.append(layout)
+                self._sure = self._sure or bool(touched.any())
+        self._left = fitting
+        if largest is None:
+            largest = _largest(carried)
+        # NaN is larger than all.
+        if not largest <= self._largest:
+            self._largest = largest
+
+    def _add(self, carried: Tensor) -> None:
+        each = carried.float() if carried.itemsize < 4 else carried
+        if self._error is None:
+            self._rounding = max(self._rounding, torch.finfo(carried.dtype).eps)
+            times = int(self._masks[1:, 0].sum())
+            self._error, each = each[0] * -times, each[1:]
+        for one in each:
+            self._error += one
+
+    @property
+    def found(self) -> tuple[Layout | None, bool]:
+        """The layout, or None if there is none.
+
+        Then the examples interact, or the tensor is shared by all. And whether it is
+        certain: not where the probes vanish, or fit more than one layout.
+        """
+        sure = self._meta or (self._sure and len(self._left) == 1)
+        return next(iter(self._left), None), sure
+
+    def is_linear(self) -> bool:
+        """Whether the probes add up, as carried, once all were looked at."""
+        if self._error is None:
+            return True
+        assert self._seen == len(self._masks)
+        error, self._error = _largest(self._error), None
+        allowed = 2.0 * self._rounding**0.5 * self._largest
+        # Values that are not finite are another error, found with the gradient.
+        return not (math.isfinite(error) and error > allowed)
+
+
+def _touched(front: Tensor) -> tuple[Tensor, float]:
+    """Return where something is, ``(k, n)``, of ``(k, n, *rest)``; and the largest."""
+    # A fifth of the time that comparing all entries takes, and as exact.
+    rest = tuple(range(2, front.ndim))
+    low, high = (front.amin(rest), front.amax(rest)) if rest else (front, front)
+    largest = max(-float(low.amin()), float(high.amax()))
+    if math.isfinite(largest):
+        return (low != 0) | (high != 0), largest
+    there = (front != 0) & torch.isfinite(front)
+    return (there.flatten(2).any(-1) if rest else there), largest
+
+
+def _largest(values: Tensor) -> float:
+    low, high = values.aminmax()
+    return max(-float(low), float(high))

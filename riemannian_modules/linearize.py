@@ -10,7 +10,7 @@ example.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,13 +18,14 @@ from torch import Tensor
 
 from riemannian_modules.carry import Carried
 from riemannian_modules.deferred import Deferred
+from riemannian_modules.errors import LinearizationError
 from riemannian_modules.factors import MetricFactor, joined, summed, under_each_other
 from riemannian_modules.heads import Rows
 from riemannian_modules.layout import Layout
 from riemannian_modules.linearization import Linearization
 from riemannian_modules.place import Place
 from riemannian_modules.reverse import FEW, joint
-from riemannian_modules.rules import GENERIC, SHARED, Call, Inside
+from riemannian_modules.rules import GENERIC, SHARED, Call, Entry, Inside
 from riemannian_modules.rules.job import Job, UnexplainedError, explained
 from riemannian_modules.tape import Use
 from riemannian_modules.watch import Watch
@@ -32,6 +33,7 @@ from riemannian_modules.watch import Watch
 __all__ = [
     "Assembled",
     "Graph",
+    "Rounds",
     "assemble",
     "taken_apart",
 ]
@@ -104,12 +106,46 @@ def _rows(
     return chosen[0] if len(chosen) == 1 else under_each_other(chosen, known)
 
 
+Question = tuple[Use, Entry, tuple[str, ...], tuple[int, ...]]
+Answers = tuple[dict[str, Any], list[dict[str, MetricFactor]]]
+
+
+def asked(use: Use, job: Job) -> Question:
+    """Return what tells one question to a rule from another, in one first pass."""
+    return use, job.entry, job.names, use.sought
+
+
+@dataclass
+class Rounds:
+    """What is kept while parameters are handed up, round after round.
+
+    Attributes:
+        made: for each question the memo and the factors of an earlier round.
+        failed: what the last round could not explain, the first reason first.
+    """
+
+    made: dict[Question, Answers] = field(default_factory=dict)
+    failed: list[UnexplainedError] = field(default_factory=list)
+
+    def begin(self, watch: Watch, uses: Sequence[Use]) -> None:
+        """Forget what failed, and what is no longer asked.
+
+        Args:
+            watch: what explains which parameter now.
+            uses: the calls that do.
+        """
+        self.failed = []
+        now = {asked(use, job) for use in uses for job in watch.jobs[use.name]}
+        self.made = {key: made for key, made in self.made.items() if key in now}
+
+
 def assemble(
     watch: Watch,
     uses: Sequence[Use],
     passes: Sequence[Sequence[Carried]],
     graph: Graph,
-    examples: int,
+    n: int,
+    rounds: Rounds | None = None,
 ) -> Assembled:
     """Return the factor of every parameter, one row for each cotangent and example.
 
@@ -118,13 +154,15 @@ def assemble(
         uses: recorded calls.
         passes: what each reverse pass carried down to their outputs.
         graph: layouts and memos of the uses.
-        examples: number of examples.
+        n: number of examples.
+        rounds: what earlier rounds made, which is not made again, and where to put
+            what fails in this one; without it the first that fails is raised.
 
     Returns:
-        The factors.
+        The factors; where something failed, not all of them.
 
     Raises:
-        UnexplainedError: a rule refuses a call.
+        UnexplainedError: a rule refuses a call, and there is nowhere to put that.
         LinearizationError: a rule fails or returns what does not fit.
     """
     found: dict[str, list[list[MetricFactor]]] = {}
@@ -137,42 +175,73 @@ def assemble(
         together: list[Carried] | None = None
         jobs: list[Job] = watch.jobs[use.name]
         while len(graph.memos) <= index:
-            graph.memos.append([{} for _ in jobs])
-        for job, memo in zip(jobs, graph.memos[index], strict=True):
-            _require_explicable(use, job)
-            pieces = own
-            few = len(own) <= FEW or _large(own[0])
-            if len(own) > 1 and not (job.entry.apart and few):
-                together = together or [tuple(joint(own))]
-                pieces = together
-            count, layouts = len(use.places), graph.layouts[index]
-            for cotangents in pieces:
-                call = Call(
-                    use.module,
-                    use.args,
-                    use.kwargs,
-                    use.places,
-                    cotangents[:count],
-                    layouts[:count],
-                    examples,
-                    job.wanted,
-                    use.label,
-                    use.values,
-                    memo,
-                    watch.name_of,
-                    tuple(
-                        map(_inside, use.inside, cotangents[count:], layouts[count:])
-                    ),
-                )
-                for name, factor in explained(job, call).items():
-                    if name in graph.unreached:
-                        continue
-                    known = found.setdefault(name, [])
-                    if cotangents is pieces[0]:
-                        known.append([factor])
-                    else:
-                        known[-1].append(factor)
-    return Assembled(examples, found)
+            skipped = uses[len(graph.memos)].name
+            graph.memos.append([{} for _ in watch.jobs[skipped]])
+        memos = graph.memos[index]
+        for number, job in enumerate(jobs):
+            before = None if rounds is None else rounds.made.get(asked(use, job))
+            if before is not None:
+                memos[number], answers = before
+            else:
+                pieces = own
+                few = len(own) <= FEW or _large(own[0])
+                if len(own) > 1 and not (job.entry.apart and few):
+                    together = together or [tuple(joint(own))]
+                    pieces = together
+                try:
+                    _require_explicable(use, job)
+                    answers = [
+                        explained(
+                            job, _call(watch, use, job, piece, graph, index, number, n)
+                        )
+                        for piece in pieces
+                    ]
+                except UnexplainedError as error:
+                    if rounds is None:
+                        raise
+                    rounds.failed.append(error)
+                    continue
+                except LinearizationError:
+                    # What failed before it comes first.
+                    if rounds is None or not rounds.failed:
+                        raise
+                    return Assembled(n, found)
+                if rounds is not None:
+                    rounds.made[asked(use, job)] = memos[number], answers
+            for name in answers[0]:
+                if name not in graph.unreached:
+                    factors = [answer[name] for answer in answers]
+                    found.setdefault(name, []).append(factors)
+    return Assembled(n, found)
+
+
+def _call(
+    watch: Watch,
+    use: Use,
+    job: Job,
+    cotangents: Carried,
+    graph: Graph,
+    index: int,
+    number: int,
+    n: int,
+) -> Call:
+    """Return what a rule is asked about a use, the ``index``-th of all."""
+    count, layouts = len(use.places), graph.layouts[index]
+    return Call(
+        use.module,
+        use.args,
+        use.kwargs,
+        use.places,
+        cotangents[:count],
+        layouts[:count],
+        n,
+        job.wanted,
+        use.label,
+        use.values,
+        graph.memos[index][number],
+        watch.name_of,
+        tuple(map(_inside, use.inside, cotangents[count:], layouts[count:])),
+    )
 
 
 def _inside(place: Place, cotangent: Tensor | None, layout: Layout) -> Inside:

@@ -237,13 +237,15 @@ class Recorder:
                     metric.require_order(end.detach(), costate)
         # Where something above has to explain a parameter, it must have been recorded.
         self._exploring = True
+        (_, _, operations), _, _ = self._survey(tape.uses, ends, loss)
+        pays = batching_pays(operations, ends[0].device)
         with torch.no_grad():
             rows = output_rows(heads, costates, reduction)
             if costates is not None:
                 require_whitened(heads, rows, reduction)
             try:
                 found, graph, certain = explore(
-                    self.watch, tape, ends, rows, expected, self._parameters
+                    self.watch, tape, ends, rows, expected, self._parameters, pays=pays
                 )
             except LinearizationError as error:
                 if not tape.partial:
@@ -255,7 +257,6 @@ class Recorder:
                 self._forget()
             uses = self.watch.explaining(tape)
             key, moving, _ = self._survey(uses, ends, loss)
-            graph.batched = graph.batched and batching_pays(key[-1], ends[0].device)
             graph.alone = travels_alone(rows, graph, probes=moving)
             self.graphs[key] = graph
         return found

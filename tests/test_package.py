@@ -37,7 +37,7 @@ LAYERS = (
     {"declared", "reverse"},
     {"heads", "watch", "weights"},
     {"carry", "checks", "deferred", "linearization", "linearize", "whitening"},
-    {"assembly", "carry_rows", "explore", "joining", "rows"},
+    {"assembly", "carry_rows", "explore", "joining", "probing", "rows"},
     {"exchange", "graph_kinds", "survey"},
     {"gradients", "recorder"},
     {"model_metric"},
