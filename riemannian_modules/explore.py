@@ -83,7 +83,7 @@ def explore(
         watch.forget()
         raise
     graph.batched = batched
-    watch.keep()
+    watch.keep(graph.unreached)
     return found, graph, certain
 
 

@@ -138,7 +138,11 @@ def assemble(
         jobs: list[Job] = watch.jobs[use.name]
         while len(graph.memos) <= index:
             graph.memos.append([{} for _ in jobs])
-        for job, memo in zip(jobs, graph.memos[index], strict=True):
+        for whole, memo in zip(jobs, graph.memos[index], strict=True):
+            # A rule, or a replay, may not know what this pass left out.
+            job = whole.without(graph.unreached)
+            if not job.wanted:
+                continue
             _require_explicable(use, job)
             pieces = own
             few = len(own) <= FEW or _large(own[0])
@@ -165,8 +169,6 @@ def assemble(
                     ),
                 )
                 for name, factor in explained(job, call).items():
-                    if name in graph.unreached:
-                        continue
                     known = found.setdefault(name, [])
                     if cotangents is pieces[0]:
                         known.append([factor])

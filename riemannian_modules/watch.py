@@ -1,6 +1,6 @@
 """Which modules are recorded, and which of them explains which parameter."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import partial
 
 from torch import Tensor, nn
@@ -203,12 +203,17 @@ class Watch:
             for job in self.jobs.get(path, [])
         )
 
-    def keep(self) -> None:
-        """Make what was handed up since the last call permanent."""
+    def keep(self, unreached: Collection[str]) -> None:
+        """Make what was handed up since the last call permanent.
+
+        Args:
+            unreached: parameters that this pass left out, and so tells nothing about.
+        """
         if self._kept != self._raised:
             self.generation += 1
         jobs = [job for own in self.jobs.values() for job in own]
-        proved = {n for job in jobs if job.entry is SHARED for n in job.names}
+        shared = {n for job in jobs if job.entry is SHARED for n in job.names}
+        proved = (self._proved & shared) | shared.difference(unreached)
         if proved != self._proved:
             self._proved, self._recorded = proved, {}
         self._kept, self._reasons = dict(self._raised), {}

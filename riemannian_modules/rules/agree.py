@@ -1,11 +1,11 @@
-"""Whether rows that were made in two ways are the same but for rounding."""
+"""Whether what was made twice is the same, or the same but for rounding."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["agree"]
+__all__ = ["agree", "same"]
 
 
 def agree(
@@ -49,3 +49,16 @@ def _rounding(
         if each.numel()
     ]
     return torch.stack(changes).max()
+
+
+def same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
+    """Whether two runs gave the very same; without values to compare they did.
+
+    Args:
+        one: tensors.
+        other: as many others.
+    """
+    return all(
+        a.shape == b.shape and (a.is_meta or torch.equal(a, b))
+        for a, b in zip(one, other, strict=True)
+    )

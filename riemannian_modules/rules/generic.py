@@ -21,7 +21,7 @@ from riemannian_modules.factors import DenseFactor, MetricFactor
 from riemannian_modules.layout import Layout, candidates
 from riemannian_modules.leaves import leaves_of
 from riemannian_modules.nested import map_tensors, tensors_in
-from riemannian_modules.rules.agree import agree
+from riemannian_modules.rules.agree import agree, same
 from riemannian_modules.rules.base import Call, Entry
 from riemannian_modules.rules.stand_in import StandIn
 
@@ -54,6 +54,7 @@ def generic(call: Call) -> dict[str, MetricFactor]:
     active = [i for i, c in enumerate(call.cotangents) if c is not None]
     reason: object = "the outputs differ"
     stray: str | None = None
+    other: tuple[_Replay, tuple[Tensor, ...]] | None = None
     known = call.memo.get("slicing")
     others: Iterator[Slicing] = _slicings(call, inputs, active[0])
     if known is not None and len(known) == len(inputs):
@@ -61,10 +62,11 @@ def generic(call: Call) -> dict[str, MetricFactor]:
     for slicing in others:
         try:
             replay = _Replay(call, inputs, slicing, active)
-            if slicing is not known and not replay.agrees(replay.outputs()):
+            if slicing is not known and not replay.agrees(found := replay.outputs()):
+                other = other or (replay, found)
                 continue
-            if slicing is not known and (found := replay.stray_parameter()):
-                stray = found
+            if slicing is not known and (name := replay.stray_parameter()):
+                stray = name
                 continue
             rows, outputs = replay.rows(looped=call.memo.get("looped", False))
             if slicing is not known and not replay.confirms(rows):
@@ -88,6 +90,14 @@ def generic(call: Call) -> dict[str, MetricFactor]:
             "it as an attribute of its module"
         )
     names = ", ".join(f"'{name}'" for name in call.wanted)
+    if other is not None and _drawn(*other):
+        raise LinearizationError(
+            f"{call.label} gives other outputs whenever it is run again for single "
+            f"examples, so its parameters {names} have no factor: it drew other random "
+            "numbers, as in dropout, or took another branch, as where blocks are "
+            "skipped at random. Use model.eval(), or draw outside this module and hand "
+            "it the outcome"
+        )
     raise LinearizationError(
         f"{call.label} does not give the recorded outputs when it is run again for "
         f"single examples, so its parameters {names} have no factor: its examples "
@@ -119,6 +129,11 @@ def _stacked(column: Sequence[Tensor]) -> Tensor:
             "pad_packed_sequence(..., total_length=x.shape[1])"
         )
     return torch.stack(list(column))
+
+
+def _drawn(replay: "_Replay", outputs: Sequence[Tensor]) -> bool:
+    """Whether a replay has other outputs when it runs again; coins may fall alike."""
+    return not all(same(outputs, replay.outputs()) for _ in range(3))
 
 
 class _Replay:
