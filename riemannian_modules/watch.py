@@ -10,6 +10,7 @@ from riemannian_modules.errors import LinearizationError
 from riemannian_modules.place import Finder
 from riemannian_modules.rules import GENERIC, SHARED, Entry, entry_of
 from riemannian_modules.rules.job import Job
+from riemannian_modules.rules.parametrized import advice
 from riemannian_modules.rules.shared import find_shared, shared_places
 from riemannian_modules.tape import Tape, Use, Watched
 
@@ -270,6 +271,7 @@ class Watch:
                 self._assign()
                 return
         then = "" if reason == first else f" At last: {reason}."
+        then += advice(self._model.get_submodule(around[0]))
         raise LinearizationError(
             f"parameter '{name}': {first}. No module above that was called inside "
             "metric.record() explains it: use the parameter only inside the model's "
