@@ -1,9 +1,9 @@
 """Parametrizations that move what they hold when they run, such as ``spectral_norm``.
 
 While it trains, each use of a weight with a spectral norm is a step of the power
-method, and a layer that runs again would have another weight than in the recorded pass.
-In evaluation mode it takes the vectors that this pass has left, which are those that the
-pass itself has used, and leaves them alone.
+method, and a layer that runs again would have another weight than in the recorded
+pass. In evaluation mode it takes the vectors that this pass has left, which are those
+that the pass itself has used, and leaves them alone.
 """
 
 from collections.abc import Iterator
