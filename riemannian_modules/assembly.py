@@ -16,7 +16,7 @@ from riemannian_modules.factors import MetricFactor
 from riemannian_modules.linearization import Linearization
 from riemannian_modules.metric import LayerMetric, Part
 from riemannian_modules.precision import without_autocast
-from riemannian_modules.strategy import Solver
+from riemannian_modules.strategy import Once, Solver
 
 if TYPE_CHECKING:
     from riemannian_modules.model_metric import ModelMetric
@@ -93,6 +93,7 @@ def block_metrics(
     parameters: DeclaredParameters,
     version: int,
     precision: torch.dtype | None,
+    once: Once,
     wide: Collection[str] = (),
     solver: Solver = "auto",
     max_memory: int | None = None,
@@ -106,6 +107,7 @@ def block_metrics(
         parameters: the model's parameters, at the point of the pass.
         version: number of the pull-back.
         precision: see :class:`riemannian_modules.LayerMetric`.
+        once: shared by all metrics of the model.
         wide: names of metrics for which float32 is not worth a try.
         solver: see :class:`riemannian_modules.LayerMetric`.
         max_memory: see :class:`riemannian_modules.LayerMetric`.
@@ -130,6 +132,7 @@ def block_metrics(
                 narrow=group not in wide,
                 solver=_settled(solver, (before or {}).get(group), parts, version),
                 max_memory=max_memory,
+                once=once,
                 start=_last((before or {}).get(group)),
             )
     return metrics
@@ -211,6 +214,7 @@ def reweighted(blocks: Blocks, factor: float) -> dict[str, LayerMetric]:
                 narrow=not block.too_narrow,
                 solver=block.solver,
                 max_memory=block.max_memory,
+                once=block.once,
                 start=_last(block),
             )
             for name, block in blocks.items()
@@ -242,6 +246,7 @@ def narrowed(blocks: Blocks, names: Collection[str]) -> dict[str, LayerMetric]:
                 precision=block.precision,
                 solver=block.solver,
                 max_memory=block.max_memory,
+                once=block.once,
             )
     return found
 

@@ -2,6 +2,7 @@
 
 __all__ = [
     "ContractionError",
+    "CostWarning",
     "DistributedError",
     "EmptyBatchError",
     "LinearizationError",
@@ -68,6 +69,10 @@ class NotConvergedError(RiemannianModulesError, RuntimeError):
 
 class NotConvergedWarning(RuntimeWarning):
     """An iteration ended before its residual was below the tolerance."""
+
+
+class CostWarning(RuntimeWarning):
+    """A solve that is expected to take as long as hundreds of backward passes."""
 
 
 class NotRecordedError(RiemannianModulesError, RuntimeError):

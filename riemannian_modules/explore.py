@@ -78,7 +78,7 @@ def explore(
         watch.forget()
         raise
     graph.batched = bool(probing.batched)
-    watch.keep()
+    watch.keep(graph.unreached)
     return found, graph, certain
 
 

@@ -24,7 +24,7 @@ from riemannian_modules.errors import NotConvergedWarning, NotPositiveDefiniteEr
 from riemannian_modules.factors import MetricFactor
 from riemannian_modules.precision import single_suffices
 from riemannian_modules.solution import Solution
-from riemannian_modules.strategy import Solver, Strategy
+from riemannian_modules.strategy import Once, Solver, Strategy
 
 __all__ = ["Inverse", "Solution"]
 
@@ -48,6 +48,7 @@ class Inverse:
             to cost less.
         max_memory: bytes that a solve may hold besides the factors; None: no bound.
         start: a first guess of conjugate gradients, :attr:`last` of another inverse.
+        once: shared by all that are to warn of dear solves no more than once.
 
     Attributes:
         form: the inner matrix, ``"dual"`` or ``"primal"``; ``"base"`` without rows.
@@ -62,12 +63,13 @@ class Inverse:
         solver: Solver = "auto",
         start: Tensor | None = None,
         max_memory: int | None = None,
+        once: Once | None = None,
     ) -> None:
         self.block = block
         self.too_narrow = not narrow
         self._precision = precision
         small = precision or (block.dtype if narrow else torch.float64)
-        self.strategy = Strategy(block, solver, small, start, max_memory)
+        self.strategy = Strategy(block, solver, small, start, max_memory, once)
         self.form = self.strategy.form
         self._trace = math.inf
         self._rows: Tensor | None = None
@@ -175,6 +177,7 @@ class Inverse:
         if self.form == "base" or (y is None and e is None):
             return self._base(e)
         limit = self.strategy.limit
+        self.strategy.warn()
         if limit == 0:
             return self._direct(y, e, source, refinements)
         iterative = self.strategy.iterative

@@ -178,7 +178,11 @@ def assemble(
             skipped = uses[len(graph.memos)].name
             graph.memos.append([{} for _ in watch.jobs[skipped]])
         memos = graph.memos[index]
-        for number, job in enumerate(jobs):
+        for number, whole in enumerate(jobs):
+            # A rule, or a replay, may not know what this pass left out.
+            job = whole.without(graph.unreached)
+            if not job.wanted:
+                continue
             before = None if rounds is None else rounds.made.get(asked(use, job))
             if before is not None:
                 memos[number], answers = before
@@ -209,9 +213,8 @@ def assemble(
                 if rounds is not None:
                     rounds.made[asked(use, job)] = memos[number], answers
             for name in answers[0]:
-                if name not in graph.unreached:
-                    factors = [answer[name] for answer in answers]
-                    found.setdefault(name, []).append(factors)
+                factors = [answer[name] for answer in answers]
+                found.setdefault(name, []).append(factors)
     return Assembled(n, found)
 
 

@@ -14,7 +14,7 @@ from riemannian_modules.factors import MetricFactor
 from riemannian_modules.inverse import Inverse, Solution
 from riemannian_modules.memory_model import parse_bytes
 from riemannian_modules.precision import dot
-from riemannian_modules.strategy import Solver, require_solver
+from riemannian_modules.strategy import Once, Solver, require_solver
 
 __all__ = ["LayerMetric", "Part", "Solution"]
 
@@ -38,6 +38,7 @@ class LayerMetric:
         solver: as in :class:`riemannian_modules.LayerwiseMetric`.
         max_memory: as in :class:`riemannian_modules.LayerwiseMetric`.
         start: first guess of warm conjugate gradients, another's ``inverse.last``.
+        once: another's; those who share it warn of dear solves once.
 
     Raises:
         ValueError: an unknown solver.
@@ -63,8 +64,10 @@ class LayerMetric:
         solver: Solver = "auto",
         start: Tensor | None = None,
         max_memory: int | str | None = None,
+        once: Once | None = None,
     ) -> None:
         require_solver(solver)
+        self.once = Once() if once is None else once
         self.max_memory = parse_bytes(max_memory)
         self.solver: Solver = solver
         self._start = start
@@ -109,7 +112,7 @@ class LayerMetric:
     @cached_property
     def inverse(self) -> Inverse:
         """The factorised inverse, made when first needed."""
-        how = self.solver, self._start, self.max_memory
+        how = self.solver, self._start, self.max_memory, self.once
         return Inverse(self._block, self.precision, self._narrow, *how)
 
     # --- the metric and its inverse
@@ -319,6 +322,7 @@ class LayerMetric:
             precision=precision,
             solver=self.solver,
             max_memory=self.max_memory,
+            once=self.once,
         )
 
     def _vectors(self, u: Tensor | Vectors) -> Vectors:

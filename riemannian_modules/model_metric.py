@@ -35,7 +35,7 @@ from riemannian_modules.metric import LayerMetric, Solution
 from riemannian_modules.model_checks import require_manifolds
 from riemannian_modules.output.given import require_output_metrics
 from riemannian_modules.rows import FewerRows, Neglected
-from riemannian_modules.strategy import Solver, require_solver
+from riemannian_modules.strategy import Once, Solver, require_solver
 from riemannian_modules.tape import Tape
 
 __all__ = ["ModelMetric"]
@@ -112,6 +112,7 @@ class ModelMetric:
         self.passes = 0
         self.loss: Tensor | None = None
         self.exchange: Exchange | None = None
+        self._once = Once()
         introduce(self, model)
 
     def __reduce_ex__(self, protocol: object) -> str:
@@ -340,7 +341,7 @@ class ModelMetric:
             self.gradients.fill(found.gradient, frozen=self._frozen)
 
     def _renew(self, found: Linearization) -> None:
-        common = (found, self.parameters, self.version + 1, self.precision)
+        common = found, self.parameters, self.version + 1, self.precision, self._once
         wide = too_narrow(self.blocks, self.version)
         how = wide, self.solver, self.max_memory, self.blocks
         blocks = block_metrics(self._groups, *common, *how)

@@ -1,5 +1,6 @@
 """Which way a block is solved: what the user asks for, or what costs least."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -17,12 +18,12 @@ from riemannian_modules.cost_model import (
     costs,
     predicted_iterations,
 )
-from riemannian_modules.errors import MemoryBoundError
+from riemannian_modules.errors import CostWarning, MemoryBoundError
 from riemannian_modules.factors.chunks import at_most
 from riemannian_modules.iterative import IterativeSolver
 from riemannian_modules.memory_model import Held, held
 
-__all__ = ["Solver", "Strategy", "require_solver"]
+__all__ = ["Once", "Solver", "Strategy", "require_solver"]
 
 Solver = Literal["auto", "cholesky", "primal", "cg"] | ConjugateGradients
 
@@ -34,6 +35,21 @@ _REACH = 10.0
 # How many times more iterations than are affordable may be predicted: predictions are
 # rather too high, and a failure is not repeated in the passes that follow.
 _HOPE = 1.6
+# From this rank on, and from so many products with K and seconds on a core, a solve is
+# worth a warning.
+_MANY_ROWS = 4096
+_DEAR, _LONG = 300.0, 3.0
+
+
+class Once:
+    """What is said once for all that share it.
+
+    Attributes:
+        said: whether it was said.
+    """
+
+    def __init__(self) -> None:
+        self.said = False
 
 
 def require_solver(solver: Solver) -> None:
@@ -62,6 +78,7 @@ class Strategy:
         small: data type of the small matrix.
         start: a first guess of conjugate gradients.
         max_memory: bytes that a solve may hold, or None.
+        once: whether somebody was warned of what a solve costs.
 
     Attributes:
         form: inner matrix of the direct solve, ``"dual"``, ``"primal"`` or ``"base"``.
@@ -74,8 +91,11 @@ class Strategy:
         small: torch.dtype,
         start: Tensor | None,
         max_memory: int | None = None,
+        once: Once | None = None,
     ) -> None:
         self._max_memory = max_memory
+        self._once = Once() if once is None else once
+        self._expected = 0
         self._block = block
         self._solver = solver
         self._small = small
@@ -207,7 +227,38 @@ class Strategy:
         pivots = len(self.iterative.preconditioner.pivots)
         expected = predicted_iterations(remaining, pivots, tolerance)
         most = known.affordable(self.form)
+        self._expected = min(expected, most)
         return most if expected <= _HOPE * most else 0
+
+    def warn(self) -> None:
+        """Warn, once, of a solve that is expected to take very long.
+
+        Of shapes, and of the trace where conjugate gradients have read it already. The
+        rates of other devices than the CPU are not known.
+        """
+        block = self._block
+        if self._once.said or self._solver != "auto" or block.rank < _MANY_ROWS:
+            return
+        if block.device.type != "cpu" or not self._fits(self.form):
+            return
+        known, form = self.costs, self.form
+        iterates = self.limit > 0
+        seconds = known.iterative(self._expected) if iterates else known.direct(form)
+        if seconds < max(_LONG, _DEAR * known.product):
+            return
+        self._once.said = True
+        how = "conjugate gradients" if iterates else f"the {form} form"
+        warnings.warn(
+            f"block '{block.name}' has the rank {block.rank} (examples times rows of "
+            f"the output metric; dim {block.dim}): a solve by {how} may take as long "
+            f"as {seconds / known.product:.0f} products with these rows, each of them "
+            "dearer than a backward pass. Draw few rows with output.Sampled(metric), "
+            "give fewer outputs or examples at a time, or bound it with "
+            "solver=ConjugateGradients(iterations=...), which needs fewer of them with "
+            "a larger mass",
+            CostWarning,
+            stacklevel=3,
+        )
 
     def give_up(self) -> bool:
         """Say that iterations were in vain; return whether a direct solve is in reach.

@@ -1,6 +1,6 @@
 """Which modules are recorded, and which of them explains which parameter."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import partial
 
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from riemannian_modules.errors import LinearizationError
 from riemannian_modules.place import Finder
 from riemannian_modules.rules import GENERIC, SHARED, Entry, entry_of
 from riemannian_modules.rules.job import Job
+from riemannian_modules.rules.parametrized import advice
 from riemannian_modules.rules.shared import find_shared, shared_places
 from riemannian_modules.tape import Tape, Use, Watched
 from riemannian_modules.untraced import is_compiled
@@ -204,12 +205,17 @@ class Watch:
             for job in self.jobs.get(path, [])
         )
 
-    def keep(self) -> None:
-        """Make what was handed up since the last call permanent."""
+    def keep(self, unreached: Collection[str]) -> None:
+        """Make what was handed up since the last call permanent.
+
+        Args:
+            unreached: parameters that this pass left out, and so tells nothing about.
+        """
         if self._kept != self._raised:
             self.generation += 1
         jobs = [job for own in self.jobs.values() for job in own]
-        proved = {n for job in jobs if job.entry is SHARED for n in job.names}
+        shared = {n for job in jobs if job.entry is SHARED for n in job.names}
+        proved = (self._proved & shared) | shared.difference(unreached)
         if proved != self._proved:
             self._proved, self._recorded = proved, {}
         self._kept, self._reasons = dict(self._raised), {}
@@ -266,6 +272,7 @@ class Watch:
                 self._assign()
                 return
         then = "" if reason == first else f" At last: {reason}."
+        then += advice(self._model.get_submodule(around[0]))
         raise LinearizationError(
             f"parameter '{name}': {first}. No module above that was called inside "
             "metric.record() explains it: use the parameter only inside the model's "

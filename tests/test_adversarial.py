@@ -706,7 +706,7 @@ class StatefulGraph(Model):
         return h
 
 
-@case("spectral norm while it iterates")
+@case("spectral norm while it iterates", right=True)
 class SpectralTraining(Model):
     def build(self) -> None:
         parametrizations.spectral_norm(self.first)

@@ -1,5 +1,6 @@
 """Parameters that examples meet in sums and products need no replay."""
 
+import random
 from collections.abc import Callable
 from importlib import import_module
 
@@ -263,3 +264,91 @@ def test_an_activation_that_is_changed_afterwards() -> None:
                 metric.backward(z.square().mean(), z)
         else:
             metric.backward(z.square().mean(), z)
+
+
+class Drops(nn.Module):
+    """A block that is left out at random, as its ``forward`` decides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(WIDTH, WIDTH)
+        self.scale = nn.Parameter(torch.randn(WIDTH))
+
+    def forward(self, h: Tensor) -> Tensor:
+        if random.random() < 0.5:
+            return h
+        return h + self.scale * torch.tanh(self.inner(h))
+
+
+class DropsAnyUse(Drops):
+    """What it does with its parameter is not understood, so that it would run again."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        if random.random() < 0.5:
+            return h
+        return h + torch.maximum(self.inner(h), self.scale)
+
+
+class DropsAFactor(Drops):
+    """Of two parameters of its own one is left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.randn(WIDTH))
+
+    def forward(self, h: Tensor) -> Tensor:
+        h = h + self.shift
+        return h if random.random() < 0.5 else h * self.scale
+
+
+def dropping(kind: type[Drops], blocks: int) -> nn.Sequential:
+    inner = (layer for _ in range(blocks) for layer in (kind(), nn.Tanh()))
+    return nn.Sequential(nn.Linear(3, WIDTH), *inner, nn.Linear(WIDTH, 2))
+
+
+@needs_hooks
+@pytest.mark.parametrize("kind", [Drops, DropsAFactor])
+def test_blocks_that_are_left_out_at_random(kind: type[Drops]) -> None:
+    torch.manual_seed(0)
+    random.seed(1)
+    model = dropping(kind, 3)
+    metric = rm.LayerwiseMetric(model, rm.output.Euclidean(), reduction="sum", mass=0.1)
+    optimizer = rm.optim.RiemannianSGD(metric, lr=0.01)
+    resting, n = set(), 4
+    for _ in range(24):
+        with metric.record():
+            z = model(torch.randn(n, 3))
+        dense = grad_jacobian([z], trainable(model))
+        metric.backward(z.square().sum(), z)
+        parts = {p.name: p for b in metric.blocks.values() for p in b.parts}
+        for name, rows in dense.items():
+            factor = parts[name].factor if name in parts else None
+            if factor is None:
+                assert not rows.any()
+                assert model.get_parameter(name).grad is None
+                resting.add(name)
+                continue
+            own = factor.to_dense().flatten(1).unflatten(0, (-1, n)).transpose(0, 1)
+            assert (own - rows).norm() < 1e-12 * rows.norm()
+        optimizer.step()
+    assert {f"{i}.scale" for i in (1, 3, 5)} <= resting < set(dense)
+
+
+def test_a_block_that_would_run_again_says_that_it_is_random() -> None:
+    torch.manual_seed(0)
+    random.seed(1)
+    model = dropping(DropsAnyUse, 1)
+    metric = rm.LayerwiseMetric(model, rm.output.Euclidean(), mass=0.1)
+    seen = set()
+    for _ in range(12):
+        with metric.record():
+            z = model(torch.randn(6, 3))
+        used = bool(grad_jacobian([z], trainable(model))["1.scale"].any())
+        seen.add(used)
+        if used:
+            with pytest.raises(LinearizationError, match=r"'1\.scale'.*another branch"):
+                metric.backward(z.square().mean(), z)
+        else:
+            metric.backward(z.square().mean(), z)
+            assert model.get_parameter("1.scale").grad is None
+    assert seen == {True, False}

@@ -19,7 +19,7 @@ from riemannian_modules.conjugate import (
     conjugate_gradients,
 )
 from riemannian_modules.cost_model import costs, predicted_iterations
-from riemannian_modules.errors import NotConvergedWarning
+from riemannian_modules.errors import CostWarning, NotConvergedWarning
 from riemannian_modules.factors import DenseFactor, LinearFactor
 from riemannian_modules.preconditioner import PivotedPreconditioner
 from riemannian_modules.testing import strategies as rst
@@ -425,6 +425,54 @@ def test_a_model_does_not_repeat_what_did_not_pay() -> None:
         assert solution.branch == "push-through"
         solvers.append(metric.blocks["model"].solver)
     assert solvers == ["auto", "cholesky", "cholesky", "auto"]
+
+
+def dear(scale: float, **options) -> LayerMetric:
+    """Twenty examples with a thousand outputs each: few numbers, many rows."""
+    generator = seeded(0)
+    x = scale * torch.randn(20, 1, 1500, generator=generator)
+    l = torch.randn(1000, 20, 1, 16, generator=generator)
+    space = TangentSpace(rm.manifolds.Euclidean(), torch.zeros(16, 1500))
+    part = Part("w", space, LinearFactor(x, l))
+    return LayerMetric([part], name="wide", **options)
+
+
+def test_a_warning_comes_before_a_solve_that_takes_very_long() -> None:
+    metric = dear(10.0)
+    with pytest.warns(
+        CostWarning, match=r"'wide' has the rank 20000 .*Sampled.*solver="
+    ):
+        metric.inverse.strategy.warn()
+    # Once for all metrics that know of each other, whatever their mass or point.
+    for other in (metric, metric.double(), dear(10.0, once=metric.once)):
+        other.inverse.strategy.warn()
+    # Nor where a few iterations are enough, or somebody has decided how to solve.
+    for other in (dear(1e-4), dear(10.0, solver="cholesky"), dear(10.0, solver="cg")):
+        other.inverse.strategy.warn()
+
+
+@pytest.mark.parametrize("blocks", ["tensor", "layer"])
+def test_a_model_warns_once_of_what_it_costs(monkeypatch, blocks) -> None:
+    for name, value in {"_MANY_ROWS": 8, "_DEAR": 0.0, "_LONG": 0.0}.items():
+        monkeypatch.setattr(f"riemannian_modules.strategy.{name}", value)
+    torch.manual_seed(0)
+    metric = rm.LayerwiseMetric(
+        network(), rm.output.Euclidean(), mass=0.1, blocks=blocks
+    )
+    optimizer = rm.optim.RiemannianSGD(metric)
+
+    def train() -> None:
+        for _ in range(3):
+            with metric.record():
+                z = metric.model(torch.randn(12, 4))
+            metric.backward(z.square().mean(), z)
+            optimizer.step()
+            metric.scale_mass(2.0)
+            metric.natural_gradient()
+
+    with pytest.warns(CostWarning) as found:
+        train()
+    assert len(found) == 1
 
 
 def hard() -> tuple[LayerMetric, Tensor]:

@@ -1,7 +1,7 @@
-"""Whether rows made in two ways are the same, and which way was taken."""
+"""Whether what was made twice is the same, and which way was taken."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from torch import Tensor
 from riemannian_modules.rules.base import Call
 from riemannian_modules.untraced import is_compiled
 
-__all__ = ["agree", "combinations", "warn_of_loop"]
+__all__ = ["agree", "combinations", "same", "warn_of_loop"]
 
 _COMBINATIONS = 3
 
@@ -89,6 +89,19 @@ def _rounding(
         if each.numel()
     ]
     return torch.stack(changes).max()
+
+
+def same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
+    """Whether two runs gave the very same; without values to compare they did.
+
+    Args:
+        one: tensors.
+        other: as many others.
+    """
+    return all(
+        a.shape == b.shape and (a.is_meta or torch.equal(a, b))
+        for a, b in zip(one, other, strict=True)
+    )
 
 
 def warn_of_loop(call: Call, failure: str | None) -> None:

@@ -16,7 +16,7 @@ from riemannian_modules.errors import LinearizationError
 from riemannian_modules.factors import DenseFactor, MetricFactor
 from riemannian_modules.layout import Layout, candidates
 from riemannian_modules.nested import tensors_in
-from riemannian_modules.rules.agree import warn_of_loop
+from riemannian_modules.rules.agree import same, warn_of_loop
 from riemannian_modules.rules.base import Call, Entry
 from riemannian_modules.rules.single import Replay, Slicing, UnevenError
 
@@ -46,6 +46,7 @@ def generic(call: Call) -> dict[str, MetricFactor]:
     active = [i for i, c in enumerate(call.cotangents) if c is not None]
     reason: object = "the outputs differ"
     stray: str | None = None
+    other: tuple[Replay, tuple[Tensor, ...]] | None = None
     known = call.memo.get("slicing")
     others: Iterator[Slicing] = _slicings(call, inputs, active[0])
     if known is not None and len(known) == len(inputs):
@@ -53,10 +54,11 @@ def generic(call: Call) -> dict[str, MetricFactor]:
     for slicing in others:
         try:
             replay = Replay(call, inputs, slicing, active)
-            if slicing is not known and not replay.agrees(replay.outputs()):
+            if slicing is not known and not replay.agrees(found := replay.outputs()):
+                other = other or (replay, found)
                 continue
-            if slicing is not known and (found := replay.stray_parameter()):
-                stray = found
+            if slicing is not known and (name := replay.stray_parameter()):
+                stray = name
                 continue
             rows, outputs = replay.rows(looped=call.memo.get("looped", False))
             if slicing is not known and not replay.confirms(rows):
@@ -81,6 +83,14 @@ def generic(call: Call) -> dict[str, MetricFactor]:
             "it as an attribute of its module"
         )
     names = ", ".join(f"'{name}'" for name in call.wanted)
+    if other is not None and _drawn(*other):
+        raise LinearizationError(
+            f"{call.label} gives other outputs whenever it is run again for single "
+            f"examples, so its parameters {names} have no factor: it drew other random "
+            "numbers, as in dropout, or took another branch, as where blocks are "
+            "skipped at random. Use model.eval(), or draw outside this module and hand "
+            "it the outcome"
+        )
     raise LinearizationError(
         f"{call.label} does not give the recorded outputs when it is run again for "
         f"single examples, so its parameters {names} have no factor: its examples "
@@ -91,6 +101,11 @@ def generic(call: Call) -> dict[str, MetricFactor]:
 
 
 GENERIC = Entry(generic, deep=True, compares=True)
+
+
+def _drawn(replay: Replay, outputs: Sequence[Tensor]) -> bool:
+    """Whether a replay has other outputs when it runs again; coins may fall alike."""
+    return not all(same(outputs, replay.outputs()) for _ in range(3))
 
 
 def _slicings(call: Call, inputs: Sequence[Tensor], output: int) -> Iterator[Slicing]:

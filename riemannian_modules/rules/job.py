@@ -1,6 +1,6 @@
 """What a rule is asked for, and whether its answer fits."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -41,6 +41,15 @@ class Job:
     wanted: tuple[str, ...]
     names: tuple[str, ...]
     tensors: tuple[Tensor, ...]
+
+    def without(self, names: Collection[str]) -> "Job":
+        """Return the same job for all parameters but those of these names."""
+        if not any(name in names for name in self.names):
+            return self
+        rows = zip(self.wanted, self.names, self.tensors, strict=True)
+        kept = [row for row in rows if row[1] not in names]
+        wanted, own, tensors = zip(*kept, strict=True) if kept else ((), (), ())
+        return Job(self.entry, wanted, own, tensors)
 
 
 def explained(job: Job, call: Call) -> dict[str, MetricFactor]:

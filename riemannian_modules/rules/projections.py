@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from riemannian_modules.factors import BiasFactor, LinearFactor, MetricFactor
 from riemannian_modules.factors.stacked import StackedFactor
@@ -53,6 +54,9 @@ def find_projections(
     q, k, v = inputs = [given[name] for name in NAMES[:3]]
     repeatable = not module.training or module.dropout == 0.0
     if repeatable and not any(x.requires_grad for x in inputs):
+        return ()
+    if is_parametrized(module) or is_parametrized(module.out_proj):
+        # To read such a weight is to compute it anew.
         return ()
     learned: Tensor | None = module.bias_k
     if learned is not None or any(x.ndim != 3 or x.is_nested for x in inputs):

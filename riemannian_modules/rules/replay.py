@@ -10,6 +10,7 @@ from riemannian_modules.errors import LinearizationError
 from riemannian_modules.factors import MetricFactor, joined
 from riemannian_modules.layout import Layout
 from riemannian_modules.rules.base import Call
+from riemannian_modules.rules.parametrized import held_still
 
 __all__ = ["batch_layout", "collected", "positions", "require_same", "weight"]
 
@@ -25,7 +26,8 @@ def weight(call: Call, path: str) -> Tensor | None:
         A plain tensor.
     """
     try:
-        found = attrgetter(path)(call.module)
+        with held_still(call.module):
+            found = attrgetter(path)(call.module)
     except AttributeError:
         return None
     if found is None:

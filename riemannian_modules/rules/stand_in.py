@@ -6,6 +6,8 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from riemannian_modules.rules.parametrized import in_training
+
 __all__ = ["StandIn"]
 
 
@@ -21,6 +23,7 @@ class StandIn:
 
     What else it holds is copied, so that a module that changes its buffers changes
     copies; plain attributes, such as counters and caches, are put back.
+    Parametrizations are held still, since the copies are of after the recorded pass.
     ``torch.func.functional_call`` does neither, ends before the way back, and mixes
     up modules with two names.
 
@@ -32,6 +35,7 @@ class StandIn:
     def __init__(self, module: nn.Module, wanted: Sequence[str]) -> None:
         names = {id(module.get_parameter(name)): name for name in wanted}
         self._modules = list(module.modules())
+        self._moving = in_training(module)
         self._places: list[tuple[Held, str, str]] = []
         self._copies: list[tuple[Held, str, Tensor, bool]] = []
         for owner in self._modules:
@@ -53,6 +57,8 @@ class StandIn:
         attributes = [(each, dict(vars(each))) for each in self._modules]
         tensors = [(held, dict(held)) for each in self._modules for held in _held(each)]
         try:
+            for module in self._moving:
+                module.training = False
             yield
         finally:
             for each, before in attributes:
