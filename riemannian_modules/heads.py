@@ -17,6 +17,7 @@ from riemannian_modules.errors import (
 from riemannian_modules.finite import looks_finite
 from riemannian_modules.output import OutputMetric
 from riemannian_modules.output.rows import rounded_to
+from riemannian_modules.room import enough_room
 
 __all__ = [
     "Head",
@@ -182,10 +183,12 @@ def output_rows(
         ShapeError: a metric's rows are not of the shape ``(n, r, *output)``, or its
             whitened residual does not fit them.
         NonFiniteError: they hold NaN or infinity.
+        MemoryBoundError: they do not fit into memory.
     """
     joint = _joint(heads)
     each = [None] * len(heads) if costates is None else costates
-    found = [_head_rows(*pair, reduction) for pair in zip(heads, each, strict=True)]
+    with enough_room():
+        found = [_head_rows(*pair, reduction) for pair in zip(heads, each, strict=True)]
     parts = [head.rows for head in found]
     rank = sum(0 if rows is None else len(rows) for rows in parts)
     if costates is None:
