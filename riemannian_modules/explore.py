@@ -201,7 +201,8 @@ def _layouts(
                 layouts.append(Layout())
                 continue
             layout, told = find_layout(each[first:], examples)
-            certain = certain and told
+            # Inside, that they are nowhere is certain as well.
+            certain = certain and (told or layout is None)
             if not is_linear(each[first:], rounding):
                 raise LinearizationError(
                     f"at {use.label} the way back is not linear: a hook changes the "

@@ -1,13 +1,14 @@
 """Parameters that all examples share: learned positions, class tokens, scales.
 
 What a module adds to its examples, repeats for each of them or multiplies them with, is
-a function T of parameters alone. The cotangent of an example at the sum, added up over
-what was broadcast, is that example's cotangent of T, and autograd carries it on to the
-parameters. The module does not run again, so that anything may be random in it.
+a function T of parameters and constants alone. The cotangent of an example at the sum,
+added up over what was broadcast, is that example's cotangent of T, and autograd carries
+it on to the parameters. The module does not run again, so that anything may be random
+in it.
 """
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +33,7 @@ _ALONE = (
     *("Neg", "Exp", "Tanh", "Sigmoid", "Softplus", "Softmax", "Relu"),
 )
 _REPEATS = ("Expand", "Repeat")
+_MEETS = ("Add", "Sub", "Mul")
 
 
 class _Share(NamedTuple):
@@ -43,6 +45,10 @@ class _Share(NamedTuple):
         shape: that of T.
         sign: what T is multiplied with in the sum.
         times: whether T is multiplied with the place's input.
+        at: the node of the place.
+        below: those of places on the way from the parameter.
+        on: whether there are places above that do in its stead, where what T meets
+            here is the same for all examples.
     """
 
     leaf: Tensor
@@ -50,6 +56,9 @@ class _Share(NamedTuple):
     shape: torch.Size
     sign: float
     times: bool
+    at: Node
+    below: frozenset[Node]
+    on: bool
 
 
 def find_shared(
@@ -97,7 +106,7 @@ def shared_places(
     for leaf in leaves:
         node = nodes.get(id(leaf))
         if node is not None:
-            places = list(_places(leaf, node, above))
+            places = _places(leaf, node, above, {})
             found += [] if None in places else places
     return tuple(place for place in found if place is not None)
 
@@ -125,39 +134,98 @@ def _parents(starts: Iterable[Node | None], ends: Iterable[Node | None]) -> Pare
     return found
 
 
-def _places(leaf: Tensor, node: Node, above: Parents) -> Iterator[Place | None]:
-    """Yield the places that a node comes to; None where that is not understood."""
+def _kind(node: Node) -> str:
+    name = type(node).__name__.removesuffix("0").removesuffix("1")
+    return name.removesuffix("Backward")
+
+
+def _places(
+    leaf: Tensor,
+    node: Node,
+    above: Parents,
+    known: dict[Node, bool],
+    below: frozenset[Node] = frozenset(),
+) -> list[Place | None]:
+    """Return the places that a node comes to; None where that is not understood.
+
+    Where it meets what holds no more than parameters and constants, as far as the graph
+    shows, examples may come in there (an input, a mask) or further up: both are places,
+    and where the examples are tells which counts.
+
+    Args:
+        leaf: the parameter.
+        node: the node.
+        above: what uses each node.
+        known: whether nodes that were looked at are understood; changed.
+        below: nodes of places on the way to it.
+    """
+    if node in known:
+        # Two ways from the parameter meet here: one derivative is that of both.
+        return [] if known[node] else [None]
     users = above.get(node, [])
-    if not users:
-        yield None
+    found: list[Place | None] = [] if users else [None]
     for parent, position, number in users:
-        kind = type(parent).__name__.removesuffix("0").removesuffix("1")
-        kind = kind.removesuffix("Backward")
+        kind = _kind(parent)
         if kind in _ALONE:
-            yield from _places(leaf, parent, above)
+            found += _places(leaf, parent, above, known, below)
             continue
-        known: Any = parent
+        saw: Any = parent
         sign, other = 1.0, None
         if kind in ("Add", "Sub") and position < 2:
             if position == 1:
-                sign = float(known._saved_alpha) * (1.0 if kind == "Add" else -1.0)
+                sign = float(saw._saved_alpha) * (1.0 if kind == "Add" else -1.0)
         elif kind == "Mul" and position < 2 and saved_as_they_are():
             other = saved(parent, ("_saved_other", "_saved_self")[position])
             if other is None:
-                yield None
+                found.append(None)
                 continue
         elif kind not in _REPEATS:
-            yield None
+            found.append(None)
             continue
+        further: list[Place | None] = [None]
+        if kind in _MEETS and _no_more(parent.next_functions[1 - position][0]):
+            tried = dict(known)
+            further = _places(leaf, parent, above, tried, below | {parent})
+        on = None not in further
+        if on:
+            known |= tried
+            found += further
         meta: Any = node
         shape = leaf.shape
         if not hasattr(node, "variable"):
             shape = meta._input_metadata[number].shape
         edge, times = GradientEdge(node, number), other is not None
-        share = _Share(leaf, edge, torch.Size(shape), sign, times)
-        size = torch.Size(known._input_metadata[0].shape)
+        share = _Share(leaf, edge, torch.Size(shape), sign, times, parent, below, on)
+        size = torch.Size(saw._input_metadata[0].shape)
         other = leaf.new_empty(0) if other is None else other
-        yield Place(GradientEdge(parent, 0), other, size, share)
+        found.append(Place(GradientEdge(parent, 0), other, size, share))
+    known[node] = None not in found
+    return found
+
+
+def _no_more(node: Node | None) -> bool:
+    """Whether a graph shows no more than parameters, and constants that they met."""
+    waiting, seen = [node], {node}
+    while waiting:
+        each = waiting.pop()
+        if each is None or hasattr(each, "variable"):
+            continue
+        if _kind(each) not in (*_ALONE, *_MEETS):
+            return False
+        following = {node for node, _ in each.next_functions} - seen
+        seen |= following
+        waiting += following
+    return True
+
+
+def _where_they_meet(places: Sequence[Inside]) -> list[Inside]:
+    """Return the places where the examples come in, the first ones on each way."""
+    apart = {place.note.at for place in places if place.layout.dim >= 0}
+    return [
+        place
+        for place in places
+        if not place.note.below & apart and (place.layout.dim >= 0 or not place.note.on)
+    ]
 
 
 def _rows(call: Call, place: Inside) -> Tensor:
@@ -229,7 +297,7 @@ def shared(call: Call) -> dict[str, MetricFactor]:
         leaf = call.module.get_parameter(path)
         own = [p for p in places.get(id(leaf), []) if p.cotangent is not None]
         try:
-            rows = [DenseFactor(_rows(call, place)) for place in own]
+            rows = [DenseFactor(_rows(call, each)) for each in _where_they_meet(own)]
         except LinearizationError:
             rows = []
         if rows:
