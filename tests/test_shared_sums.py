@@ -39,6 +39,7 @@ SUMS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "two ways": lambda p, q, c: p.tanh() + p * c + q,
     "several steps": lambda p, q, c: ((p + c) * q - c) * 0.5 + p,
     "of other shapes": lambda p, q, c: p[0] + q[:, :1] * c,
+    "masked": lambda p, q, c: torch.where(c > 0, p, q).masked_fill(c > 1, 3.0),
     "at random": lambda p, q, c: F.dropout(p + q, 0.5),
 }
 
@@ -106,16 +107,23 @@ class Scores(Tokens):
             mask = torch.full_like(mask, -1e4).triu(1)
         if "padding" in self.mask:
             mask = mask - 1e4 * (torch.rand(n, 1, 1, length) < 0.3)
-        bias = bias + mask + self.slope * (far - LONG).abs()
+        bias = bias + self.slope * (far - LONG).abs()
+        if "chosen" in self.mask:
+            bias = torch.where(mask == 0, bias, -1e4)
+        elif "filled" in self.mask:
+            bias = bias.masked_fill(mask < 0, -1e4)
+        else:
+            bias = bias + mask
         q = h.unflatten(2, (2, -1)).transpose(1, 2)
         scores = F.dropout(q, 0.1) @ q.mT + bias
         return (F.dropout(scores.softmax(-1), 0.1) @ q).transpose(1, 2).flatten(2)
 
 
+@pytest.mark.parametrize("how", ["", " chosen", " filled"])
 @pytest.mark.parametrize("mask", ["causal", "padding", "causal and padding"])
-def test_biases_of_attention(mask: str) -> None:
+def test_biases_of_attention(mask: str, how: str) -> None:
     torch.manual_seed(0)
-    assert gap(Scores(mask), [(4, 5), (3, 3), (2, 2), (1, 4), (3, 5)]) < 1e-9
+    assert gap(Scores(mask + how), [(4, 5), (3, 3), (2, 2), (1, 4), (3, 5)]) < 1e-9
 
 
 def test_masks_that_come_and_go() -> None:

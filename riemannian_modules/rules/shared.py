@@ -20,8 +20,8 @@ from riemannian_modules.factors import DenseFactor, MetricFactor, joined
 from riemannian_modules.nested import tensors_in
 from riemannian_modules.place import Place
 from riemannian_modules.rules.base import Call, Entry, Inside
-from riemannian_modules.rules.inside import saved, saved_as_they_are
 from riemannian_modules.rules.job import UnexplainedError
+from riemannian_modules.rules.meeting import TIMES, kind_of, multiplier, no_more
 
 __all__ = ["SHARED", "find_shared", "shared", "shared_places"]
 
@@ -33,7 +33,7 @@ _ALONE = (
     *("Neg", "Exp", "Tanh", "Sigmoid", "Softplus", "Softmax", "Relu"),
 )
 _REPEATS = ("Expand", "Repeat")
-_MEETS = ("Add", "Sub", "Mul")
+_MEETS = ("Add", "Sub", *TIMES)
 
 
 class _Share(NamedTuple):
@@ -134,11 +134,6 @@ def _parents(starts: Iterable[Node | None], ends: Iterable[Node | None]) -> Pare
     return found
 
 
-def _kind(node: Node) -> str:
-    name = type(node).__name__.removesuffix("0").removesuffix("1")
-    return name.removesuffix("Backward")
-
-
 def _places(
     leaf: Tensor,
     node: Node,
@@ -165,7 +160,7 @@ def _places(
     users = above.get(node, [])
     found: list[Place | None] = [] if users else [None]
     for parent, position, number in users:
-        kind = _kind(parent)
+        kind = kind_of(parent)
         if kind in _ALONE:
             found += _places(leaf, parent, above, known, below)
             continue
@@ -174,8 +169,8 @@ def _places(
         if kind in ("Add", "Sub") and position < 2:
             if position == 1:
                 sign = float(saw._saved_alpha) * (1.0 if kind == "Add" else -1.0)
-        elif kind == "Mul" and position < 2 and saved_as_they_are():
-            other = saved(parent, ("_saved_other", "_saved_self")[position])
+        elif kind in TIMES:
+            other = multiplier(parent, kind, position, leaf.dtype)
             if other is None:
                 found.append(None)
                 continue
@@ -183,13 +178,13 @@ def _places(
             found.append(None)
             continue
         further: list[Place | None] = [None]
-        if kind in _MEETS and _no_more(parent.next_functions[1 - position][0]):
-            tried = dict(known)
+        tried = dict(known)
+        if kind in _MEETS and no_more(parent, position, (*_ALONE, *_MEETS)):
             further = _places(leaf, parent, above, tried, below | {parent})
         on = None not in further
-        if on:
-            known |= tried
-            found += further
+        # Of a way that leads nowhere only what is not understood is known.
+        known |= {each: told for each, told in tried.items() if on or not told}
+        found += further if on else []
         meta: Any = node
         shape = leaf.shape
         if not hasattr(node, "variable"):
@@ -203,29 +198,28 @@ def _places(
     return found
 
 
-def _no_more(node: Node | None) -> bool:
-    """Whether a graph shows no more than parameters, and constants that they met."""
-    waiting, seen = [node], {node}
-    while waiting:
-        each = waiting.pop()
-        if each is None or hasattr(each, "variable"):
-            continue
-        if _kind(each) not in (*_ALONE, *_MEETS):
-            return False
-        following = {node for node, _ in each.next_functions} - seen
-        seen |= following
-        waiting += following
-    return True
-
-
-def _where_they_meet(places: Sequence[Inside]) -> list[Inside]:
+def _where_they_meet(places: Sequence[Inside], examples: int) -> list[Inside]:
     """Return the places where the examples come in, the first ones on each way."""
-    apart = {place.note.at for place in places if place.layout.dim >= 0}
+    apart = {place.note.at for place in places if _is_shared(place, examples)}
     return [
         place
         for place in places
-        if not place.note.below & apart and (place.layout.dim >= 0 or not place.note.on)
+        if not place.note.below & apart
+        and (place.note.at in apart or not place.note.on)
     ]
+
+
+def _full(place: Inside) -> tuple[int, ...]:
+    """Return the shape of T with as many dimensions as the place has."""
+    missing = len(place.shape) - len(place.note.shape)
+    return (*[1] * missing, *place.note.shape)
+
+
+def _is_shared(place: Inside, examples: int) -> bool:
+    """Whether the examples are apart at a place, and T is the same for all of them."""
+    dim, full = place.layout.dim, _full(place)
+    alike = all(own in (1, all_) for own, all_ in zip(full, place.shape, strict=True))
+    return alike and (examples == 1 or (dim >= 0 and full[dim] == 1))
 
 
 def _rows(call: Call, place: Inside) -> Tensor:
@@ -240,10 +234,8 @@ def _rows(call: Call, place: Inside) -> Tensor:
     cotangent = cotangent.to(call.dtype) * share.sign
     if share.times:
         cotangent = cotangent * place.input.to(call.dtype)
-    size, dim = place.shape, place.layout.dim
-    full = (*[1] * (len(size) - len(share.shape)), *share.shape)
-    alike = all(own in (1, all_) for own, all_ in zip(full, size, strict=True))
-    if not alike or (n > 1 and full[dim] != 1):
+    size, dim, full = place.shape, place.layout.dim, _full(place)
+    if not _is_shared(place, n):
         reason = (
             f"at {call.label} a parameter is not the same for all examples, or what it "
             "is added to is shared by them"
@@ -297,7 +289,8 @@ def shared(call: Call) -> dict[str, MetricFactor]:
         leaf = call.module.get_parameter(path)
         own = [p for p in places.get(id(leaf), []) if p.cotangent is not None]
         try:
-            rows = [DenseFactor(_rows(call, each)) for each in _where_they_meet(own)]
+            met = _where_they_meet(own, call.examples)
+            rows = [DenseFactor(_rows(call, place)) for place in met]
         except LinearizationError:
             rows = []
         if rows:
