@@ -1,6 +1,7 @@
 """Rows that cannot fit into memory are refused before they are made."""
 
 import re
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from test_errors import refused
 from torch import Tensor, nn
 
 import riemannian_modules as rm
-from riemannian_modules.errors import MemoryBoundError
+from riemannian_modules.errors import LinearizationError, MemoryBoundError
 from riemannian_modules.room import require_room
 
 SIZE = 8  # of a number in float64
@@ -94,4 +95,52 @@ def test_a_function_of_single_examples() -> None:
     )
     z = metric(torch.randn(4, 2))
     with pytest.raises(MemoryBoundError, match="4 x 40 rows of 40 numbers"):
+        metric.backward(z.square().mean(), z)
+
+
+class Hungry(nn.Module):
+    """Asks for more memory than there is when it runs again."""
+
+    def __init__(self, failure: Callable[[], object]) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(5, 3))
+        self.failure, self.calls = failure, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls > 1:
+            self.failure()
+        return self.table[x].sum(1)
+
+
+def out_of_memory() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 409 GiB")
+
+
+def no_more() -> None:
+    raise MemoryError
+
+
+@pytest.mark.parametrize(
+    "failure", [lambda: torch.empty(1 << 50), out_of_memory, no_more]
+)
+def test_rows_of_a_parameter_that_do_not_fit(failure: Callable[[], object]) -> None:
+    model = nn.Sequential(Hungry(failure))
+    metric = rm.LayerwiseMetric(model, rm.output.Euclidean())
+    with metric.record():
+        z = model(torch.randint(5, (4, 2)))
+    words = ("'0.table'", "layer '0' (Hungry)", "nn.Embedding", "Sampled", "memory")
+    with refused(MemoryBoundError, *words, metric=metric):
+        metric.backward(z.square().mean(), z)
+
+
+def test_another_failure_of_a_replay_is_what_it_is() -> None:
+    def fail() -> None:
+        raise RuntimeError("something else")
+
+    model = Hungry(fail)
+    metric = rm.LayerwiseMetric(model, rm.output.Euclidean())
+    with metric.record():
+        z = model(torch.randint(5, (4, 2)))
+    with pytest.raises(LinearizationError, match="something else"):
         metric.backward(z.square().mean(), z)

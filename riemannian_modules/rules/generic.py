@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.func import vjp, vmap
 
-from riemannian_modules.errors import LinearizationError
+from riemannian_modules.errors import LinearizationError, ran_out
 from riemannian_modules.factors import DenseFactor, MetricFactor
 from riemannian_modules.layout import Layout, candidates
 from riemannian_modules.leaves import leaves_of
@@ -71,6 +71,9 @@ def generic(call: Call) -> dict[str, MetricFactor]:
                 call.memo["looped"] = True
                 rows, outputs = replay.rows(looped=True)
         except Exception as error:
+            if ran_out(error):
+                # Another choice would not be smaller.
+                raise
             # A module that cannot be run on this choice of a single example.
             reason = reason if isinstance(reason, _UnevenError) else error
             continue
