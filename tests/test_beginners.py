@@ -58,6 +58,38 @@ def test_output_metrics_by_name_for_a_tuple() -> None:
         metric.pull_back({"other": z})
 
 
+class Speech(nn.Module):
+    """Returns (time, examples, classes), as ctc_loss wants it."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.last = kind, nn.Linear(6, 3)
+        self.conv = nn.Conv1d(4, 6, 3, padding=1)
+        self.lstm = nn.LSTM(4, 6, batch_first=kind == "lstm")
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "conv":
+            return self.last(self.conv(x.mT).mT).transpose(0, 1)
+        if self.kind == "lstm":
+            return self.last(self.lstm(x)[0]).transpose(0, 1)
+        return self.last(self.lstm(x.transpose(0, 1))[0])
+
+
+@pytest.mark.parametrize("kind", ["conv", "lstm", "time first"])
+def test_time_in_front_of_the_examples(kind: str) -> None:
+    model = Speech(kind)
+    metric = rm.LayerwiseMetric(model, rm.output.Categorical())
+    for back in (False, True):
+        with metric.record():
+            z = model(torch.randn(3, 5, 4))
+        if back:
+            metric.pull_back(z.transpose(0, 1))
+        else:
+            match = r"0 of the outputs must be the examples.*z\.transpose\(0, 1\)"
+            with pytest.raises(LinearizationError, match=match):
+                metric.pull_back(z)
+
+
 @dataclass
 class Both:
     label: Tensor
