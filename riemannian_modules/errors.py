@@ -20,6 +20,7 @@ __all__ = [
     "ProblemError",
     "RiemannianModulesError",
     "ShapeError",
+    "ran_out",
 ]
 
 
@@ -44,7 +45,7 @@ class MassError(RiemannianModulesError, ValueError):
 
 
 class MemoryBoundError(RiemannianModulesError, MemoryError):
-    """A block cannot be solved within the bound that ``max_memory`` sets."""
+    """Rows, factors or the solve of a block do not fit into memory."""
 
 
 class NotOnManifoldError(RiemannianModulesError, ValueError):
@@ -97,3 +98,19 @@ class ProblemError(RiemannianModulesError, ValueError):
 
 class DistributedError(RiemannianModulesError, RuntimeError):
     """The processes that train one model together do not act together."""
+
+
+# The allocators of torch for the CPU, on two systems, and for devices.
+_ALLOCATORS = ("can't allocate memory", "not enough memory", "out of memory")
+
+
+def ran_out(error: Exception) -> bool:
+    """Whether memory ran out, which torch mostly reports as a RuntimeError.
+
+    Args:
+        error: what was raised.
+    """
+    failed = isinstance(error, RuntimeError) and any(
+        text in str(error) for text in _ALLOCATORS
+    )
+    return failed or isinstance(error, MemoryError)

@@ -220,7 +220,8 @@ def _layouts(
     for use in uses:
         layouts = []
         for place, seen in enumerate(probing.of(use)):
-            certain = certain and seen.certain
+            # Inside, that they are nowhere is certain as well.
+            certain = certain and (seen.certain or seen.layout is None)
             if not seen.linear:
                 if failed:
                     # What failed before it comes first.

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from riemannian_modules.errors import (
 from riemannian_modules.finite import looks_finite
 from riemannian_modules.output import OutputMetric
 from riemannian_modules.output.rows import rounded_to
+from riemannian_modules.room import enough_room
 
 __all__ = [
     "Head",
@@ -69,7 +70,8 @@ def pair(metric: OutputMetricLike, outputs: OutputLike) -> list[Head]:
 
     Args:
         metric: one output metric, None, or several by position or by name.
-        outputs: one tensor, or as many as there are metrics.
+        outputs: one tensor, or as many as there are metrics; by name in a dictionary,
+            or in an object with such attributes (what else that holds is left out).
 
     Returns:
         The heads.
@@ -80,6 +82,7 @@ def pair(metric: OutputMetricLike, outputs: OutputLike) -> list[Head]:
         EmptyBatchError: no examples.
     """
     if isinstance(metric, Mapping):
+        outputs = _by_name(outputs, metric)
         if not isinstance(outputs, Mapping) or set(outputs) != set(metric):
             found = sorted(outputs) if isinstance(outputs, Mapping) else type(outputs)
             ordered = isinstance(outputs, tuple | list)
@@ -90,9 +93,10 @@ def pair(metric: OutputMetricLike, outputs: OutputLike) -> list[Head]:
             )
         heads: list[Head] = [(outputs[name], metric[name]) for name in metric]
     elif isinstance(metric, Sequence):
-        if isinstance(outputs, Tensor | Mapping) or len(outputs) != len(metric):
+        if not isinstance(outputs, Sequence) or len(outputs) != len(metric):
             raise OutputMetricError(
-                f"the metric measures {len(metric)} outputs; hand on a tuple of as many"
+                f"the metric measures {len(metric)} outputs, got a "
+                f"{type(outputs).__name__}; hand on a tuple of as many"
             )
         heads = list(zip(outputs, metric, strict=True))
     else:
@@ -116,6 +120,16 @@ def pair(metric: OutputMetricLike, outputs: OutputLike) -> list[Head]:
     if len(sizes) > 1:
         raise ShapeError(f"outputs have batches of different sizes {sorted(sizes)}")
     return heads
+
+
+def _by_name(outputs: Any, metric: Mapping[str, object]) -> Any:
+    """Return the measured fields of an object, such as a dataclass, as a dictionary."""
+    alike = isinstance(outputs, Mapping) and set(outputs) == set(metric)
+    if alike or type(outputs) is dict:
+        return outputs
+    if not all(isinstance(getattr(outputs, name, None), Tensor) for name in metric):
+        return outputs
+    return {name: getattr(outputs, name) for name in metric}
 
 
 @dataclass(frozen=True)
@@ -182,10 +196,12 @@ def output_rows(
         ShapeError: a metric's rows are not of the shape ``(n, r, *output)``, or its
             whitened residual does not fit them.
         NonFiniteError: they hold NaN or infinity.
+        MemoryBoundError: they do not fit into memory.
     """
     joint = _joint(heads)
     each = [None] * len(heads) if costates is None else costates
-    found = [_head_rows(*pair, reduction) for pair in zip(heads, each, strict=True)]
+    with enough_room():
+        found = [_head_rows(*pair, reduction) for pair in zip(heads, each, strict=True)]
     parts = [head.rows for head in found]
     rank = sum(0 if rows is None else len(rows) for rows in parts)
     if costates is None:

@@ -30,6 +30,7 @@ from riemannian_modules.mass import MassLike
 from riemannian_modules.model_metric import ModelMetric
 from riemannian_modules.recorder import Recorder
 from riemannian_modules.reverse import unfreed
+from riemannian_modules.room import require_room
 from riemannian_modules.rows import FewerRows, History, RowReduction
 from riemannian_modules.strategy import Solver
 from riemannian_modules.weights import WeightsLike, nothing_counts, weigh
@@ -59,7 +60,8 @@ class LayerwiseMetric(ModelMetric):
             ``"cholesky"``, ``"primal"``, ``"cg"`` or
             :class:`riemannian_modules.ConjugateGradients` with its settings.
         max_memory: bound on what solving a block holds at one time besides its
-            factors, in bytes or such as ``"512MiB"``; None: no bound.
+            factors, in bytes or such as ``"512MiB"``; None: no bound. The rows of the
+            output metric must fit into it, too; without it, into the machine's memory.
         rows: what to put in the place of the rows of a pass, see
             :mod:`riemannian_modules.rows`; None: all of them.
         history: a :class:`riemannian_modules.rows.History` of past passes whose rows
@@ -292,6 +294,7 @@ class LayerwiseMetric(ModelMetric):
             if loss is not None and self._holds(loss):
                 # The factors stay: an ordinary backward pass, without rows.
                 carried = [(end, None) for end, _ in heads]
+            require_room(carried, self.max_memory)
             found = self._recorder.linearize(carried, loss, self.reduction)
             if found.foreign and self.exchange is not None:
                 raise DistributedError(

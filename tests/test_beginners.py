@@ -1,5 +1,10 @@
 """Mistakes that a beginner makes: each is an error that says what to write instead."""
 
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -51,6 +56,92 @@ def test_output_metrics_by_name_for_a_tuple() -> None:
         metric.pull_back((z,))
     with pytest.raises(OutputMetricError, match=r"with these keys$"):
         metric.pull_back({"other": z})
+
+
+class Speech(nn.Module):
+    """Returns (time, examples, classes), as ctc_loss wants it."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.last = kind, nn.Linear(6, 3)
+        self.conv = nn.Conv1d(4, 6, 3, padding=1)
+        self.lstm = nn.LSTM(4, 6, batch_first=kind == "lstm")
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "conv":
+            return self.last(self.conv(x.mT).mT).transpose(0, 1)
+        if self.kind == "lstm":
+            return self.last(self.lstm(x)[0]).transpose(0, 1)
+        return self.last(self.lstm(x.transpose(0, 1))[0])
+
+
+@pytest.mark.parametrize("kind", ["conv", "lstm", "time first"])
+def test_time_in_front_of_the_examples(kind: str) -> None:
+    model = Speech(kind)
+    metric = rm.LayerwiseMetric(model, rm.output.Categorical())
+    for back in (False, True):
+        with metric.record():
+            z = model(torch.randn(3, 5, 4))
+        if back:
+            metric.pull_back(z.transpose(0, 1))
+        else:
+            match = r"0 of the outputs must be the examples.*z\.transpose\(0, 1\)"
+            with pytest.raises(LinearizationError, match=match):
+                metric.pull_back(z)
+
+
+@dataclass
+class Both:
+    label: Tensor
+    amount: Tensor
+    other: object = None
+
+
+class Pair(NamedTuple):
+    label: Tensor
+    amount: Tensor
+
+
+class Fields(OrderedDict):
+    """A dictionary with attributes, and more in it, like those of transformers."""
+
+    def __init__(self, **fields: Tensor) -> None:
+        super().__init__(**fields, past=fields["label"])
+        self.label, self.amount = fields["label"], fields["amount"]
+
+
+@pytest.mark.parametrize("kind", [Both, Pair, Fields])
+def test_outputs_that_are_fields_of_an_object(kind: Callable[..., Any]) -> None:
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.label, self.amount = nn.Linear(4, 3), nn.Linear(4, 1)
+
+        def forward(self, x: Tensor) -> Any:
+            return kind(label=self.label(x), amount=self.amount(x))
+
+    output = {"label": rm.output.Categorical(), "amount": rm.output.Euclidean()}
+    model = Heads()
+    found = []
+    for plain in (False, True):
+        metric = rm.LayerwiseMetric(model, output, mass=0.1)
+        with metric.record():
+            z = model(X)
+        loss = z.label.logsumexp(1).mean() + z.amount.square().mean()
+        given = {"label": z.label, "amount": z.amount} if plain else z
+        metric.backward(loss, given)
+        found.append(metric.natural_gradient())
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("output", [rm.output.Euclidean(), None])
+def test_an_object_where_the_metrics_are_in_a_list(output: Any) -> None:
+    model = nn.Linear(4, 3)
+    metric = rm.LayerwiseMetric(model, [rm.output.Categorical(), output])
+    with metric.record():
+        z = model(X)
+    with pytest.raises(OutputMetricError, match="got a Both; hand on a tuple of as"):
+        metric.backward(z.square().mean(), Both(z, z))
 
 
 def test_a_backward_pass_that_was_not_recorded() -> None:

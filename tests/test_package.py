@@ -35,7 +35,7 @@ LAYERS = (
     {"rules"},
     {"model_checks", "module_tree"},
     {"declared", "reverse"},
-    {"heads", "watch", "weights"},
+    {"heads", "room", "watch", "weights"},
     {"carry", "checks", "deferred", "linearization", "linearize", "whitening"},
     {"assembly", "carry_rows", "explore", "joining", "probing", "rows"},
     {"exchange", "graph_kinds", "survey"},

@@ -33,6 +33,7 @@ from riemannian_modules.linearization import Linearization
 from riemannian_modules.mass import MassLike
 from riemannian_modules.model_metric import ModelMetric
 from riemannian_modules.output import Euclidean, OutputMetric
+from riemannian_modules.room import require_room
 from riemannian_modules.strategy import Solver
 from riemannian_modules.tape import Tape
 from riemannian_modules.whitening import require_whitened
@@ -327,6 +328,7 @@ class FunctionalMetric(ModelMetric):
             ):
                 pair = (value, self._outputs[name])
                 extra = None if costate is None else [costate]
+                require_room([pair], self.max_memory)
                 rows = output_rows([pair], extra, self.reduction)
                 if extra is not None and self.passes == 0:
                     require_whitened([pair], rows, self.reduction)

@@ -11,7 +11,7 @@ from riemannian_modules.output.rows import rounding
 __all__ = ["OutputMetric"]
 
 
-_MADE_OF_ROWS = ("apply", "whiten", "sharp", "split", "sample")
+_MADE_OF_ROWS = ("row_count", "apply", "whiten", "sharp", "split", "sample")
 
 
 class OutputMetric(ABC):
@@ -74,6 +74,17 @@ class OutputMetric(ABC):
             r, not weighted by ``1/n``. It may be an expanded view: do not write
             into it.
         """
+
+    def row_count(self, outputs: Tensor) -> int | None:
+        """Return the number r of rows of :meth:`factor`, before they are made.
+
+        Rows that cannot fit into memory are refused then. The default, None, is
+        always right.
+
+        Args:
+            outputs: ``(n, *output)``.
+        """
+        return None
 
     def apply(self, outputs: Tensor, velocity: Tensor) -> Tensor:
         """Return the cotangent ``G_o velocity``, differentiable in both arguments.

@@ -91,6 +91,10 @@ class Categorical(OutputMetric):
         blocks = rows.to(outputs.dtype).view(len(outputs), -1, classes - 1, classes)
         return block_rows(blocks, outputs.shape[1:])
 
+    def row_count(self, outputs: Tensor) -> int:
+        """Return ``positions * (C - 1)``."""
+        return outputs.shape[1:-1].numel() * (outputs.shape[-1] - 1)
+
     def apply(self, outputs: Tensor, velocity: Tensor) -> Tensor:
         """Return ``p (velocity - <p, velocity>)``, O(n positions C); see the base."""
         self.validate(outputs)

@@ -59,6 +59,10 @@ class Euclidean(OutputMetric):
         root = root if self.scale == 1.0 else root * math.sqrt(self.scale)
         return root.view(d, *output).expand(n, d, *output)
 
+    def row_count(self, outputs: Tensor) -> int:
+        """Return the number of entries of an output."""
+        return outputs.shape[1:].numel()
+
     def apply(self, outputs: Tensor, velocity: Tensor) -> Tensor:
         """Return ``scale * velocity``; see the base class."""
         self.validate(outputs)

@@ -86,6 +86,10 @@ class Gaussian(OutputMetric):
         blocks = block.expand(outputs.shape[0], outputs.shape[1:-1].numel(), d, d)
         return block_rows(blocks, outputs.shape[1:])
 
+    def row_count(self, outputs: Tensor) -> int:
+        """Return the number of entries of an output."""
+        return outputs.shape[1:].numel()
+
     def apply(self, outputs: Tensor, velocity: Tensor) -> Tensor:
         """Return the precision times the velocity; see the base class."""
         if self.learned is None:

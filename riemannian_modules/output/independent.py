@@ -39,6 +39,10 @@ class Bernoulli(OutputMetric):
         self.validate(outputs)
         return diagonal_rows(_coin_deviation(outputs.detach()))
 
+    def row_count(self, outputs: Tensor) -> int:
+        """Return the number of entries of an output."""
+        return outputs.shape[1:].numel()
+
     def apply(self, outputs: Tensor, velocity: Tensor) -> Tensor:
         """Return ``p (1 - p) velocity``; see the base class."""
         self.validate(outputs)
@@ -84,6 +88,10 @@ class Poisson(OutputMetric):
         """Return ``diag(e^(z/2))``, ``(n, d, *output)``; see the base class."""
         self.validate(outputs)
         return diagonal_rows((0.5 * outputs.detach()).exp())
+
+    def row_count(self, outputs: Tensor) -> int:
+        """Return the number of entries of an output."""
+        return outputs.shape[1:].numel()
 
     def apply(self, outputs: Tensor, velocity: Tensor) -> Tensor:
         """Return ``e^z velocity``; see the base class."""

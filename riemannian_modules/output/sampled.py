@@ -119,6 +119,10 @@ class Sampled(OutputMetric):
         rows = self.metric.sample(outputs, self.probes, self.generator)
         return rows if self.probes == 1 else rows / math.sqrt(self.probes)
 
+    def row_count(self, outputs: Tensor) -> int:
+        """Return the number of probes; :meth:`split` may add a row."""
+        return self.probes
+
     def apply(self, outputs: Tensor, velocity: Tensor) -> Tensor:
         """Return ``G_o velocity`` of the metric itself, which needs no draw."""
         return self.metric.apply(outputs, velocity)

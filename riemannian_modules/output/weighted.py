@@ -83,6 +83,10 @@ class Weighted(OutputMetric):
         """Return the rows, each times the root of its term's weight."""
         return self._weighted(self.metric.factor(outputs), outputs)
 
+    def row_count(self, outputs: Tensor) -> int | None:
+        """Return that of the metric."""
+        return self.metric.row_count(outputs)
+
     def apply(self, outputs: Tensor, velocity: Tensor) -> Tensor:
         """Return ``G_o velocity``."""
         root = self._root(outputs)

@@ -12,7 +12,7 @@ from itertools import chain, islice, product
 
 from torch import Tensor
 
-from riemannian_modules.errors import LinearizationError
+from riemannian_modules.errors import LinearizationError, ran_out
 from riemannian_modules.factors import DenseFactor, MetricFactor
 from riemannian_modules.layout import Layout, candidates
 from riemannian_modules.nested import tensors_in
@@ -65,6 +65,9 @@ def generic(call: Call) -> dict[str, MetricFactor]:
                 call.memo["looped"] = True
                 rows, outputs = replay.rows(looped=True)
         except Exception as error:
+            if ran_out(error):
+                # Another choice would not be smaller.
+                raise
             # A module that cannot be run on this choice of a single example.
             reason = reason if isinstance(reason, UnevenError) else error
             continue

@@ -5,7 +5,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from riemannian_modules.errors import LinearizationError, ShapeError
+from riemannian_modules.errors import (
+    LinearizationError,
+    MemoryBoundError,
+    ShapeError,
+    ran_out,
+)
 from riemannian_modules.factors import MetricFactor
 from riemannian_modules.rules.base import Call, Entry
 
@@ -59,13 +64,18 @@ def explained(job: Job, call: Call) -> dict[str, MetricFactor]:
         UnexplainedError: the rule cannot explain this call.
         LinearizationError: the rule is wrong: it fails, or what it returns does not
             fit; names the layer and the parameters.
+        MemoryBoundError: memory ran out.
     """
     try:
         factors: object = job.entry.rule(call)
     except UnexplainedError as error:
         raise UnexplainedError(error.names or job.names, error.reason) from error
     except (LinearizationError, RuntimeError, IndexError, ShapeError) as error:
+        if ran_out(error):
+            raise MemoryBoundError(_too_large(job, call, error)) from error
         raise UnexplainedError(job.names, str(error)) from error
+    except MemoryError as error:
+        raise MemoryBoundError(_too_large(job, call, error)) from error
     except Exception as error:
         reason = f"raised {type(error).__name__}: {error}"
         raise LinearizationError(_wrong(job, call, reason)) from error
@@ -106,4 +116,15 @@ def _wrong(job: Job, call: Call, reason: str) -> str:
     return (
         f"the rule of {call.label} ({type(call.module).__name__}), asked for factors "
         f"of {title}, {reason}; test it with riemannian_modules.testing.check_rule"
+    )
+
+
+def _too_large(job: Job, call: Call, error: Exception) -> str:
+    title = ", ".join(f"'{name}'" for name in job.names)
+    return (
+        f"the rows of {title} at {call.label} ({type(call.module).__name__}) do not "
+        "fit into memory; nothing was changed. A parameter without structure has a row "
+        "of its size for each row of the outputs: use nn.Embedding in the place of a "
+        "raw table, riemannian_modules.output.Sampled, or a smaller batch "
+        f"({error})"
     )

@@ -50,8 +50,12 @@ def _by_example(call: Call, x: Tensor, kept: int, leading: int) -> Tensor:
         return x.reshape(*head, 1, -1, *core)
     layout = call.layouts[0]
     if layout.dim >= x.ndim - leading - kept:
-        alone = x.ndim - leading == kept
-        remedy = "; give its input a batch dimension with unsqueeze(0)" if alone else ""
+        remedy = (
+            ". Dimension 0 of the outputs must be the examples: return z.transpose(0, "
+            "1) if it is time, as for ctc_loss"
+        )
+        if x.ndim - leading == kept:
+            remedy = "; give its input a batch dimension with unsqueeze(0)"
         raise LinearizationError(
             f"the examples of the batch are in dimension {layout.dim} of the output of "
             f"{call.label}, which takes that dimension for channels or positions"

@@ -62,8 +62,9 @@ def batch_layout(call: Call, dims: Mapping[int, int]) -> Layout:
         return found
     raise LinearizationError(
         f"{call.label} ({type(call.module).__name__}) saw the {call.examples} examples "
-        "of the batch in another dimension than its own batch dimension; check its "
-        "batch_first"
+        "of the batch in another dimension than its own batch dimension. Dimension 0 "
+        "of the outputs must be the examples: return z.transpose(0, 1) if it is time, "
+        "as for ctc_loss; else check the layer's batch_first"
     )
 
 

@@ -1,13 +1,14 @@
 """Parameters that all examples share: learned positions, class tokens, scales.
 
 What a module adds to its examples, repeats for each of them or multiplies them with, is
-a function T of parameters alone. The cotangent of an example at the sum, added up over
-what was broadcast, is that example's cotangent of T, and autograd carries it on to the
-parameters. The module does not run again, so that anything may be random in it.
+a function T of parameters and constants alone. The cotangent of an example at the sum,
+added up over what was broadcast, is that example's cotangent of T, and autograd carries
+it on to the parameters. The module does not run again, so that anything may be random
+in it.
 """
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,8 +20,8 @@ from riemannian_modules.factors import DenseFactor, MetricFactor, joined
 from riemannian_modules.nested import tensors_in
 from riemannian_modules.place import Place
 from riemannian_modules.rules.base import Call, Entry, Inside
-from riemannian_modules.rules.inside import saved, saved_as_they_are
 from riemannian_modules.rules.job import UnexplainedError
+from riemannian_modules.rules.meeting import TIMES, kind_of, multiplier, no_more
 
 __all__ = ["SHARED", "find_shared", "shared", "shared_places"]
 
@@ -32,6 +33,7 @@ _ALONE = (
     *("Neg", "Exp", "Tanh", "Sigmoid", "Softplus", "Softmax", "Relu"),
 )
 _REPEATS = ("Expand", "Repeat")
+_MEETS = ("Add", "Sub", *TIMES)
 
 
 class _Share(NamedTuple):
@@ -43,6 +45,10 @@ class _Share(NamedTuple):
         shape: that of T.
         sign: what T is multiplied with in the sum.
         times: whether T is multiplied with the place's input.
+        at: the node of the place.
+        below: those of places on the way from the parameter.
+        on: whether there are places above that do in its stead, where what T meets
+            here is the same for all examples.
     """
 
     leaf: Tensor
@@ -50,6 +56,9 @@ class _Share(NamedTuple):
     shape: torch.Size
     sign: float
     times: bool
+    at: Node
+    below: frozenset[Node]
+    on: bool
 
 
 def find_shared(
@@ -97,7 +106,7 @@ def shared_places(
     for leaf in leaves:
         node = nodes.get(id(leaf))
         if node is not None:
-            places = list(_places(leaf, node, above))
+            places = _places(leaf, node, above, {})
             found += [] if None in places else places
     return tuple(place for place in found if place is not None)
 
@@ -125,39 +134,92 @@ def _parents(starts: Iterable[Node | None], ends: Iterable[Node | None]) -> Pare
     return found
 
 
-def _places(leaf: Tensor, node: Node, above: Parents) -> Iterator[Place | None]:
-    """Yield the places that a node comes to; None where that is not understood."""
+def _places(
+    leaf: Tensor,
+    node: Node,
+    above: Parents,
+    known: dict[Node, bool],
+    below: frozenset[Node] = frozenset(),
+) -> list[Place | None]:
+    """Return the places that a node comes to; None where that is not understood.
+
+    Where it meets what holds no more than parameters and constants, as far as the graph
+    shows, examples may come in there (an input, a mask) or further up: both are places,
+    and where the examples are tells which counts.
+
+    Args:
+        leaf: the parameter.
+        node: the node.
+        above: what uses each node.
+        known: whether nodes that were looked at are understood; changed.
+        below: nodes of places on the way to it.
+    """
+    if node in known:
+        # Two ways from the parameter meet here: one derivative is that of both.
+        return [] if known[node] else [None]
     users = above.get(node, [])
-    if not users:
-        yield None
+    found: list[Place | None] = [] if users else [None]
     for parent, position, number in users:
-        kind = type(parent).__name__.removesuffix("0").removesuffix("1")
-        kind = kind.removesuffix("Backward")
+        kind = kind_of(parent)
         if kind in _ALONE:
-            yield from _places(leaf, parent, above)
+            found += _places(leaf, parent, above, known, below)
             continue
-        known: Any = parent
+        saw: Any = parent
         sign, other = 1.0, None
         if kind in ("Add", "Sub") and position < 2:
             if position == 1:
-                sign = float(known._saved_alpha) * (1.0 if kind == "Add" else -1.0)
-        elif kind == "Mul" and position < 2 and saved_as_they_are():
-            other = saved(parent, ("_saved_other", "_saved_self")[position])
+                sign = float(saw._saved_alpha) * (1.0 if kind == "Add" else -1.0)
+        elif kind in TIMES:
+            other = multiplier(parent, kind, position, leaf.dtype)
             if other is None:
-                yield None
+                found.append(None)
                 continue
         elif kind not in _REPEATS:
-            yield None
+            found.append(None)
             continue
+        further: list[Place | None] = [None]
+        tried = dict(known)
+        if kind in _MEETS and no_more(parent, position, (*_ALONE, *_MEETS)):
+            further = _places(leaf, parent, above, tried, below | {parent})
+        on = None not in further
+        # Of a way that leads nowhere only what is not understood is known.
+        known |= {each: told for each, told in tried.items() if on or not told}
+        found += further if on else []
         meta: Any = node
         shape = leaf.shape
         if not hasattr(node, "variable"):
             shape = meta._input_metadata[number].shape
         edge, times = GradientEdge(node, number), other is not None
-        share = _Share(leaf, edge, torch.Size(shape), sign, times)
-        size = torch.Size(known._input_metadata[0].shape)
+        share = _Share(leaf, edge, torch.Size(shape), sign, times, parent, below, on)
+        size = torch.Size(saw._input_metadata[0].shape)
         other = leaf.new_empty(0) if other is None else other
-        yield Place(GradientEdge(parent, 0), other, size, share)
+        found.append(Place(GradientEdge(parent, 0), other, size, share))
+    known[node] = None not in found
+    return found
+
+
+def _where_they_meet(places: Sequence[Inside], examples: int) -> list[Inside]:
+    """Return the places where the examples come in, the first ones on each way."""
+    apart = {place.note.at for place in places if _is_shared(place, examples)}
+    return [
+        place
+        for place in places
+        if not place.note.below & apart
+        and (place.note.at in apart or not place.note.on)
+    ]
+
+
+def _full(place: Inside) -> tuple[int, ...]:
+    """Return the shape of T with as many dimensions as the place has."""
+    missing = len(place.shape) - len(place.note.shape)
+    return (*[1] * missing, *place.note.shape)
+
+
+def _is_shared(place: Inside, examples: int) -> bool:
+    """Whether the examples are apart at a place, and T is the same for all of them."""
+    dim, full = place.layout.dim, _full(place)
+    alike = all(own in (1, all_) for own, all_ in zip(full, place.shape, strict=True))
+    return alike and (examples == 1 or (dim >= 0 and full[dim] == 1))
 
 
 def _rows(call: Call, place: Inside) -> Tensor:
@@ -172,10 +234,8 @@ def _rows(call: Call, place: Inside) -> Tensor:
     cotangent = cotangent.to(call.dtype) * share.sign
     if share.times:
         cotangent = cotangent * place.input.to(call.dtype)
-    size, dim = place.shape, place.layout.dim
-    full = (*[1] * (len(size) - len(share.shape)), *share.shape)
-    alike = all(own in (1, all_) for own, all_ in zip(full, size, strict=True))
-    if not alike or (n > 1 and full[dim] != 1):
+    size, dim, full = place.shape, place.layout.dim, _full(place)
+    if not _is_shared(place, n):
         reason = (
             f"at {call.label} a parameter is not the same for all examples, or what it "
             "is added to is shared by them"
@@ -229,7 +289,8 @@ def shared(call: Call) -> dict[str, MetricFactor]:
         leaf = call.module.get_parameter(path)
         own = [p for p in places.get(id(leaf), []) if p.cotangent is not None]
         try:
-            rows = [DenseFactor(_rows(call, place)) for place in own]
+            met = _where_they_meet(own, call.examples)
+            rows = [DenseFactor(_rows(call, place)) for place in met]
         except LinearizationError:
             rows = []
         if rows:

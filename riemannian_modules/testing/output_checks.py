@@ -72,6 +72,8 @@ def _factor(
             _tolerance(outputs),
             "L^T L is the expected metric",
         )
+    told = output.row_count(outputs) in (None, rows.shape[1])
+    yield _result("row_count", told, "the rows of factor, or None")
     both = torch.cat([outputs, outputs])
     doubled = output.terms(both) == 2 * output.terms(outputs) > 0
     yield _result("terms", doubled, "twice the batch has twice the terms")

@@ -415,6 +415,11 @@ class ConstantTerms(Coins):
         return 1
 
 
+class Miscounted(Coins):
+    def row_count(self, outputs):
+        return outputs.numel()
+
+
 class Joined(Coins):
     def whiten(self, outputs, cotangent):
         y, rest = super().whiten(outputs, cotangent)
@@ -475,6 +480,7 @@ OUTPUTS: dict[str, type[OutputMetric]] = {
     "factor_per_example": BatchNormed,
     "factor_metric": Unrooted,
     "terms": ConstantTerms,
+    "row_count": Miscounted,
     "whiten_kind": Joined,
     "whiten_sum": UnrootedResidual,
     "whiten_rows": AllRest,
