@@ -201,7 +201,7 @@ def _layouts(
                 layouts.append(Layout())
                 continue
             layout, told = find_layout(each[first:], examples)
-            certain = certain and told
+            certain = certain and (told or layout is None)
             if not is_linear(each[first:], rounding):
                 raise LinearizationError(
                     f"at {use.label} the way back is not linear: a hook changes the "

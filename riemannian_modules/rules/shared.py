@@ -21,6 +21,22 @@ from riemannian_modules.place import Place
 from riemannian_modules.rules.base import Call, Entry, Inside
 from riemannian_modules.rules.inside import saved, saved_as_they_are
 from riemannian_modules.rules.job import UnexplainedError
+from riemannian_modules.rules.lookups import (
+    LOOKUPS,
+    Lookup,
+    looks_up_apart,
+    lookup_factor,
+    lookup_place,
+)
+from riemannian_modules.rules.products import (
+    Dims,
+    Parents,
+    Product,
+    kind_of,
+    product_factor,
+    product_places,
+    viewed,
+)
 
 __all__ = ["SHARED", "find_shared", "shared", "shared_places"]
 
@@ -28,7 +44,7 @@ __all__ = ["SHARED", "find_shared", "shared", "shared_places"]
 # that could hold examples.
 _ALONE = (
     *("View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Squeeze", "Slice", "Select"),
-    *("Transpose", "T", "Permute", "Alias", "Clone", "ToCopy", "Embedding"),
+    *("Transpose", "T", "Permute", "Alias", "Clone", "ToCopy"),
     *("Neg", "Exp", "Tanh", "Sigmoid", "Softplus", "Softmax", "Relu"),
 )
 _REPEATS = ("Expand", "Repeat")
@@ -43,6 +59,8 @@ class _Share(NamedTuple):
         shape: that of T.
         sign: what T is multiplied with in the sum.
         times: whether T is multiplied with the place's input.
+        lookup: the look-up on the way that explains the parameter by itself where the
+            examples look up values of their own; or None.
     """
 
     leaf: Tensor
@@ -50,6 +68,7 @@ class _Share(NamedTuple):
     shape: torch.Size
     sign: float
     times: bool
+    lookup: Node | None = None
 
 
 def find_shared(
@@ -97,12 +116,9 @@ def shared_places(
     for leaf in leaves:
         node = nodes.get(id(leaf))
         if node is not None:
-            places = list(_places(leaf, node, above))
+            places = list(_places(leaf, node, above, tuple(range(leaf.ndim))))
             found += [] if None in places else places
     return tuple(place for place in found if place is not None)
-
-
-Parents = dict[Node, list[tuple[Node, int, int]]]
 
 
 def _parents(starts: Iterable[Node | None], ends: Iterable[Node | None]) -> Parents:
@@ -125,22 +141,36 @@ def _parents(starts: Iterable[Node | None], ends: Iterable[Node | None]) -> Pare
     return found
 
 
-def _places(leaf: Tensor, node: Node, above: Parents) -> Iterator[Place | None]:
+def _places(
+    leaf: Tensor, node: Node, above: Parents, dims: Dims | None
+) -> Iterator[Place | None]:
     """Yield the places that a node comes to; None where that is not understood."""
     users = above.get(node, [])
     if not users:
         yield None
     for parent, position, number in users:
-        kind = type(parent).__name__.removesuffix("0").removesuffix("1")
-        kind = kind.removesuffix("Backward")
+        meta: Any = node
+        shape = leaf.shape
+        if not hasattr(node, "variable"):
+            shape = torch.Size(meta._input_metadata[number].shape)
+        products = product_places(leaf, shape, (parent, position), above, dims)
+        if products is not None:
+            yield from products
+            continue
+        kind = kind_of(parent)
+        if kind in LOOKUPS:
+            yield from _looked_up(leaf, parent, above, dims)
+            continue
         if kind in _ALONE:
-            yield from _places(leaf, parent, above)
+            yield from _places(leaf, parent, above, viewed(parent, shape, dims))
             continue
         known: Any = parent
         sign, other = 1.0, None
         if kind in ("Add", "Sub") and position < 2:
             if position == 1:
                 sign = float(known._saved_alpha) * (1.0 if kind == "Add" else -1.0)
+        elif kind == "Addmm" and position == 0:
+            sign = float(known._saved_beta)
         elif kind == "Mul" and position < 2 and saved_as_they_are():
             other = saved(parent, ("_saved_other", "_saved_self")[position])
             if other is None:
@@ -149,15 +179,49 @@ def _places(leaf: Tensor, node: Node, above: Parents) -> Iterator[Place | None]:
         elif kind not in _REPEATS:
             yield None
             continue
-        meta: Any = node
-        shape = leaf.shape
-        if not hasattr(node, "variable"):
-            shape = meta._input_metadata[number].shape
         edge, times = GradientEdge(node, number), other is not None
-        share = _Share(leaf, edge, torch.Size(shape), sign, times)
+        share = _Share(leaf, edge, shape, sign, times)
         size = torch.Size(known._input_metadata[0].shape)
         other = leaf.new_empty(0) if other is None else other
         yield Place(GradientEdge(parent, 0), other, size, share)
+
+
+def _looked_up(
+    leaf: Tensor, node: Node, above: Parents, dims: Dims | None
+) -> Iterator[Place | None]:
+    """Yield the place of a look-up, and what it comes to if all look up the same."""
+    place = lookup_place(leaf, node, dims)
+    if place is None and kind_of(node) != "Embedding":
+        yield None
+        return
+    others = list(_places(leaf, node, above, None))
+    if place is None:
+        yield from others
+        return
+    shared = None not in others
+    yield place._replace(note=place.note._replace(shared=shared))
+    for other in others:
+        if shared and other is not None:
+            yield other._replace(note=other.note._replace(lookup=node))
+
+
+def _factors(call: Call, places: Sequence[Inside]) -> Iterator[MetricFactor]:
+    """Yield the factor of a parameter at each of its places.
+
+    Raises:
+        LinearizationError: its examples are not where they should be.
+    """
+    lookups = [place for place in places if isinstance(place.note, Lookup)]
+    apart = {p.note.node for p in lookups if looks_up_apart(call, p)}
+    for place in places:
+        note = place.note
+        if isinstance(note, Product):
+            yield product_factor(call, place)
+        elif isinstance(note, Lookup):
+            if note.node in apart or not note.shared:
+                yield lookup_factor(call, place)
+        elif note.lookup not in apart:
+            yield DenseFactor(_rows(call, place))
 
 
 def _rows(call: Call, place: Inside) -> Tensor:
@@ -206,9 +270,10 @@ def _rows(call: Call, place: Inside) -> Tensor:
 
 
 def shared(call: Call) -> dict[str, MetricFactor]:
-    """Factors of parameters that examples meet in sums, products and repetitions.
+    """Factors of parameters that examples meet in sums, products and look-ups.
 
-    Cost: that of the rows, which are stored.
+    Cost: that of the rows, which are stored; of matrix products that of a linear layer,
+    and of look-ups that of an embedding.
 
     Args:
         call: a call of a module that has no rule.
@@ -221,7 +286,7 @@ def shared(call: Call) -> dict[str, MetricFactor]:
     """
     places: dict[int, list[Inside]] = {}
     for place in call.inside:
-        if isinstance(place.note, _Share):
+        if isinstance(place.note, _Share | Product | Lookup):
             places.setdefault(id(place.note.leaf), []).append(place)
     found: dict[str, MetricFactor] = {}
     missing = []
@@ -229,19 +294,19 @@ def shared(call: Call) -> dict[str, MetricFactor]:
         leaf = call.module.get_parameter(path)
         own = [p for p in places.get(id(leaf), []) if p.cotangent is not None]
         try:
-            rows = [DenseFactor(_rows(call, place)) for place in own]
+            factors = [*_factors(call, own)]
         except LinearizationError:
-            rows = []
-        if rows:
-            found[path] = joined(rows)
+            factors = []
+        if factors:
+            found[path] = joined(factors)
         else:
             missing.append(path)
     if missing:
         names = [call.name_of(call.module.get_parameter(path)) for path in missing]
         raise UnexplainedError(
             [name for name in names if name is not None],
-            f"{call.label} uses it in another way than in sums with its examples; a "
-            "layer would explain it (nn.Linear for products, nn.Embedding for tables)",
+            f"{call.label} uses it in another way than in sums and products with its "
+            "examples, or look-ups; a layer of torch.nn would explain it",
         )
     return found
 
