@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from zoo_models import grad_jacobian, trainable
 
 import riemannian_modules as rm
@@ -259,3 +260,70 @@ def test_conv1d_of_a_transformer_in_half_precision() -> None:
         found = model.p["W"].grad
         assert (found - want).norm() < 0.03 * want.norm()
         assert isinstance(metric.blocks["p"].parts[0].factor, fs.SlabFactor)
+
+
+@pytest.mark.parametrize("kind", ["product", "look-up"])
+def test_nothing_is_looked_for_in_a_checkpoint(kind: str) -> None:
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w, self.runs = nn.Parameter(torch.randn(D, D)), 0
+
+        def forward(self, h: Tensor) -> Tensor:
+            self.runs += 1
+            found = h @ self.w if kind == "product" else self.w[ids(h) % D]
+            return torch.tanh(h + found)
+
+    class Saves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.enter, self.last = nn.Linear(3, D), nn.Linear(D, 2)
+            self.layers = nn.ModuleList(Inner() for _ in range(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.enter(x)
+            return self.last(
+                checkpoint(nn.Sequential(*self.layers), h, use_reentrant=0)
+            )
+
+    torch.manual_seed(0)
+    model = Saves()
+    metric = rm.LayerwiseMetric(model, rm.output.Euclidean(), mass=MASS)
+    for index in range(5):
+        for layer in model.layers:
+            layer.runs = 0
+        with metric.record():
+            z = model(torch.randn(6, 3))
+        metric.backward(z.square().mean(), z)
+        if index > 2:
+            # The pass, its two repetitions in the reverse passes, and the replay.
+            assert max(layer.runs for layer in model.layers) <= 4
+
+
+def test_rows_that_are_held_stay_as_they_were() -> None:
+    class Query(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q = nn.Parameter(torch.randn(1, D))
+            self.W, self.last = nn.Parameter(torch.randn(D, D)), nn.Linear(D, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.q.expand(len(x), -1) @ self.W
+            return self.last(torch.tanh(h * x.mean(1, keepdim=True)))
+
+    torch.manual_seed(0)
+    metric = rm.LayerwiseMetric(Query(), rm.output.Euclidean(), mass=MASS, refresh=2)
+    optimizer = rm.optim.RiemannianSGD(metric, lr=0.5)
+    with metric.record():
+        z = metric.model(torch.randn(6, 3))
+    metric.backward(z.square().mean(), z)
+    parts = [part for block in metric.blocks.values() for part in block.parts]
+    (factor,) = (part.factor for part in parts if part.name == "W")
+    assert factor is not None
+    before = factor.to_dense()
+    optimizer.step()
+    assert torch.equal(factor.to_dense(), before)
+    with metric.record():
+        z = metric.model(torch.randn(6, 3))
+    metric.backward(z.square().mean(), z)
+    optimizer.step()

@@ -9,7 +9,7 @@ from torch.autograd.graph import GradientEdge, Node
 from riemannian_modules.factors import EmbeddingFactor, MetricFactor, ViewedFactor
 from riemannian_modules.place import Place
 from riemannian_modules.rules.base import Call, Inside
-from riemannian_modules.rules.inside import saved, saved_as_they_are
+from riemannian_modules.rules.inside import is_packed, saved, saved_as_they_are
 from riemannian_modules.rules.products import (
     Dims,
     by_example,
@@ -53,12 +53,16 @@ def lookup_place(leaf: Tensor, node: Node, dims: Dims | None) -> Place | None:
     kind, padding = kind_of(node), None
     if dims != tuple(range(leaf.ndim)) or leaf.ndim not in (1, 2):
         return None
+    names = {"Embedding": "_saved_indices", "Index": "_saved_indices"}
+    name = names.get(kind, "_saved_index")
+    if not saved_as_they_are() or is_packed(node, name):
+        return None
     tokens: Tensor | None = None
     if kind == "Embedding" and not known._saved_scale_grad_by_freq:
-        tokens = saved(node, "_saved_indices")
+        tokens = saved(node, name)
         padding = signed(known._saved_padding_idx)
     elif kind == "IndexSelect" and dimension(known, "_saved_dim", leaf.ndim) == 0:
-        tokens = saved(node, "_saved_index")
+        tokens = saved(node, name)
     elif kind == "Index":
         tokens = _first_index(node)
     if tokens is None or tokens.dtype not in (torch.int32, torch.int64):
@@ -74,8 +78,6 @@ def lookup_place(leaf: Tensor, node: Node, dims: Dims | None) -> Place | None:
 
 def _first_index(node: Any) -> Tensor | None:
     """Return what indexes the first dimension, where nothing indexes another."""
-    if not saved_as_they_are():
-        return None
     try:
         first, *others = node._saved_indices
     except (RuntimeError, ValueError):

@@ -22,7 +22,7 @@ from riemannian_modules.factors import (
 from riemannian_modules.layout import Layout
 from riemannian_modules.place import Place
 from riemannian_modules.rules.base import Call, Inside
-from riemannian_modules.rules.inside import saved, saved_as_they_are
+from riemannian_modules.rules.inside import is_packed, saved, saved_as_they_are
 
 __all__ = [
     "Dims",
@@ -229,6 +229,9 @@ def _product(
     if own is None or None in own or len(own) != leaf.ndim or not saved_as_they_are():
         return None
     if kind == "Mv" and left:
+        return None
+    # In a checkpoint that would run it again for every product.
+    if is_packed(node, names[left]):
         return None
     other = saved(node, names[left])
     after = shape_of(node)

@@ -118,7 +118,15 @@ def shared_places(
         if node is not None:
             places = list(_places(leaf, node, above, tuple(range(leaf.ndim))))
             found += [] if None in places else places
-    return tuple(place for place in found if place is not None)
+    # Steps write into parameters, and what they were multiplied with would be gone.
+    owned = {node.variable.untyped_storage().data_ptr() for node in nodes.values()}
+    return tuple(
+        place._replace(input=place.input.clone())
+        if place.input.untyped_storage().data_ptr() in owned
+        else place
+        for place in found
+        if place is not None
+    )
 
 
 def _parents(starts: Iterable[Node | None], ends: Iterable[Node | None]) -> Parents:
