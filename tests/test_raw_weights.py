@@ -15,6 +15,7 @@ from zoo_models import grad_jacobian, trainable
 import riemannian_modules as rm
 from riemannian_modules import factors as fs
 from riemannian_modules.errors import LinearizationError
+from riemannian_modules.testing.reference import dense_natural_gradient
 
 pytestmark = pytest.mark.skipif(
     not hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"),
@@ -327,3 +328,34 @@ def test_rows_that_are_held_stay_as_they_were() -> None:
         z = metric.model(torch.randn(6, 3))
     metric.backward(z.square().mean(), z)
     optimizer.step()
+
+
+def test_a_table_that_all_look_up_alike_is_explored_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    passes = []
+    recorder = import_module("riemannian_modules.recorder")
+    explore = recorder.explore
+    monkeypatch.setattr(
+        recorder, "explore", lambda *args: passes.append(0) or explore(*args)
+    )
+    torch.manual_seed(0)
+    checked(Raw([TABLES["all alike"]]), [(5, 3)] * 3)
+    assert len(passes) == 1
+
+
+def test_columns_of_unit_length_in_a_weight_that_is_stored_across() -> None:
+    torch.manual_seed(0)
+    model = only_used(Raw([PRODUCTS["x @ W"]], 0.0), torch.randn(2, 3, 3))
+    rm.geometrize(model, {"p.W": rm.manifolds.Oblique("columns")})
+    metric = rm.LayerwiseMetric(model, rm.output.Euclidean(2.0), mass=MASS)
+    x, y = torch.randn(6, 3, 3), torch.randn(6, 2)
+    with metric.record():
+        z = model(x)
+    metric.backward(F.mse_loss(z, y), z)
+    found = metric.natural_gradient()
+    wanted = dense_natural_gradient(
+        model, rm.output.Euclidean(2.0), x, lambda z: F.mse_loss(z, y), mass=MASS
+    )
+    for name, expected in wanted.items():
+        torch.testing.assert_close(found[name], expected, rtol=1e-9, atol=1e-11)

@@ -277,7 +277,9 @@ FACTORS: dict[str, Callable[[], fs.SlabFactor]] = {
 
 
 @pytest.mark.parametrize("most", [1, 40, 1 << 22])
-@pytest.mark.parametrize("base", ["euclidean", "euclidean-diagonal", "sphere"])
+@pytest.mark.parametrize(
+    "base", ["euclidean", "euclidean-rank-one", "euclidean-diagonal", "sphere"]
+)
 @pytest.mark.parametrize("name", FACTORS)
 def test_pieces_of_any_size_give_the_same(
     name: str, base: str, most: int, monkeypatch: pytest.MonkeyPatch
