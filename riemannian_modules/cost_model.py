@@ -26,6 +26,7 @@ from riemannian_modules.factors import (
     LinearFactor,
     MetricFactor,
     SumFactor,
+    ViewedFactor,
 )
 from riemannian_modules.factors.linear_gram import forms_rows, has_terms
 from riemannian_modules.factors.products import has_kernel
@@ -159,6 +160,14 @@ def _(factor: SumFactor, space: TangentSpace) -> Work:
     for part in factor.parts:
         total = total + work(part, space)
     return total
+
+
+@work.register(ViewedFactor)
+def _(factor: ViewedFactor, space: TangentSpace) -> Work:
+    view = factor.inner_space(space)
+    if view is not None:
+        return work(factor.inner, view)
+    return _stored(factor.rank, space.point.numel())
 
 
 @dataclass(frozen=True)

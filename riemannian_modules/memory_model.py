@@ -12,7 +12,12 @@ from decimal import Decimal
 import torch
 
 from riemannian_modules.block import Block
-from riemannian_modules.factors import DenseFactor, LinearFactor, MetricFactor
+from riemannian_modules.factors import (
+    DenseFactor,
+    LinearFactor,
+    MetricFactor,
+    ViewedFactor,
+)
 from riemannian_modules.factors.cotangents import CotangentFactor
 from riemannian_modules.factors.slabs import _FEWEST_ROWS
 
@@ -121,6 +126,8 @@ def _numel(shape: tuple[int, ...]) -> int:
 
 def _stored(factor: MetricFactor) -> int:
     """Return the entries that a factor, or a copy of it, consists of."""
+    if isinstance(factor, ViewedFactor):
+        return _stored(factor.inner)
     if isinstance(factor, CotangentFactor):
         inputs = getattr(factor, "inputs", None)
         return factor.cotangents.numel() + (0 if inputs is None else inputs.numel())
@@ -129,4 +136,6 @@ def _stored(factor: MetricFactor) -> int:
 
 def _kernel(factor: MetricFactor) -> int:
     """Return the entries of ``X X^T``."""
+    if isinstance(factor, ViewedFactor):
+        return _kernel(factor.inner)
     return len(factor.inputs) ** 2 if isinstance(factor, LinearFactor) else 0

@@ -11,7 +11,7 @@ from riemannian_modules.place import Finder
 from riemannian_modules.rules import GENERIC, SHARED, Entry, entry_of
 from riemannian_modules.rules.job import Job
 from riemannian_modules.rules.parametrized import advice
-from riemannian_modules.rules.shared import find_shared, shared_places
+from riemannian_modules.rules.ways import find_shared, shared_places
 from riemannian_modules.tape import Tape, Use, Watched
 from riemannian_modules.untraced import is_compiled
 

@@ -122,6 +122,17 @@ def stacked(n: int, r: int, positions: int) -> dict[str, fs.MetricFactor]:
     }
 
 
+def across(n: int, r: int, positions: int) -> dict[str, fs.MetricFactor]:
+    inner = linear(n, r, positions)["weight"]
+    assert isinstance(inner, fs.LinearFactor)
+    return {"weight": fs.ViewedFactor(inner)}
+
+
+def numbers(n: int, r: int, places: int) -> dict[str, fs.MetricFactor]:
+    tokens, l = torch.randint(5, (n * places,)), torch.randn(r, n, places, 1)
+    return {"table": fs.ViewedFactor(fs.EmbeddingFactor(tokens, l, 5))}
+
+
 def dense(n: int, r: int, positions: int) -> dict[str, fs.MetricFactor]:
     return {"anything": fs.DenseFactor(torch.randn(n * r, 2, 3))}
 
@@ -137,7 +148,18 @@ def unknown(n: int, r: int, positions: int) -> dict[str, fs.MetricFactor]:
 
 MAKE: dict[str, Callable[[int, int, int], dict[str, fs.MetricFactor]]] = {
     each.__name__: each
-    for each in (linear, convolution, embedding, bag, tied, stacked, dense, unknown)
+    for each in (
+        linear,
+        convolution,
+        embedding,
+        bag,
+        tied,
+        stacked,
+        dense,
+        unknown,
+        across,
+        numbers,
+    )
 }
 
 

@@ -19,6 +19,7 @@ from riemannian_modules.factors import (
     DenseFactor,
     LinearFactor,
     Shared,
+    ViewedFactor,
     column,
     combined,
     concatenated,
@@ -391,7 +392,10 @@ def test_energies_and_columns_are_those_of_the_gram_matrix(seed, kind, positions
         TangentSpace(manifold, point, rm.Mass(scalar=0.3)),
         TangentSpace(geoopt.Euclidean(), torch.zeros(4), rm.Mass(scalar=2.0)),
     ]
-    for factor, space in zip(linear(seed, positions), spaces, strict=True):
+    weight, bias = linear(seed, positions)
+    spaces.append(spaces[0])
+    factors = [weight, bias, ViewedFactor(weight)]
+    for factor, space in zip(factors, spaces, strict=True):
         dense = DenseFactor(factor.rows(0, 6))
         gram = dense.gram(space, torch.float64)
         index = torch.tensor(j)
@@ -405,7 +409,8 @@ def test_energies_and_columns_are_those_of_the_gram_matrix(seed, kind, positions
 def test_parts_of_factors_equal_parts_of_their_rows(seed, positions):
     index, shared = torch.tensor([4, 0, 5]), Shared()
     weights = torch.randn(6)
-    for factor in linear(seed, positions):
+    weight, bias = linear(seed, positions)
+    for factor in (weight, bias, ViewedFactor(weight)):
         rows = factor.rows(0, 6)
         grouped = rows.view(2, 3, *factor.shape)
         sums = torch.einsum("jn,jn...->n...", weights.view(2, 3), grouped)

@@ -265,12 +265,21 @@ FACTORS: dict[str, Callable[[], fs.SlabFactor]] = {
     "embedding-twice": lambda: tokens() + tokens(2),
     "embedding-and-bags": lambda: tokens() + bags(),
     "tied": lambda: tokens() + linear_factor((7, 3), 2),
+    "across": lambda: fs.ViewedFactor(linear_factor((3, 7), 3)),
+    "across-once": lambda: fs.ViewedFactor(linear_factor((3, 7), 1)),
+    "across-twice": lambda: (
+        fs.ViewedFactor(linear_factor((3, 7), 3))
+        + fs.ViewedFactor(linear_factor((3, 7), 2))
+        + linear_factor((7, 3), 1)
+    ),
     "tied-twice": lambda: linear_factor((7, 3), 1) + bags() + linear_factor((7, 3), 2),
 }
 
 
 @pytest.mark.parametrize("most", [1, 40, 1 << 22])
-@pytest.mark.parametrize("base", ["euclidean", "euclidean-diagonal", "sphere"])
+@pytest.mark.parametrize(
+    "base", ["euclidean", "euclidean-rank-one", "euclidean-diagonal", "sphere"]
+)
 @pytest.mark.parametrize("name", FACTORS)
 def test_pieces_of_any_size_give_the_same(
     name: str, base: str, most: int, monkeypatch: pytest.MonkeyPatch
@@ -288,7 +297,7 @@ def test_pieces_of_any_size_give_the_same(
 
 @pytest.mark.parametrize("most", [1, 1 << 22])
 @pytest.mark.parametrize("name", ["stiefel-tall", "grassmann-tall", "unknown"])
-@pytest.mark.parametrize("kind", ["linear", "embedding", "bags", "tied"])
+@pytest.mark.parametrize("kind", ["linear", "across", "embedding", "bags", "tied"])
 def test_manifolds_that_couple_rows(
     name: str, kind: str, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

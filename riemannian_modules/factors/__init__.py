@@ -19,6 +19,7 @@ from riemannian_modules.factors.linear import BiasFactor, LinearFactor
 from riemannian_modules.factors.passes import concatenated, scaled, summed
 from riemannian_modules.factors.slabs import SlabFactor, coupled_dims
 from riemannian_modules.factors.sums import SumFactor, joined
+from riemannian_modules.factors.viewed import ViewedFactor
 
 __all__ = [
     "BiasFactor",
@@ -32,6 +33,7 @@ __all__ = [
     "Shared",
     "SlabFactor",
     "SumFactor",
+    "ViewedFactor",
     "column",
     "combined",
     "concatenated",

@@ -10,6 +10,7 @@ from riemannian_modules.factors.convolution import ConvolutionFactor
 from riemannian_modules.factors.cotangents import CotangentFactor, memory
 from riemannian_modules.factors.dense import DenseFactor
 from riemannian_modules.factors.linear import BiasFactor, LinearFactor
+from riemannian_modules.factors.viewed import ViewedFactor, through
 from riemannian_modules.tangent import TangentSpace
 
 __all__ = ["Shared", "column", "combined", "energies", "owned", "rebuilt", "taken"]
@@ -85,6 +86,8 @@ def owned(factor: MetricFactor) -> MetricFactor:
         return found
     if isinstance(factor, BiasFactor | DenseFactor):
         return factor
+    if isinstance(factor, ViewedFactor):
+        return through(factor, owned)
     return DenseFactor(factor.rows(0, factor.rank))
 
 
@@ -109,6 +112,8 @@ def taken(factor: MetricFactor, index: Tensor, shared: Shared) -> MetricFactor:
         found = rebuilt(factor, inputs, chosen)
         if found is not None:
             return found
+    if isinstance(factor, ViewedFactor):
+        return through(factor, lambda inner: taken(inner, index, shared))
     if isinstance(factor, DenseFactor):
         return DenseFactor(factor.rows(0, factor.rank)[index])
     return DenseFactor(_all_rows(factor)[index])
@@ -138,6 +143,8 @@ def combined(
         found = rebuilt(factor, None, sums)
         if found is not None:
             return found
+    if isinstance(factor, ViewedFactor):
+        return through(factor, lambda own: combined(own, weights, examples, shared))
     rows = _all_rows(factor).view(-1, examples, *factor.shape)
     return DenseFactor(
         torch.einsum("jn,jn...->n...", weights.to(rows).view(-1, examples), rows)
@@ -155,6 +162,10 @@ def energies(factor: MetricFactor, space: TangentSpace) -> Tensor:
         ``(rank,)`` in float64. Cost O(rank (inputs + outputs)) for a linear layer whose
         Riesz map is a division by its mass; otherwise O(rank p), in chunks.
     """
+    if isinstance(factor, ViewedFactor):
+        view = factor.inner_space(space)
+        if view is not None:
+            return energies(factor.inner, view)
     mass = space.divisor
     if mass is not None and isinstance(factor, BiasFactor):
         sums = factor.cotangents.sum(2).double()
@@ -184,6 +195,10 @@ def column(factor: MetricFactor, space: TangentSpace, index: Tensor) -> Tensor:
         ``(rank,)`` in float64. Cost: one product with K; O(rank (inputs / r + outputs))
         for a linear layer whose Riesz map is a division by its mass.
     """
+    if isinstance(factor, ViewedFactor):
+        view = factor.inner_space(space)
+        if view is not None:
+            return column(factor.inner, view, index)
     mass = space.divisor
     if mass is not None and isinstance(factor, LinearFactor | BiasFactor):
         r, n, positions, _ = factor.cotangents.shape

@@ -13,6 +13,7 @@ from riemannian_modules.factors.convolution import ConvolutionFactor
 from riemannian_modules.factors.cotangents import CotangentFactor
 from riemannian_modules.factors.dense import DenseFactor
 from riemannian_modules.factors.linear import BiasFactor, LinearFactor
+from riemannian_modules.factors.viewed import ViewedFactor, through
 
 __all__ = ["concatenated", "scaled", "summed"]
 
@@ -65,6 +66,8 @@ def scaled(
         found = rebuilt(factor, None, shared.of(("scaled", by), [l], lambda: by * l))
         if found is not None:
             return found
+    if isinstance(factor, ViewedFactor):
+        return through(factor, lambda inner: scaled(inner, by, shared))
     return DenseFactor(by * factor.rows(0, factor.rank))
 
 
@@ -113,6 +116,10 @@ def concatenated(
         found = rebuilt(first, inputs, l)
         if found is not None:
             return found
+    views = [f for f in factors if isinstance(f, ViewedFactor)]
+    if len(views) == len(factors):
+        inner = [view.inner for view in views]
+        return through(views[0], lambda _: concatenated(inner, groups, shared))
     rows = [f.rows(0, f.rank).reshape(groups, -1, *f.shape) for f in factors]
     return DenseFactor(torch.cat(rows, 1).flatten(0, 1))
 

@@ -18,6 +18,7 @@ from riemannian_modules.factors.dense import DenseFactor
 from riemannian_modules.factors.embedding import EmbeddingFactor
 from riemannian_modules.factors.linear import BiasFactor, LinearFactor
 from riemannian_modules.factors.slabs import acts_by_row
+from riemannian_modules.factors.viewed import ViewedFactor
 from riemannian_modules.tangent import TangentSpace
 
 __all__ = ["gram_columns", "gram_diagonal", "gram_product", "has_kernel"]
@@ -54,6 +55,10 @@ def gram_product(
     >>> gram_product(DenseFactor(torch.eye(2)), space, torch.tensor([3.0, 4.0]))
     tensor([3., 4.])
     """
+    if isinstance(factor, ViewedFactor):
+        view = factor.inner_space(space)
+        if view is not None:
+            return gram_product(factor.inner, view, a, bias)
     if not has_kernel(factor, space):
         return factor.matvec(space.sharp_(factor.rmatvec(a)))
     assert isinstance(factor, LinearFactor)
@@ -127,6 +132,18 @@ def _(
     return columns
 
 
+@gram_columns.register(ViewedFactor)
+def _(
+    factor: ViewedFactor, space: TangentSpace, index: Tensor, bias: float = 0.0
+) -> Tensor:
+    view = factor.inner_space(space)
+    if view is not None:
+        return gram_columns(factor.inner, view, index, bias)
+    units = one_hot(index, factor.rank).to(factor.dtype)
+    columns = [factor.matvec(space.sharp(factor.rmatvec(unit))) for unit in units]
+    return torch.stack(columns, 1)
+
+
 def _times(factor: LinearFactor, u: Tensor) -> Tensor:
     """Return ``K u_k`` for several vectors, ``(rank, k)``."""
     _, n, positions, out = factor.cotangents.shape
@@ -148,6 +165,10 @@ def gram_diagonal(
         space: tangent space with the Riesz map and the mass.
         bias: as in :func:`gram_product`.
     """
+    if isinstance(factor, ViewedFactor):
+        view = factor.inner_space(space)
+        if view is not None:
+            return gram_diagonal(factor.inner, view, bias)
     if has_kernel(factor, space):
         assert isinstance(factor, LinearFactor)
         assert space.divisor is not None

@@ -17,6 +17,7 @@ from riemannian_modules.factors import (
     LinearFactor,
     MetricFactor,
     SumFactor,
+    ViewedFactor,
 )
 from riemannian_modules.factors.cotangents import CotangentFactor, memory
 from riemannian_modules.factors.stacked import StackedFactor
@@ -138,6 +139,8 @@ def form_of(factor: MetricFactor, rows: int, power: float, pieces: Pieces) -> Fo
     if isinstance(factor, StackedFactor | SumFactor):
         inner = factor.blocks if isinstance(factor, StackedFactor) else factor.parts
         parts = tuple(form_of(part, rows, power, pieces) for part in inner)
+    elif isinstance(factor, ViewedFactor):
+        parts = (form_of(factor.inner, rows, power, pieces),)
     elif isinstance(factor, CotangentFactor):
         own.append(pieces.add(factor.cotangents, 1, power))
     if isinstance(factor, LinearFactor | ConvolutionFactor):
@@ -165,4 +168,5 @@ _KINDS = {
     LinearFactor,
     StackedFactor,
     SumFactor,
+    ViewedFactor,
 }

@@ -20,6 +20,7 @@ from riemannian_modules.factors import (
     LinearFactor,
     MetricFactor,
     SumFactor,
+    ViewedFactor,
 )
 from riemannian_modules.factors.slabs import SlabFactor
 from riemannian_modules.factors.stacked import StackedFactor
@@ -185,6 +186,10 @@ class _Gathered:
             ]
             if first.kind == StackedFactor.__name__:
                 return StackedFactor([p for p in parts if isinstance(p, LinearFactor)])
+            if first.kind == ViewedFactor.__name__:
+                (inner,) = parts
+                assert isinstance(inner, LinearFactor | EmbeddingFactor)
+                return ViewedFactor(inner)
             return SumFactor([p for p in parts if isinstance(p, SlabFactor)])
         columns = [
             tuple(None if form is None else form.pieces[i] for form in row)

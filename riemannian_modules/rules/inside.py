@@ -14,7 +14,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from riemannian_modules.place import Place
 
-__all__ = ["linear_maps", "saved", "saved_as_they_are"]
+__all__ = ["is_packed", "linear_maps", "saved", "saved_as_they_are"]
 
 # A product, by the name of its node, and what it remembers of its left side.
 _PRODUCTS = {"AddmmBackward0": "_saved_mat1", "MmBackward0": "_saved_self"}
@@ -82,6 +82,18 @@ def saved(node: Node, name: str) -> Tensor | None:
         # Changed in place: autograd will say so.
         return None
     return found.detach() if isinstance(found, Tensor) else None
+
+
+def is_packed(node: Node, name: str) -> bool:
+    """Whether looking at what a node keeps would compute it anew, as of a checkpoint.
+
+    Args:
+        node: the node.
+        name: its attribute, of a tensor or several.
+    """
+    raw = getattr(node, f"_raw{name}", None)
+    every = raw if isinstance(raw, tuple) else (raw,)
+    return any(getattr(each, "unpack_hook", None) is not None for each in every)
 
 
 def _products(
