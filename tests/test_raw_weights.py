@@ -388,3 +388,21 @@ class Recurrent(nn.Module):
 def test_layers_whose_rule_refuses_dropout(make: Callable[[], nn.Module]) -> None:
     torch.manual_seed(0)
     checked(make(), [(5, 3), (5, 3), (3, 3), (1, 2)])
+
+
+@pytest.mark.parametrize("gate", [1.0, 0.0])
+def test_a_weight_in_a_list_and_a_derivative_by_the_input(gate: float) -> None:
+    class Stray(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.last = nn.Linear(3, 3), nn.Linear(3, 2)
+            self.alias = [self.net.weight]
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.clone().requires_grad_()
+            u = self.net(x).square() + gate * F.linear(x, self.alias[0]).pow(3)
+            (slope,) = torch.autograd.grad(u.sum(), x, create_graph=True)
+            return self.last(self.net(slope)).sum(1)
+
+    torch.manual_seed(0)
+    checked(Stray(), [(5, 3), (5, 3), (4, 2)])
