@@ -1631,13 +1631,11 @@ def visit(
     return "right"
 
 
-STRAY = "what a plain list holds cannot be replaced in a replay: refused, right or not"
 FOREIGN = "an error of torch comes through"
 
 # What the library does wrong: name of the case, reason, and the runs: order (good or
 # bad first), then backward, pull_back or at an optimum.
 KNOWN = {
-    "an alias in a list, behind a gate": (STRAY, "BB BO BP GB"),
     "a checkpoint with dropout": (FOREIGN, "GB"),
 }
 

@@ -360,3 +360,50 @@ def test_columns_of_unit_length_in_a_weight_that_is_stored_across() -> None:
     )
     for name, expected in wanted.items():
         torch.testing.assert_close(found[name], expected, rtol=1e-9, atol=1e-11)
+
+
+class Learned(nn.Module):
+    """Attention with learned tokens, and what drops out in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.core = nn.MultiheadAttention(4, 2, 0.3, add_bias_kv=True, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.pad(x, (0, 1))
+        return self.core(h, h, h, need_weights=False)[0].sum(1)
+
+
+class Recurrent(nn.Module):
+    """What drops out between the layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.core = nn.LSTM(3, 2, 2, batch_first=True, dropout=0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.core(x)[0].sum(1)
+
+
+@pytest.mark.parametrize("make", [Learned, Recurrent])
+def test_layers_whose_rule_refuses_dropout(make: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    checked(make(), [(5, 3), (5, 3), (3, 3), (1, 2)])
+
+
+@pytest.mark.parametrize("gate", [1.0, 0.0])
+def test_a_weight_in_a_list_and_a_derivative_by_the_input(gate: float) -> None:
+    class Stray(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.last = nn.Linear(3, 3), nn.Linear(3, 2)
+            self.alias = [self.net.weight]
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.clone().requires_grad_()
+            u = self.net(x).square() + gate * F.linear(x, self.alias[0]).pow(3)
+            (slope,) = torch.autograd.grad(u.sum(), x, create_graph=True)
+            return self.last(self.net(slope)).sum(1)
+
+    torch.manual_seed(0)
+    checked(Stray(), [(5, 3), (5, 3), (4, 2)])
