@@ -1,6 +1,7 @@
 """Residuals that are fitted exactly: what is left of the outputs is rounding."""
 
 from collections.abc import Callable
+from importlib import import_module
 
 import pytest
 import torch
@@ -33,6 +34,13 @@ class JointDiagonal(nn.Module):
         if self.change is not None:
             rest = self.change(rest, a, self.amount)
         return rest.flatten(1)
+
+
+@pytest.fixture(autouse=True)
+def replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with a torch that does not tell whether saved tensors have hooks."""
+    products = import_module("riemannian_modules.rules.products")
+    monkeypatch.setattr(products, "saved_as_they_are", lambda: False)
 
 
 def squares(z: Tensor) -> Tensor:

@@ -192,7 +192,7 @@ def test_what_does_not_fit_starts_anew():
 def test_a_state_starts_the_history_anew():
     metric, _ = mean_of_passes(2, Categorical(), "stiefel", 0, [4, 4])
     state = copy.deepcopy(metric.state_dict())
-    assert set(state) == {"version", "mass"}
+    assert set(state) == {"version", "mass", "manifolds"}
     x = torch.randn(4, 3)
     other = rm.LayerwiseMetric(
         copy.deepcopy(metric.model), Categorical(), mass=0.5, history=2

@@ -453,6 +453,7 @@ class Experts(nn.Module):
         return out
 
 
+@pytest.mark.filterwarnings("ignore:.*boolean mask:UserWarning")
 def test_an_expert_without_examples() -> None:
     torch.manual_seed(0)
     model, x = Experts().double(), torch.randn(5, 3).double()

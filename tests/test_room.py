@@ -110,7 +110,8 @@ class Hungry(nn.Module):
         self.calls += 1
         if self.calls > 1:
             self.failure()
-        return self.table[x].sum(1)
+        # No look-up in the parameter itself, which would need no run.
+        return (self.table @ self.table.mT)[x].sum(1)
 
 
 def out_of_memory() -> None:

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from riemannian_modules.rules.base import Call
 from riemannian_modules.untraced import is_compiled
@@ -114,8 +114,13 @@ def warn_of_loop(call: Call, failure: str | None) -> None:
     if failure is None or "told" in call.memo:
         return
     call.memo["told"] = True
-    # A compiled module may be one that nobody can map: nothing is to be done there.
-    if not any(map(is_compiled, call.module.modules())):
+    # A compiled module may be one that nobody can map: nothing is to be done there. Of
+    # packed sequences the rule of recurrent layers has warned.
+    expected = any(
+        is_compiled(each) or isinstance(each, nn.RNNBase)
+        for each in call.module.modules()
+    )
+    if not expected:
         warnings.warn(
             f"{call.label} cannot be mapped by torch.func.vmap "
             f"({failure.strip().splitlines()[-1]}): its examples are differentiated "
