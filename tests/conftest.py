@@ -1,5 +1,6 @@
 import os
 from collections.abc import Iterator
+from importlib import import_module
 
 import hypothesis
 import pytest
@@ -66,3 +67,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture
+def no_replay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refuse to run a module again for single examples."""
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a module ran again")
+
+    generic = import_module("riemannian_modules.rules.generic")
+    monkeypatch.setattr(generic, "Replay", refuse)

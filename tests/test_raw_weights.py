@@ -147,15 +147,6 @@ def checked(
     return found
 
 
-@pytest.fixture
-def no_replay(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
-        raise AssertionError("a module ran again")
-
-    generic = import_module("riemannian_modules.rules.generic")
-    monkeypatch.setattr(generic, "Replay", refuse)
-
-
 @pytest.mark.usefixtures("no_replay")
 @pytest.mark.parametrize("name", USES)
 def test_nothing_runs_again_and_nothing_is_dense(name: str) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.func import vjp, vmap
 
-from riemannian_modules.errors import LinearizationError
+from riemannian_modules.errors import LinearizationError, ran_out
 from riemannian_modules.layout import Layout
 from riemannian_modules.leaves import leaves_of
 from riemannian_modules.nested import map_tensors, tensors_in
@@ -186,8 +186,10 @@ class Replay:
                 continue
             try:
                 found = nearby.outputs()
-            except Exception:  # It runs at the recorded point alone.
-                continue
+            except Exception as error:
+                if ran_out(error):
+                    raise
+                continue  # It runs at the recorded point alone.
             if nearby._same(found):
                 return True
         return False
@@ -203,8 +205,10 @@ class Replay:
             with torch.enable_grad(), self.stand_in.scope():
                 self.stand_in.install(other._leaves(), leaves=True)
                 values = other._run(inputs, self.call.examples)
-        except Exception:
-            return None
+        except Exception as error:
+            if ran_out(error):
+                raise
+            return None  # It runs at the recorded point alone.
         other.values = [value.detach() for value in values]
         return other
 
