@@ -11,6 +11,7 @@ __all__ = [
     "MassError",
     "MemoryBoundError",
     "NonFiniteError",
+    "NotCapturedWarning",
     "NotConvergedError",
     "NotConvergedWarning",
     "NotOnManifoldError",
@@ -74,6 +75,10 @@ class NotConvergedWarning(RuntimeWarning):
 
 class CostWarning(RuntimeWarning):
     """A solve that is expected to take as long as hundreds of backward passes."""
+
+
+class NotCapturedWarning(RuntimeWarning):
+    """A step that cannot be captured, and is taken as usual."""
 
 
 class NotRecordedError(RiemannianModulesError, RuntimeError):

@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from riemannian_modules.reading import number
+
 __all__ = ["looks_finite"]
 
 
@@ -19,4 +21,5 @@ def looks_finite(value: Tensor) -> bool:
     if value.device.type != "cpu":
         return True
     # One pass for the usual case; a sum may overflow without a value doing so.
-    return math.isfinite(value.sum().item()) or bool(torch.isfinite(value).all())
+    summed = number(value.sum(), math.isfinite)
+    return math.isfinite(summed) or bool(torch.isfinite(value).all())

@@ -57,6 +57,10 @@ class Gradients:
                 self._versions[declared.name] = covector._version
             declared.tensor.grad = covector
 
+    def forget(self) -> None:
+        """Whatever is in ``.grad`` is nobody's from now on."""
+        self._own, self._versions, self.unused = {}, {}, False
+
     def of(self, name: str) -> Tensor | None:
         """Return the covector that a step of a parameter is made of; None: no step."""
         grad = self._parameters[name].tensor.grad

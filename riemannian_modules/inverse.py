@@ -13,7 +13,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from riemannian_modules.block import Block, Vectors
 from riemannian_modules.errors import NotConvergedWarning, NotPositiveDefiniteError
 from riemannian_modules.factors import MetricFactor
 from riemannian_modules.precision import single_suffices
+from riemannian_modules.reading import number
 from riemannian_modules.solution import Solution
 from riemannian_modules.strategy import Once, Solver, Strategy
 
@@ -123,7 +124,7 @@ class Inverse:
     def _read_trace(self, diagonal: Tensor) -> None:
         # Off the CPU reading it would wait for the device.
         if diagonal.device.type == "cpu":
-            self._trace = diagonal.sum().item()
+            self._trace = number(diagonal.sum(), partial(_decided, self.block.dtype))
 
     @property
     def trace(self) -> float:
@@ -234,8 +235,8 @@ class Inverse:
         if refinements is None:
             # The subtracting form loses log10 |S| digits, which the trace bounds; where
             # that is not known, or negative by rounding, refine always.
-            lost = torch.finfo(self.block.dtype).eps * self._trace
-            refinements = int(e is not None and not 0.0 <= lost <= _LOSS)
+            once = _decided(self.block.dtype, self._trace)[1]
+            refinements = int(e is not None and not once)
         return self._dual(y, e, source, refinements)
 
     def _base(self, e: Vectors | None) -> Solution:
@@ -347,3 +348,8 @@ class Inverse:
                 "lower the learning rate"
             )
         return torch.cat(list(block.coordinate_rows()))
+
+
+def _decided(dtype: torch.dtype, trace: float) -> tuple[bool, bool]:
+    # Whether float32 is enough, and one solve in this data type.
+    return single_suffices(trace), 0.0 <= torch.finfo(dtype).eps * trace <= _LOSS

@@ -148,6 +148,11 @@ class ModelMetric:
         return len(self._groups) > 1
 
     @property
+    def is_frozen(self) -> bool:
+        """Whether backward passes hold the factors now."""
+        return self._frozen
+
+    @property
     def neglected(self) -> Neglected | None:
         """What ``rows=`` left out of the last pull-back, or None."""
         return self.fewer.neglected
@@ -284,6 +289,14 @@ class ModelMetric:
             return None
         flags = [block.inverse.succeeded for block in self.solved.values()]
         return torch.stack(flags).all() if flags else None
+
+    def replayed(self) -> None:
+        """Count a pass that has left nothing but its step, and forget the last one."""
+        self.version, self.passes = self.version + 1, self.passes + 1
+        if self._found is not None:
+            self._found, self._passed, self.solved = None, Tape(), {}
+            self.blocks = BlockMetrics()
+            self.gradients.forget()
 
     def require_intact(self) -> None:
         """Raise LinearizationError if a layer's input was overwritten since."""

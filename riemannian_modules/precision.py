@@ -7,6 +7,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from riemannian_modules.reading import number
+
 __all__ = ["dot", "single_suffices", "wide_dot", "without_autocast"]
 
 _SINGLE_LOSS = 7e-6
@@ -32,7 +34,12 @@ def dot(u: Tensor, v: Tensor) -> Tensor:
     """
     if u.is_cpu and not _traced(u, v):
         own = torch.dot(u.reshape(-1), v.reshape(-1))
-        if u.numel() * _least(own.dtype) <= abs(own.item()) < math.inf:
+        least = u.numel() * _least(own.dtype)
+
+        def tells(value: float) -> bool:
+            return least <= abs(value) < math.inf
+
+        if tells(number(own, tells)):
             return own.double()
     return wide_dot(u, v)
 

@@ -1,5 +1,6 @@
 """Optimizers that step in the metric."""
 
+from riemannian_modules.optim.captured_step import CapturedStep
 from riemannian_modules.optim.gauss_newton import GaussNewton
 from riemannian_modules.optim.levenberg_marquardt import LevenbergMarquardt
 from riemannian_modules.optim.line_rules import Armijo, LineRule, StrongWolfe
@@ -17,6 +18,7 @@ from riemannian_modules.optim.trust_region import TrustRegion
 
 __all__ = [
     "Armijo",
+    "CapturedStep",
     "BlockReport",
     "GaussNewton",
     "GaussNewtonReport",

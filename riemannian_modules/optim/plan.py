@@ -72,7 +72,8 @@ class Plan:
             NonFiniteError: the step length is not finite.
         """
         lr, largest = group["lr"], torch.finfo(declared.tensor.dtype).max
-        decay = lr * group["weight_decay"]
+        # Whether there is any must not be asked of a tensor.
+        decay = lr * group["weight_decay"] if group["weight_decay"] else 0.0
         if isinstance(lr, float) and not max(abs(lr), abs(decay)) <= largest:
             raise NonFiniteError(
                 f"the learning rate of '{declared.name}' is {lr}, its decay {decay}; "
@@ -215,7 +216,7 @@ class Plan:
     def commit(
         self,
         point: Tensor | None,
-        step: tuple[float, Tensor],
+        step: tuple[float | Tensor, Tensor],
         healthy: Tensor | None,
     ) -> None:
         """Write the new value, unless a factorisation on the device failed.
@@ -228,8 +229,10 @@ class Plan:
         tensor = self.declared.tensor
         rate, vector = step
         if healthy is not None:
-            moved = tensor.detach().add(vector, alpha=rate) if point is None else point
+            moved = tensor.detach() + rate * vector if point is None else point
             tensor.copy_(torch.where(healthy, moved, tensor.detach()))
+        elif point is None and isinstance(rate, Tensor):
+            tensor.add_(rate * vector)
         elif point is None:
             tensor.add_(vector, alpha=rate)
         else:

@@ -204,10 +204,6 @@ class RiemannianSGD(torch.optim.Optimizer):
             NotPositiveDefiniteError: the last step failed on a device whose outcome
                 it could not wait for; the parameters were left alone.
         """
-        if self._report is None:
-            raise NotRecordedError(
-                "no step was taken yet, so there is no report; call step() first"
-            )
         healthy = self._healthy
         if healthy is not None and not healthy.is_meta and not bool(healthy):
             raise NotPositiveDefiniteError(
@@ -215,7 +211,19 @@ class RiemannianSGD(torch.optim.Optimizer):
                 "not finite or an end point off its manifold, so it changed nothing; "
                 "check the data, raise the mass, lower the learning rate or set a clip"
             )
+        if self._report is None:
+            raise NotRecordedError(
+                "no step was taken yet, so there is no report; call step() first"
+                if self._stepped == 0
+                else "the last step was replayed, which leaves no report; take one "
+                "with CapturedStep.ordinary"
+            )
         return self._report
+
+    def replayed(self) -> None:
+        """Take note that a captured step has done what :meth:`step` would have."""
+        self.metric.replayed()
+        self._stepped, self._report = self.metric.passes, None
 
     def contraction_rates(
         self,

@@ -68,6 +68,11 @@ class FewerRows:
         self._pending: tuple[Neglected | None, list[Past]] = (None, [])
         self._age = 0
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the rows of each pass are those of the metric."""
+        return self.rows is None and self.history is None and self.refresh == 1
+
     def describe(self) -> str:
         """Return what it was made from, the same words in every process."""
         rows = type(self.rows).__qualname__

@@ -1,0 +1,371 @@
+"""Which operations of torch a piece of Python calls, and how they are wired."""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from riemannian_modules import reading
+
+__all__ = ["Operation", "Slot", "Trace", "slots_in"]
+
+_READ = torch.ops.aten._local_scalar_dense.default
+# What hands numbers to the host without an operation that could be seen.
+_UNSEEN = {Tensor.numpy, Tensor.tolist, Tensor.__array__}
+_OWN = (__file__, reading.__file__, torch.__path__[0])
+
+
+class Slot(NamedTuple):
+    """A tensor of a trace.
+
+    Attributes:
+        kind: ``"x"`` for an argument, ``"p"`` for the content of a place, ``"h"`` for
+            any other tensor from outside, ``"v"`` for what an operation made.
+        index: which one of its kind.
+    """
+
+    kind: str
+    index: int
+
+    def __repr__(self) -> str:
+        return f"{self.kind}{self.index}"
+
+
+@dataclass(slots=True)
+class Operation:
+    """One call.
+
+    Attributes:
+        function: the operation.
+        args: its arguments, slots in the place of tensors.
+        kwargs: those with names.
+        made: slots of the tensors that it returned, None for those known before.
+        several: whether it returned a sequence.
+        reads: whether it returned something that is no tensor, to the host.
+        value: what, or what was decided from it; or the shapes that depend on values.
+        decides: what decided.
+        writes: slots of the tensors that it changes.
+    """
+
+    function: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    made: tuple[Slot | None, ...]
+    several: bool
+    reads: bool
+    value: object
+    decides: Callable[[float], object] | None
+    writes: tuple[Slot, ...]
+
+    @property
+    def ends(self) -> bool:
+        """Whether a program may have to end there."""
+        return self.reads or self.value is not None
+
+    def is_like(self, other: "Operation") -> bool:
+        """Whether another call is the same up to what ``decides`` is made of."""
+        own = (self.function, self.made, self.several, self.reads, self.writes)
+        its = (other.function, other.made, other.several, other.reads, other.writes)
+        values = _same(self.value, other.value)
+        given = _same(self.args, other.args) and _same(self.kwargs, other.kwargs)
+        return own == its and values and given
+
+
+class Trace(TorchDispatchMode):
+    """Takes down every operation inside its scope, which all are executed as usual.
+
+    Args:
+        arguments: tensors that will be others the next time.
+        places: what is in places that hold another tensor every time.
+
+    Attributes:
+        operations: the calls.
+        wheres: for each, the line of Python that it comes from.
+        held: other tensors from outside, by the index of their slots.
+        groups: of each slot, the memory that it shares with others; 0: from outside.
+        changed: slots of the tensors from outside whose memory is written.
+        reason: why operations alone would not be the same, or None.
+    """
+
+    def __init__(
+        self, arguments: Sequence[Tensor], places: Sequence[Tensor | None]
+    ) -> None:
+        super().__init__()
+        self.operations: list[Operation] = []
+        self.wheres: list[str] = []
+        self.held: list[Tensor] = []
+        self.groups: dict[Slot, int] = {}
+        self.changed: set[Slot] = set()
+        self.reason: str | None = None
+        self._firsts: list[str] = []
+        self._outside: dict[int, list[Slot]] = {}
+        self._slots: Any = WeakIdKeyDictionary()
+        self._count = 0
+        self._decides: Callable[[float], object] | None = None
+        for kind, tensors in (("p", places), ("x", arguments)):
+            for index, tensor in enumerate(tensors):
+                if tensor is not None:
+                    self._know(tensor, Slot(kind, index), 0)
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Trace what happens in this scope."""
+        with ExitStack() as stack:
+            stack.enter_context(reading.heard_by(self))
+            stack.enter_context(_Unseen(self))
+            stack.enter_context(self)
+            yield
+
+    def expect(self, decides: Callable[[float], object] | None) -> None:
+        """Take note of what the next number is read for."""
+        self._decides = decides
+
+    def slot_of(self, tensor: Tensor) -> Slot:
+        """Return the slot of a tensor, a new one of kind ``"h"`` if it has none."""
+        known = self._slots.get(tensor)
+        return self._hold(tensor) if known is None else known
+
+    def generators(self) -> list[torch.Generator]:
+        """Return those that random numbers are drawn from, each once."""
+        found: dict[int, torch.Generator] = {}
+        for each in self.operations:
+            if torch.Tag.nondeterministic_seeded in each.function.tags:
+                given = [*each.args, *each.kwargs.values()]
+                own = [one for one in given if isinstance(one, torch.Generator)]
+                drawn = own[0] if own else torch.default_generator
+                found[id(drawn)] = drawn
+        return list(found.values())
+
+    def differs(self, other: "Trace") -> str | None:
+        """Return where another trace differs, None where both are one program.
+
+        Args:
+            other: of the same step, at another time.
+        """
+        for mine, its, where in zip(
+            self.operations, other.operations, self.wheres, strict=False
+        ):
+            if not mine.is_like(its):
+                return f"{where} ({mine.function}) differs from step to step"
+        if len(self.operations) != len(other.operations):
+            return "the number of operations differs from step to step"
+        pairs = zip(self.held, other.held, self._firsts, strict=True)
+        for mine, its, where in pairs:
+            if mine is not its and not _same_numbers(mine, its):
+                return (
+                    f"{where} reads a tensor of shape {tuple(mine.shape)} that is "
+                    "another one in each step; hand it over as an argument"
+                )
+        return None
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = {} if kwargs is None else kwargs
+        if func.namespace == "profiler" or self._refuses(func, (args, kwargs)):
+            return func(*args, **kwargs)
+        where = _where()
+        wired, named = self._wired(args), self._wired(kwargs)
+        if torch.Tag.inplace_view in func.tags:
+            return self._reshaped(func, wired, args, kwargs, where)
+        if self.reason is not None:
+            return func(*args, **kwargs)
+        before = {
+            _storage(tensor): self.groups[self._slots[tensor]]
+            for tensor in _tensors((args, kwargs))
+        }
+        returned = func(*args, **kwargs)
+        several = isinstance(returned, tuple | list)
+        flat = list(returned) if several else [returned]
+        reads, value, decides = False, None, None
+        if func is _READ or not all(isinstance(t, Tensor | None) for t in flat):
+            reads, decides = True, self._decides
+            value = self._decided(returned)
+        made = tuple(self._made(t, before) for t in flat)
+        if torch.Tag.dynamic_output_shape in func.tags:
+            value = tuple(t.shape if isinstance(t, Tensor) else None for t in flat)
+        writes = []
+        for tensor in self._written(func, args, kwargs):
+            writes.append(self._slots[tensor])
+            self.changed.update(self._outside.get(_storage(tensor), ()))
+        self.wheres.append(where)
+        self.operations.append(
+            Operation(
+                func, wired, named, made, several, reads, value, decides, tuple(writes)
+            )
+        )
+        return returned
+
+    def refuse(self, why: str) -> None:
+        """Take note of why this is no program; all goes on as usual."""
+        self.reason = self.reason or f"{_where()} {why}"
+
+    def _refuses(self, func: Any, given: object) -> bool:
+        if func.namespace in ("c10d", "_c10d_functional"):
+            self.refuse("speaks with other processes")
+        for tensor in _tensors(given):
+            if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+                self.refuse(f"works on a {type(tensor).__name__}")
+            elif tensor.layout is not torch.strided:
+                self.refuse(f"works on a sparse tensor: {func}")
+        return self.reason is not None
+
+    def _reshaped(
+        self, func: Any, wired: Any, args: Any, kwargs: Any, where: str
+    ) -> Any:
+        """Take down a view in place as a view, which the tensor is from then on."""
+        returned, tensor, slot = func(*args, **kwargs), args[0], wired[0]
+        packet = getattr(torch.ops.aten, func._schema.name[6:].rstrip("_"), None)
+        name = func._schema.overload_name or "default"
+        if slot.kind != "v" or name not in (packet.overloads() if packet else ()):
+            self.refuse(f"changes the shape of a tensor in place: {func}")
+            return returned
+        view = Slot("v", self._count)
+        self._count += 1
+        self._know(tensor, view, self.groups[slot])
+        self.wheres.append(where)
+        self.operations.append(
+            Operation(
+                getattr(packet, name), wired, kwargs, (view,), False, False, None, None,
+                (),
+            )
+        )  # fmt: skip
+        return returned
+
+    def _decided(self, returned: Any) -> object:
+        if self._decides is not None:
+            return self._decides(returned)
+        if isinstance(returned, float | complex):
+            self.refuse(
+                f"reads a number ({returned:.3g}), which will be another one in the "
+                "next step: leave it in its tensor"
+            )
+        return returned
+
+    def _made(self, tensor: object, before: dict[int, int]) -> Slot | None:
+        if not isinstance(tensor, Tensor) or tensor in self._slots:
+            return None
+        if tensor.layout is not torch.strided:
+            self.refuse("makes a sparse tensor")
+            return None
+        storage, slot = _storage(tensor), Slot("v", self._count)
+        self._count += 1
+        self._know(tensor, slot, before.get(storage, self._count))
+        return slot
+
+    def _know(self, tensor: Tensor, slot: Slot, group: int) -> None:
+        self._slots[tensor] = slot
+        self.groups[slot] = group
+        if slot.kind != "v":
+            self._outside.setdefault(_storage(tensor), []).append(slot)
+
+    def _hold(self, tensor: Tensor) -> Slot:
+        storage = _storage(tensor)
+        for known, slot in self._slots.items():
+            if self.groups[slot] and _storage(known) == storage:
+                self.refuse(
+                    f"reads a tensor of shape {tuple(tensor.shape)} that shares memory "
+                    "with what the step has made, by other means than an operation "
+                    "(.data, say): use detach()"
+                )
+        slot = Slot("h", len(self.held))
+        self.held.append(tensor)
+        self._firsts.append(_where())
+        self._know(tensor, slot, 0)
+        return slot
+
+    def _wired(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self.slot_of(value)
+        if isinstance(value, tuple | list):
+            return type(value)(map(self._wired, value))
+        if isinstance(value, dict):
+            return {name: self._wired(each) for name, each in value.items()}
+        return value
+
+    @staticmethod
+    def _written(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
+        for index, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                given = args[index] if index < len(args) else kwargs.get(argument.name)
+                yield from _tensors(given)
+
+
+def slots_in(value: object) -> Iterator[Slot]:
+    """Yield the slots in nested arguments."""
+    if isinstance(value, Slot):
+        yield value
+    elif isinstance(value, tuple | list):
+        for each in value:
+            yield from slots_in(each)
+    elif isinstance(value, dict):
+        yield from slots_in(list(value.values()))
+
+
+class _Unseen(TorchFunctionMode):
+    """Sees what hands numbers to the host without an operation."""
+
+    def __init__(self, trace: Trace) -> None:
+        super().__init__()
+        self._trace = trace
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func in _UNSEEN:
+            self._trace.refuse(
+                f"reads numbers with {func.__name__}(), which will be others in the "
+                "next step: leave them in their tensor"
+            )
+        return func(*args, **({} if kwargs is None else kwargs))
+
+
+def _same(a: object, b: object) -> bool:
+    if isinstance(a, tuple | list) and type(a) is type(b):
+        assert isinstance(b, tuple | list)
+        return len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(a[name], b[name]) for name in a)
+    if type(a) is not type(b):
+        return False
+    return bool(a == b) or (a != a and b != b)
+
+
+def _same_numbers(a: Tensor, b: Tensor) -> bool:
+    """Whether tensors are what torch makes of the same number in Python."""
+    if a.ndim or b.ndim or a.dtype != b.dtype or not (a.is_cpu and b.is_cpu):
+        return False
+    return _same(a.item(), b.item())
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for each in value:
+            yield from _tensors(each)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _where() -> str:
+    """Return the line of Python, outside of torch, that calls."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_OWN):
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"

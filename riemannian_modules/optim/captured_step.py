@@ -1,0 +1,404 @@
+"""A training step whose operations are run again without the Python between them."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from riemannian_modules.capture import Program, Slot, Trace, Uncapturable
+from riemannian_modules.errors import NotCapturedWarning
+from riemannian_modules.layerwise import LayerwiseMetric
+from riemannian_modules.optim.places import Place, gradient_places, memory_places
+from riemannian_modules.optim.rehearsal import Before, rehearsed
+from riemannian_modules.optim.rsgd import RiemannianSGD
+from riemannian_modules.precision import without_autocast
+
+__all__ = ["CapturedStep"]
+
+# Steps that find out about the graph, before one is worth looking at.
+_FIRST = 3
+# So often a kind of step is looked at, and so many replays in a row may not fit.
+_LOOKS, _MISSES = 8, 3
+_KINDS = 32
+_PLAIN = bool | int | float | str | None
+
+Key = tuple[object, ...]
+
+
+@dataclass(frozen=True)
+class _Ends:
+    """What a step returns, and what it leaves in places.
+
+    Attributes:
+        spec: how its results are nested.
+        results: their leaves, slots in the place of tensors.
+        places: by index of a place, the slot of what it puts there; or None.
+    """
+
+    spec: Any
+    results: tuple[object, ...]
+    places: dict[int, Slot | None]
+
+    @property
+    def wanted(self) -> list[Slot]:
+        """The slots among them."""
+        every = [*self.results, *self.places.values()]
+        return [each for each in every if isinstance(each, Slot)]
+
+
+@dataclass(eq=False)
+class _Kind:
+    """What is known of steps of one kind.
+
+    Attributes:
+        steps: how many were taken as usual.
+        looks: how many of these were taken down.
+        last: the last of them that was, and what it left.
+        program: what runs in their place.
+        ends: what to make of its results.
+        misses: how often in a row it decided otherwise.
+        hopeless: whether there will be none.
+    """
+
+    steps: int = 0
+    looks: int = 0
+    last: tuple[Trace, _Ends] | None = None
+    program: Program | None = None
+    ends: _Ends | None = None
+    misses: int = 0
+    hopeless: bool = False
+
+
+class CapturedStep:
+    """A training step that is run as the list of its operations of torch.
+
+    The first steps of a kind are taken as usual; two of them are taken down and
+    compared. If they are the same operations, wired in the same way, later steps run
+    these and nothing else: no hooks, no autograd, no walk through graphs, and of the
+    checks those that something depends on. Before that, the operations are run once
+    beside a usual step, and must leave the same bits. It pays where a step's time is
+    spent in Python: for small models, and on GPUs. See :doc:`/captured`.
+
+    Other shapes, data types or modes are other kinds of steps, and so are other
+    settings of the optimizer and other masses. Where the step would decide otherwise
+    than it did (a matrix asks for float64, something is not finite), it is taken as
+    usual, with its own errors, and nothing was changed before. What is promised is that
+    the step is a function of its arguments, the parameters and the optimizer's state:
+    what Python makes of anything else (a global variable, a counter, a hook that
+    prints) stays as it was.
+
+    Args:
+        optimizer: of a metric with ``static_graph=True``, or of a FunctionalMetric.
+        step: ``step(*args)`` runs the model inside ``metric.record()``, calls
+            ``metric.backward`` and ``optimizer.step``, and returns tensors, such as the
+            loss. Data comes in as arguments.
+
+    Attributes:
+        taken: how many steps there were.
+        replayed: how many of them were replayed.
+
+    Cost: of a replay, its operations and some microseconds each; it leaves no report
+    and no blocks. The first five steps of a kind are usual ones, two of them at a few
+    times the cost, and at one copy of the parameters.
+
+    Raises:
+        TypeError: another optimizer, or no function.
+        ValueError: a metric that promises nothing, that shares its batch with other
+            processes, or that makes rows of those of several passes.
+
+    Warns:
+        NotCapturedWarning: steps cannot be captured, and are taken as usual; says why.
+
+    >>> import riemannian_modules as rm
+    >>> _ = torch.manual_seed(0)
+    >>> model = torch.nn.Linear(4, 3)
+    >>> metric = rm.LayerwiseMetric(
+    ...     model, rm.output.Categorical(), mass=0.1, static_graph=True
+    ... )
+    >>> optimizer = rm.optim.RiemannianSGD(metric)
+    >>> def step(x, y):
+    ...     with metric.record():
+    ...         logits = model(x)
+    ...     loss = torch.nn.functional.cross_entropy(logits, y)
+    ...     metric.backward(loss, logits)
+    ...     optimizer.step()
+    ...     return loss
+    >>> step = CapturedStep(optimizer, step)
+    >>> x, y = torch.randn(8, 4), torch.arange(8) % 3
+    >>> losses = [step(x, y) for _ in range(20)]
+    >>> bool(losses[-1] < losses[0]), step
+    (True, CapturedStep(step, 14 of 20 replayed))
+    """
+
+    def __init__(self, optimizer: RiemannianSGD, step: Callable[..., Any]) -> None:
+        if not isinstance(optimizer, RiemannianSGD):
+            raise TypeError(
+                f"CapturedStep(optimizer, step) got a {type(optimizer).__name__} for "
+                "the optimizer; it takes a RiemannianSGD: line searches and trust "
+                "regions decide in Python what to do next"
+            )
+        if not callable(step):
+            raise TypeError(
+                f"step={step!r}; pass a function of the data that runs the model, "
+                "metric.backward and optimizer.step"
+            )
+        self.taken = self.replayed = 0
+        self._optimizer, self._metric = optimizer, optimizer.metric
+        self._step = step
+        self._kinds: dict[Key, _Kind] = {}
+        self._settings: Key = ()
+        self._memory: list[Place] = []
+        self._places: list[Place] = []
+        self._masses: list[object] = []
+        self._warned = False
+        self._modules = list(self._metric.model.modules())
+        self._device = next(iter(self._metric.parameters)).tensor.device.type
+        _require_capturable(optimizer)
+
+    def __repr__(self) -> str:
+        name = getattr(self._step, "__name__", type(self._step).__name__)
+        return f"CapturedStep({name}, {self.replayed} of {self.taken} replayed)"
+
+    def ordinary(self, *args: Any, **kwargs: Any) -> Any:
+        """Take one step as usual, which leaves a report, and blocks in the metric.
+
+        Args:
+            *args: of the step.
+            **kwargs: of the step.
+
+        Returns:
+            What the step returns.
+        """
+        found = self._step(*args, **kwargs)
+        self.taken += 1
+        return found
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Take one step: replay it where it is known.
+
+        Args:
+            *args: of the step, nested as torch.utils.data collates them; what is no
+                tensor is part of what tells one kind of step from another.
+            **kwargs: the same.
+
+        Returns:
+            What the step returns; without a graph where it was replayed.
+        """
+        flat, spec = tree_flatten((args, kwargs))
+        tensors = [each for each in flat if isinstance(each, Tensor)]
+        kind = self._kind_of(flat, spec, tensors)
+        if kind is None or kind.hopeless:
+            return self.ordinary(*args, **kwargs)
+        if kind.program is not None:
+            # As metric.record() does.
+            self._metric.parameters.verify()
+            found = self._replay(kind, tensors)
+            return self.ordinary(*args, **kwargs) if found is None else found[0]
+        kind.steps += 1
+        if kind.steps <= _FIRST:
+            return self.ordinary(*args, **kwargs)
+        return self._look(kind, tensors, args, kwargs)
+
+    def _kind_of(
+        self, flat: Sequence[Any], spec: Any, tensors: Sequence[Tensor]
+    ) -> _Kind | None:
+        """Return what is known of steps like this one; None: nothing ever will be."""
+        self._renew()
+        others = [None if isinstance(each, Tensor) else each for each in flat]
+        key = (
+            spec,
+            tuple(others),
+            tuple([(t.shape, t.stride(), t.dtype, t.requires_grad) for t in tensors]),
+            tuple([[u is t for u in tensors].index(True) for t in tensors]),
+            tuple([place.read() is None for place in self._memory]),
+            tuple([module.training for module in self._modules]),
+            self._settings,
+            torch.is_grad_enabled(),
+            torch.is_autocast_enabled(self._device)
+            and torch.get_autocast_dtype(self._device),
+            self._metric.is_frozen,
+        )
+        try:
+            found = self._kinds.get(key)
+        except TypeError:
+            self._warn(f"an argument is neither a tensor nor hashable: {others}")
+            return None
+        if found is None:
+            if len(self._kinds) == _KINDS:
+                self._warn(
+                    f"there are {_KINDS} kinds of steps already: shapes, settings of "
+                    "the optimizer or masses change all the time. Give a learning rate "
+                    "that a scheduler changes as a tensor, lr=torch.tensor(0.1)"
+                )
+                return None
+            found = self._kinds[key] = _Kind()
+        return found
+
+    def _renew(self) -> None:
+        """Find the places anew where the optimizer or the metric was changed."""
+        optimizer, metric = self._optimizer, self._metric
+        tensors = [declared.tensor for declared in metric.parameters]
+        masses = [declared.mass for declared in metric.parameters]
+        if not (
+            len(masses) == len(self._masses) and all(map(is_, masses, self._masses))
+        ):
+            self._masses = masses
+        options = [
+            value if isinstance(value, _PLAIN) else type(value)
+            for group in optimizer.param_groups
+            for name, value in group.items()
+            if name != "params"
+        ]
+        settings = (
+            tuple(options),
+            tuple([tensor.dtype for tensor in tensors]),
+            tensors[0].device,
+            id(optimizer.state),
+            id(self._masses),
+            metric.gradients.fills,
+            metric.output,
+            _plain(metric.output),
+        )
+        if settings != self._settings:
+            self._settings = settings
+            self._memory = memory_places(optimizer)
+            self._places = [*self._memory, *gradient_places(optimizer)]
+
+    def _look(
+        self, kind: _Kind, tensors: Sequence[Tensor], args: Any, kwargs: Any
+    ) -> Any:
+        """Take a step, and take it down."""
+        contents = [place.read() for place in self._places]
+        trace, before = Trace(tensors, contents), None
+        if kind.last is not None:
+            before = _before(kind.last[0], tensors, contents)
+        last, kind.last, kind.looks = kind.last, None, kind.looks + 1
+        with trace.listening():
+            result = self.ordinary(*args, **kwargs)
+        try:
+            ends, left = self._ends(trace, contents, result)
+            if last is None or before is None:
+                kind.last = trace, ends
+                return result
+            differs = last[0].differs(trace)
+            if differs is None and last[1] != ends:
+                differs = "the step returns or keeps other things in each step"
+            if differs is None:
+                given = ends.wanted, before, tensors, contents, left
+                kind.program, kind.ends = rehearsed(trace, *given), ends
+            elif kind.looks < _LOOKS:
+                kind.last = trace, ends
+            else:
+                raise Uncapturable(differs)
+        except Uncapturable as error:
+            kind.hopeless = True
+            self._warn(str(error))
+        return result
+
+    def _ends(
+        self, trace: Trace, contents: Sequence[Tensor | None], result: Any
+    ) -> tuple[_Ends, list[Tensor]]:
+        """Return what a step has left, in slots, and these tensors."""
+        leaves, spec = tree_flatten(result)
+        results = [trace.slot_of(t) if isinstance(t, Tensor) else t for t in leaves]
+        left = [each for each in leaves if isinstance(each, Tensor)]
+        places: dict[int, Slot | None] = {}
+        for index, (place, old) in enumerate(zip(self._places, contents, strict=True)):
+            new = place.read()
+            if new is None:
+                places[index] = None
+            elif new is not old:
+                places[index] = trace.slot_of(new)
+                left.append(new)
+        if trace.reason is not None:
+            raise Uncapturable(trace.reason)
+        return _Ends(spec, tuple(results), places), left
+
+    def _replay(self, kind: _Kind, tensors: Sequence[Tensor]) -> tuple[Any] | None:
+        """Run the program; None where it decides otherwise, and nothing was changed."""
+        program, ends = kind.program, kind.ends
+        assert program is not None
+        assert ends is not None
+        contents = [self._places[index].read() for index in program.places]
+        states = [generator.get_state() for generator in program.generators]
+        found: tuple[Tensor, ...] | str = "a place is empty"
+        if all(content is not None for content in contents):
+            with without_autocast(self._device):
+                found = program(tensors, [c for c in contents if c is not None])
+        if isinstance(found, str):
+            for generator, state in zip(program.generators, states, strict=True):
+                generator.set_state(state)
+            self._missed(kind, found)
+            return None
+        kind.misses = 0
+        values = iter(found)
+        leaves = [next(values) if isinstance(e, Slot) else e for e in ends.results]
+        for index, slot in ends.places.items():
+            self._places[index].write(None if slot is None else next(values))
+        self._optimizer.replayed()
+        for declared in self._metric.parameters:
+            declared.verified = declared.tensor._version
+        self.taken, self.replayed = self.taken + 1, self.replayed + 1
+        return (tree_unflatten(leaves, ends.spec),)
+
+    def _missed(self, kind: _Kind, where: str) -> None:
+        kind.misses += 1
+        if kind.misses < _MISSES:
+            return
+        kind.program, kind.steps, kind.misses = None, _FIRST, 0
+        if kind.looks >= _LOOKS:
+            kind.hopeless = True
+            self._warn(f"{where} decides otherwise again and again")
+
+    def _warn(self, why: str) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"steps are taken as usual: {why}", NotCapturedWarning, stacklevel=4
+            )
+
+
+def _before(
+    trace: Trace, tensors: Sequence[Tensor], contents: Sequence[Tensor | None]
+) -> Before:
+    """Return what a step like this one is about to change."""
+    outside: dict[str, Sequence[Tensor | None]] = {
+        "h": trace.held,
+        "x": tensors,
+        "p": contents,
+    }
+    changed = [outside[slot.kind][slot.index] for slot in sorted(trace.changed)]
+    return Before([t for t in changed if t is not None], trace.generators())
+
+
+def _plain(output: object) -> tuple[object, ...]:
+    # Probes, for one: a schedule changes them.
+    kept = vars(output).values() if hasattr(output, "__dict__") else ()
+    return tuple([value for value in kept if isinstance(value, _PLAIN)])
+
+
+def _require_capturable(optimizer: RiemannianSGD) -> None:
+    metric = optimizer.metric
+    if metric.exchange is not None:
+        raise ValueError(
+            "the metric shares its batch with other processes, and what they send is "
+            "not captured; take the step as usual"
+        )
+    if isinstance(metric, LayerwiseMetric) and not metric.static_graph:
+        raise ValueError(
+            "a captured step looks at the graph no more; promise that it stays as it "
+            "is: LayerwiseMetric(..., static_graph=True)"
+        )
+    if not metric.fewer.is_plain:
+        raise ValueError(
+            "rows=, history= and refresh= make rows of those of several passes, which "
+            "a captured step does not; leave them out"
+        )
+    hooks = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
+    if any(hooks):
+        raise ValueError("the optimizer has hooks, which a captured step does not call")

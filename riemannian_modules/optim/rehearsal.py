@@ -1,0 +1,139 @@
+"""A program is run once beside the usual step, and must leave the same bits."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from riemannian_modules.capture import Program, Slot, Trace, Uncapturable
+
+__all__ = ["Before", "rehearsed"]
+
+Contents = Sequence[Tensor | None]
+
+
+class Before:
+    """What a step is about to change.
+
+    Args:
+        changed: the tensors that it writes.
+        generators: those that it draws from.
+    """
+
+    def __init__(
+        self, changed: Sequence[Tensor], generators: Sequence[torch.Generator]
+    ) -> None:
+        self._tensors = changed
+        self._values = [tensor.detach().clone() for tensor in changed]
+        self._generators = generators
+        self._states = [generator.get_state() for generator in generators]
+
+    @property
+    def values(self) -> list[Tensor]:
+        """The values of the tensors."""
+        return self._values
+
+    def restore(self) -> None:
+        """Put everything back."""
+        with torch.no_grad():
+            for tensor, value in zip(self._tensors, self._values, strict=True):
+                tensor.copy_(value)
+        for generator, state in zip(self._generators, self._states, strict=True):
+            generator.set_state(state)
+
+    def now(self) -> "Before":
+        """Return the same at this moment."""
+        return Before(self._tensors, self._generators)
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Be back there in this scope."""
+        now = self.now()
+        self.restore()
+        try:
+            yield
+        finally:
+            now.restore()
+
+
+def rehearsed(
+    trace: Trace,
+    wanted: Sequence[Slot],
+    before: Before,
+    arguments: Sequence[Tensor],
+    places: Contents,
+    results: Sequence[Tensor],
+) -> Program:
+    """Return a program of a step that was just taken.
+
+    Args:
+        trace: the step.
+        wanted: slots of its results.
+        before: what it changed, as it was.
+        arguments: what it was called with.
+        places: what was in the places.
+        results: what it left, for each of the slots.
+
+    Returns:
+        The program, which was run once. Nothing is changed.
+
+    Raises:
+        Uncapturable: it does something else.
+    """
+    after, plain = before.now(), set[Any]()
+    while True:
+        program = Program(trace, wanted, plain)
+        given = [places[index] for index in program.places]
+        if any(tensor is None for tensor in given):
+            raise Uncapturable("the step looks into a place that was empty before")
+        with before.again():
+            known = [tensor for tensor in given if tensor is not None]
+            called, found = _run(program, arguments, known)
+            ends = before.now().values
+        wrong = _bound_wrongly(program, called, failed=isinstance(found, Exception))
+        if wrong is not None and wrong not in plain:
+            plain.add(wrong)
+        elif isinstance(found, Exception):
+            raise Uncapturable(f"an operation fails outside of the step: {found}")
+        elif isinstance(found, str):
+            raise Uncapturable(f"{found} decides otherwise when it is run again")
+        elif not all(map(_equal, [*found, *ends], [*results, *after.values])):
+            raise Uncapturable("the operations alone do not give the same numbers")
+        else:
+            return program
+
+
+def _run(
+    program: Program, arguments: Sequence[Tensor], places: Sequence[Tensor]
+) -> tuple[list[Any], tuple[Tensor, ...] | str | Exception]:
+    """Run a program, and return the operations that were called, and what it left."""
+    trace = Trace(arguments, places)
+    found: tuple[Tensor, ...] | str | Exception
+    with trace.listening():
+        try:
+            found = program(arguments, places)
+        except (TypeError, RuntimeError) as error:
+            found = error
+    return [each.function for each in trace.operations], found
+
+
+def _bound_wrongly(program: Program, called: Sequence[Any], *, failed: bool) -> Any:
+    """Return the first operation in whose place torch's binding called another."""
+    for own, other in zip(program.functions, called, strict=False):
+        if own is not other:
+            return own
+    if failed and len(called) < len(program.functions):
+        return program.functions[len(called)]
+    return None
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    if a.is_meta or b.is_meta:
+        return a.shape == b.shape and a.dtype == b.dtype
+    same = a.shape == b.shape and a.dtype == b.dtype
+    if a.device.type == "cpu":
+        return same and torch.equal(a, b.detach())
+    # Sums of unordered parts differ from run to run there.
+    return same and torch.allclose(a, b.detach(), rtol=1e-3, atol=1e-6)
