@@ -13,6 +13,10 @@ from benchmarks.models import BATCH, INPUTS, THREADS, interleaved, network_step
 
 METHODS = (
     "adam",
+    "sampled, captured",
+    "sampled, gradient alone, captured",
+    "sampled, gradient alone, captured, no .grad",
+    "adam",
     "sampled",
     "sampled, static graph",
     "sampled, gradient kept",

@@ -25,6 +25,11 @@ METHODS = (
     "sampled, gradient kept, no .grad",
     "sampled, gradient alone",
     "sampled, gradient alone, no .grad",
+    "sampled, captured",
+    "sampled, captured, no .grad",
+    "sampled, gradient kept, captured",
+    "sampled, gradient alone, captured",
+    "sampled, gradient alone, captured, no .grad",
     "exact model",
     "exact layer",
 )
@@ -137,8 +142,8 @@ def step_of(
         model,
         output=output,
         mass=1e-2,
-        blocks="model" if method.endswith("model") else "layer",
-        static_graph="static graph" in method,
+        blocks="model" if method.startswith("exact model") else "layer",
+        static_graph="static graph" in method or "captured" in method,
         fill_grad=not method.endswith("no .grad"),
     )
     optimizer = rm.optim.RiemannianSGD(metric, lr=1e-6)
@@ -149,7 +154,12 @@ def step_of(
         metric.backward(F.cross_entropy(logits, y), logits)
         optimizer.step()
 
-    return layered
+    if "captured" not in method:
+        return layered
+    captured = rm.optim.CapturedStep(optimizer, layered)
+    for _ in range(8):
+        captured()
+    return captured
 
 
 def interleaved(

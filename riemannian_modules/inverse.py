@@ -91,9 +91,7 @@ class Inverse:
     def _factorised(self) -> woodbury.CholeskyFactor:
         if self.form == "primal":
             self._rows = self.block.all_coordinate_rows()
-            matrix = self.block.coordinate_gram(self._rows)
-            self._read_trace(matrix.diagonal())
-            matrix.diagonal().add_(1.0)
+            matrix = self._shifted(self.block.coordinate_gram(self._rows))
         else:
             matrix = self._capacitance()
         return woodbury.cholesky(matrix, overwrite=True)
@@ -107,24 +105,20 @@ class Inverse:
             and wide == torch.float64
             and self.block.device.type == "cpu"
         ):
-            S = self._shifted_gram(torch.float32)
+            S = self._shifted(self.block.gram(torch.float32))
             # Reading the trace is free on the CPU.
             if single_suffices(self._trace):
                 return S
             self.too_narrow = True
-        return self._shifted_gram(wide)
+        return self._shifted(self.block.gram(wide))
 
-    def _shifted_gram(self, dtype: torch.dtype) -> Tensor:
-        S = self.block.gram(dtype)
-        diagonal = S.diagonal()
-        self._read_trace(diagonal)
-        diagonal.add_(1.0)
-        return S
-
-    def _read_trace(self, diagonal: Tensor) -> None:
+    def _shifted(self, matrix: Tensor) -> Tensor:
+        diagonal = matrix.diagonal()
         # Off the CPU reading it would wait for the device.
         if diagonal.device.type == "cpu":
             self._trace = number(diagonal.sum(), partial(_decided, self.block.dtype))
+        diagonal.add_(1.0)
+        return matrix
 
     @property
     def trace(self) -> float:
@@ -259,18 +253,22 @@ class Inverse:
         rest = self._subtracting(e, source, refinements)
         return Solution(
             {name: x + rest.vectors[name] for name, x in pushed.vectors.items()},
-            pushed.velocity + rest.velocity,
+            lambda: pushed.velocity + rest.velocity,
             self.block,
             f"{pushed.branch} + {rest.branch}",
         )
 
     def _pushing(self, y: Tensor) -> Solution:
         a = self._solve(y)
-        x, velocity = self.block.direction(a), y - a
-        # Where the difference cancels, as of a y that no step can change by much.
-        least = torch.finfo(self.factor.lower.dtype).eps ** 0.5
-        if y.device.type == "cpu" and bool(velocity.norm() < least * y.norm()):
-            velocity = self.block.matvec(x).to(y)
+        x, eps = self.block.direction(a), torch.finfo(self.factor.lower.dtype).eps
+
+        def velocity() -> Tensor:
+            found = y - a
+            # Where the difference cancels, as of a y that no step can change by much.
+            if y.device.type == "cpu" and bool(found.norm() < eps**0.5 * y.norm()):
+                return self.block.matvec(x).to(y)
+            return found
+
         return Solution(x, velocity, self.block, "push-through")
 
     def _solve(self, rhs: Tensor) -> Tensor:

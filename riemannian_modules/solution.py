@@ -1,5 +1,6 @@
 """What a solved Riesz problem consists of."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,7 +20,7 @@ class Solution:
 
     Attributes:
         vectors: ``{parameter name: x}``, tangent vectors.
-        velocity: ``K x``, the whitened velocity of the outputs, ``(rank,)``.
+        found: :attr:`velocity`, or what makes it when it is first asked for.
         base: the base metric at the point, for :attr:`squared_norm`.
         branch: which form ran: ``"base"`` (no factor), ``"push-through"``,
             ``"woodbury"``, ``"push-through + woodbury"``, ``"primal"``, ``"qr"``,
@@ -32,25 +33,29 @@ class Solution:
     """
 
     vectors: dict[str, Tensor]
-    velocity: Tensor
+    found: Tensor | Callable[[], Tensor]
     base: Block
     branch: str
     iterations: int = 0
     converged: bool | None = True
     error: Tensor | None = None
 
+    @cached_property
+    def velocity(self) -> Tensor:
+        """``K x``, the whitened velocity of the outputs, ``(rank,)``."""
+        return self.found if isinstance(self.found, Tensor) else self.found()
+
     def __repr__(self) -> str:
         names = ", ".join(self.vectors)
-        return f"Solution({names}; rank {len(self.velocity)}, {self.branch})"
+        return f"Solution({names}; rank {self.base.rank}, {self.branch})"
 
     def looks_finite(self) -> bool:
         """Return False if a number on the CPU is not finite."""
-        return all(map(looks_finite, (*self.vectors.values(), self.velocity)))
+        return all(map(looks_finite, self.vectors.values()))
 
     def total(self) -> Tensor:
         """Return the sum of all entries, which is finite only if they are."""
-        sums = [vector.sum() for vector in self.vectors.values()]
-        return torch.stack([*sums, self.velocity.sum().to(sums[0].dtype)]).sum()
+        return torch.stack([vector.sum() for vector in self.vectors.values()]).sum()
 
     @cached_property
     def squared_norm(self) -> Tensor:

@@ -1,17 +1,17 @@
 """The operations of a trace as one function without anything between them."""
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from riemannian_modules.capture.simplify import Simple, simplified
 from riemannian_modules.capture.trace import Operation, Slot, Trace, slots_in
 
 __all__ = ["Program", "Uncapturable"]
 
-_DETACH = torch.ops.aten.detach.default
 _ELSEWHERE = (torch._C._VariableFunctions, torch._C._nn, torch._C._linalg)
 
 
@@ -51,22 +51,22 @@ class Program:
         self._called: dict[int, str] = {}
         for index, tensor in enumerate(trace.held):
             self._names[f"h{index}"] = tensor
-        chosen, self.same = _without_doubles(trace)
-        wanted = [self.same.get(slot, slot) for slot in wanted]
-        chosen = _needed(trace, chosen, wanted, self.same)
-        _require_order(trace, chosen)
-        found = [trace.operations[index] for index in chosen]
-        self.functions = [each.function for each in found]
+        simple = simplified(trace, wanted)
+        for slot, constant in simple.constants.items():
+            self._names[str(slot)] = constant
+        _require_order(trace, simple)
+        self.functions = [each.function for each in simple.operations]
         self.generators = trace.generators()
-        self._wheres = [trace.wheres[index] for index in chosen]
-        used = {self.same.get(s, s) for each in found for s in _given(each)}
-        used.update(wanted)
+        self._wheres = simple.wheres
+        used = {slot for each in simple.operations for slot in _given(each)}
+        used.update(simple.wanted)
         self.places = sorted(slot.index for slot in used if slot.kind == "p")
         arguments = sorted(slot.index for slot in used if slot.kind == "x")
         lines = ["def run(x, p):"]
         lines += [f"    x{index} = x[{index}]" for index in arguments]
         lines += [f"    p{index} = p[{at}]" for at, index in enumerate(self.places)]
-        self.source = "\n".join([*lines, *self._body(found, wanted)]) + "\n"
+        lines += self._body(simple)
+        self.source = "\n".join(lines) + "\n"
         exec(compile(self.source, "<captured step>", "exec"), self._names)
         self._run: Callable[..., tuple[Tensor, ...] | int] = self._names["run"]
 
@@ -87,16 +87,14 @@ class Program:
             found = self._run(arguments, places)
         return self._wheres[found] if isinstance(found, int) else found
 
-    def _body(
-        self, operations: Sequence[Operation], wanted: Sequence[Slot]
-    ) -> Iterator[str]:
-        ends = _last_uses(operations, self.same, wanted)
-        for index, operation in enumerate(operations):
+    def _body(self, simple: Simple) -> Iterator[str]:
+        ends = _last_uses(simple)
+        for index, operation in enumerate(simple.operations):
             for line in self._line(index, operation):
                 yield f"    {line}"
             if ends[index]:
                 yield "    del " + ", ".join(map(str, ends[index]))
-        yield f"    return ({''.join(f'{slot}, ' for slot in wanted)})"
+        yield f"    return ({''.join(f'{slot}, ' for slot in simple.wanted)})"
 
     def _line(self, index: int, operation: Operation) -> Iterator[str]:
         given = [self._text(each) for each in operation.args]
@@ -131,7 +129,7 @@ class Program:
 
     def _text(self, value: Any) -> str:
         if isinstance(value, Slot):
-            return str(self.same.get(value, value))
+            return str(value)
         if type(value) is list:
             return f"[{', '.join(map(self._text, value))}]"
         if type(value) is tuple:
@@ -170,83 +168,24 @@ def _given(operation: Operation) -> Iterator[Slot]:
     return slots_in((operation.args, operation.kwargs))
 
 
-def _is_view(operation: Operation) -> bool:
-    alias = [argument.alias_info for argument in operation.function._schema.arguments]
-    viewed = any(info is not None and not info.is_write for info in alias)
-    return viewed and not operation.writes and not operation.several
-
-
-def _without_doubles(trace: Trace) -> tuple[list[int], dict[Slot, Slot]]:
-    """Return which operations are left, and which slots are the same as others."""
-    chosen: list[int] = []
-    same: dict[Slot, Slot] = {}
-    known: dict[str, Slot] = {}
-    for index, operation in enumerate(trace.operations):
-        slot = operation.made[0] if len(operation.made) == 1 else None
-        if slot is None or not _is_view(operation) or operation.reads:
-            chosen.append(index)
-            continue
-        source = operation.args[0]
-        if operation.function is _DETACH:
-            same[slot] = same.get(source, source)
-            continue
-        # Views of the same tensor with the same arguments.
-        args = [same.get(a, a) if isinstance(a, Slot) else a for a in operation.args]
-        what = repr((id(operation.function), args, operation.kwargs))
-        if what in known:
-            same[slot] = known[what]
-        else:
-            known[what] = slot
-            chosen.append(index)
-    return chosen, same
-
-
-def _needed(
-    trace: Trace,
-    chosen: Sequence[int],
-    wanted: Sequence[Slot],
-    same: Mapping[Slot, Slot],
-) -> list[int]:
-    """Return the operations that something depends on, in their order."""
-    groups = trace.groups
-    live = set(wanted)
-    memory = {groups[slot] for slot in wanted} | {0}
-    kept = []
-    for index in reversed(chosen):
-        operation = trace.operations[index]
-        changes = any(groups[slot] in memory for slot in operation.writes)
-        seeded = torch.Tag.nondeterministic_seeded in operation.function.tags
-        if changes or seeded or operation.ends or live & {*operation.made}:
-            kept.append(index)
-            for slot in _given(operation):
-                live.add(same.get(slot, slot))
-                memory.add(groups[slot])
-    return kept[::-1]
-
-
-def _require_order(trace: Trace, chosen: Sequence[int]) -> None:
+def _require_order(trace: Trace, simple: Simple) -> None:
     changed = None
-    for index in chosen:
-        operation = trace.operations[index]
+    for operation, where in zip(simple.operations, simple.wheres, strict=True):
         if operation.ends and changed is not None:
             raise Uncapturable(
-                f"{trace.wheres[index]} reads a value after {changed} has changed a "
-                "tensor that outlives the step; read first, change then"
+                f"{where} reads a value after {changed} has changed a tensor that "
+                "outlives the step; read first, change then"
             )
-        if any(trace.groups[slot] == 0 for slot in operation.writes):
-            changed = trace.wheres[index]
+        if any(trace.groups[slot] < 0 for slot in operation.writes):
+            changed = where
 
 
-def _last_uses(
-    operations: Sequence[Operation], same: Mapping[Slot, Slot], wanted: Sequence[Slot]
-) -> list[list[Slot]]:
+def _last_uses(simple: Simple) -> list[list[Slot]]:
     """Return for each operation the tensors that nobody needs after it."""
     ends: list[list[Slot]] = []
-    later = set(wanted)
-    for operation in reversed(operations):
-        used = {same.get(s, s) for s in _given(operation)}
-        used |= {slot for slot in operation.made if slot is not None}
-        free = {slot for slot in used - later if slot.kind == "v"}
-        ends.append(sorted(free))
+    later = {*simple.wanted, *simple.constants}
+    for operation in reversed(simple.operations):
+        used = {*_given(operation), *(s for s in operation.made if s is not None)}
+        ends.append(sorted(slot for slot in used - later if slot.kind == "v"))
         later |= used
     return ends[::-1]

@@ -17,6 +17,8 @@ from riemannian_modules import reading
 __all__ = ["Operation", "Slot", "Trace", "slots_in"]
 
 _READ = torch.ops.aten._local_scalar_dense.default
+# What changes the shape of a tensor in place, and is a view otherwise.
+_BENDS = {f"aten::{name}_" for name in ("squeeze", "unsqueeze", "t", "transpose")}
 # What hands numbers to the host without an operation that could be seen.
 _UNSEEN = {Tensor.numpy, Tensor.tolist, Tensor.__array__}
 _OWN = (__file__, reading.__file__, torch.__path__[0])
@@ -89,7 +91,8 @@ class Trace(TorchDispatchMode):
         operations: the calls.
         wheres: for each, the line of Python that it comes from.
         held: other tensors from outside, by the index of their slots.
-        groups: of each slot, the memory that it shares with others; 0: from outside.
+        groups: of each slot, the memory that it lies in; negative: from outside.
+        layouts: of each slot, how it lies there.
         changed: slots of the tensors from outside whose memory is written.
         reason: why operations alone would not be the same, or None.
     """
@@ -102,6 +105,7 @@ class Trace(TorchDispatchMode):
         self.wheres: list[str] = []
         self.held: list[Tensor] = []
         self.groups: dict[Slot, int] = {}
+        self.layouts: dict[Slot, tuple[object, ...]] = {}
         self.changed: set[Slot] = set()
         self.reason: str | None = None
         self._firsts: list[str] = []
@@ -112,7 +116,7 @@ class Trace(TorchDispatchMode):
         for kind, tensors in (("p", places), ("x", arguments)):
             for index, tensor in enumerate(tensors):
                 if tensor is not None:
-                    self._know(tensor, Slot(kind, index), 0)
+                    self._enter(tensor, Slot(kind, index))
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -228,7 +232,8 @@ class Trace(TorchDispatchMode):
         returned, tensor, slot = func(*args, **kwargs), args[0], wired[0]
         packet = getattr(torch.ops.aten, func._schema.name[6:].rstrip("_"), None)
         name = func._schema.overload_name or "default"
-        if slot.kind != "v" or name not in (packet.overloads() if packet else ()):
+        bends = func._schema.name in _BENDS and name in packet.overloads()
+        if slot.kind != "v" or not bends:
             self.refuse(f"changes the shape of a tensor in place: {func}")
             return returned
         view = Slot("v", self._count)
@@ -267,13 +272,22 @@ class Trace(TorchDispatchMode):
     def _know(self, tensor: Tensor, slot: Slot, group: int) -> None:
         self._slots[tensor] = slot
         self.groups[slot] = group
-        if slot.kind != "v":
-            self._outside.setdefault(_storage(tensor), []).append(slot)
+        lies = tuple(tensor.shape), tensor.stride(), tensor.storage_offset()
+        bits = tensor.is_conj(), tensor.is_neg()
+        self.layouts[slot] = (*lies, tensor.dtype, *bits)
+
+    def _enter(self, tensor: Tensor, slot: Slot) -> None:
+        """Know a tensor from outside."""
+        known = self._outside.setdefault(_storage(tensor), [])
+        known.append(slot)
+        first = known[0]
+        group = self.groups[first] if first in self.groups else -1 - len(self._outside)
+        self._know(tensor, slot, group)
 
     def _hold(self, tensor: Tensor) -> Slot:
         storage = _storage(tensor)
         for known, slot in self._slots.items():
-            if self.groups[slot] and _storage(known) == storage:
+            if self.groups[slot] > 0 and _storage(known) == storage:
                 self.refuse(
                     f"reads a tensor of shape {tuple(tensor.shape)} that shares memory "
                     "with what the step has made, by other means than an operation "
@@ -282,7 +296,7 @@ class Trace(TorchDispatchMode):
         slot = Slot("h", len(self.held))
         self.held.append(tensor)
         self._firsts.append(_where())
-        self._know(tensor, slot, 0)
+        self._enter(tensor, slot)
         return slot
 
     def _wired(self, value: Any) -> Any:

@@ -103,18 +103,17 @@ def require_same(call: Call, outputs: Mapping[int, Tensor]) -> None:
     for place, recorded in zip(call.places, call.values, strict=True):
         if recorded.is_meta or (known and recorded.device.type != "cpu"):
             continue
-        own = outputs[place]
-        error = torch.inf
+        own, eps = outputs[place], torch.finfo(recorded.dtype).eps
+        size, error = recorded.norm(), torch.full((), torch.inf)
         if own.shape == recorded.shape:
-            error = float((own.to(recorded.dtype) - recorded).norm())
-        size, eps = float(recorded.norm()), torch.finfo(recorded.dtype).eps
+            error = (own.to(recorded.dtype) - recorded).norm()
         # Written so that NaN is refused, too.
-        if not error <= eps**0.5 * (size + 1e-30):
+        if not bool(error <= eps**0.5 * (size + 1e-30)):
             raise LinearizationError(
                 f"{call.label} ({type(call.module).__name__}) does not give the "
-                f"recorded outputs when it is run again: they differ by {error:.1e}, "
-                f"their norm is {size:.1e}. Keep hooks and parametrizations from "
-                "changing what the layer computes"
+                f"recorded outputs when it is run again: they differ by "
+                f"{float(error):.1e}, their norm is {float(size):.1e}. Keep hooks and "
+                "parametrizations from changing what the layer computes"
             )
     call.memo["compared"] = True
 
