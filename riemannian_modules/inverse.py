@@ -99,12 +99,8 @@ class Inverse:
     def _capacitance(self) -> Tensor:
         wide = self._precision or self.block.precision
         narrow = self._precision is None and self.block.dtype != torch.float64
-        if (
-            narrow
-            and not self.too_narrow
-            and wide == torch.float64
-            and self.block.device.type == "cpu"
-        ):
+        narrow = narrow and not self.too_narrow and self.block.device.type == "cpu"
+        if narrow and wide == torch.float64:
             S = self._shifted(self.block.gram(torch.float32))
             # Reading the trace is free on the CPU.
             if single_suffices(self._trace):

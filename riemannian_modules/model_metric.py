@@ -44,21 +44,15 @@ __all__ = ["ModelMetric"]
 class ModelMetric:
     """The state that a linearised pass leaves: block metrics and the gradient.
 
-    :class:`riemannian_modules.LayerwiseMetric` makes it from the forward pass of a
-    model, :class:`riemannian_modules.functional.FunctionalMetric` from a function of
-    one.
+    :class:`riemannian_modules.LayerwiseMetric` makes it from a model's forward pass,
+    :class:`riemannian_modules.functional.FunctionalMetric` from a function of one.
 
     Args:
         model: the model.
         output: metric on the outputs.
-        mass: as in :class:`riemannian_modules.LayerwiseMetric`, like all others.
-        blocks: which tensors are solved together.
-        reduction: how the loss sums over examples.
-        precision: data type of the small matrices.
-        solver: how each block is solved.
-        max_memory: bound on what a solve holds.
         fewer: how the rows of passes become those of the metric; None: as they are.
-        fill_grad: whether backward passes fill ``.grad``.
+        mass, blocks, reduction, precision, solver, max_memory, fill_grad: as in
+            :class:`riemannian_modules.LayerwiseMetric`.
 
     Attributes:
         grouping: the ``blocks`` that it was made with.
@@ -129,12 +123,9 @@ class ModelMetric:
         self.parameters.set_mass(mass)
 
     def scale_mass(self, factor: float) -> None:
-        """Multiply every mass, from now on and in the blocks of the last pass.
+        """Multiply every mass by a number, now and in the blocks of the last pass.
 
         The views that geoopt's optimizers see follow with the next pull-back.
-
-        Args:
-            factor: a positive number.
 
         Raises:
             MassError: not positive or not finite; all stay as they were.
@@ -271,9 +262,9 @@ class ModelMetric:
         Args:
             loss: scalar, of this process' examples; or a function that returns it.
         """
-        if self.exchange is None:
-            return loss() if callable(loss) else loss
-        return self.exchange.joint_loss(loss)
+        if self.exchange is not None:
+            return self.exchange.joint_loss(loss)
+        return loss() if callable(loss) else loss
 
     @property
     def linearization(self) -> Linearization | None:
@@ -281,10 +272,7 @@ class ModelMetric:
         return self._found
 
     def succeeded(self) -> Tensor | None:
-        """Return whether every factorisation worked, a boolean on the device.
-
-        None on the CPU, where a failure was raised.
-        """
+        """Return whether all was factorised; None on the CPU, which has raised."""
         if all(d.tensor.device.type == "cpu" for d in self.parameters):
             return None
         flags = [block.inverse.succeeded for block in self.solved.values()]

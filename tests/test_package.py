@@ -14,7 +14,8 @@ FILES = {path.relative_to(PACKAGE): path for path in sorted(PACKAGE.rglob("*.py"
 
 # A module may import from its own row and the rows above it, never from below.
 LAYERS = (
-    {"_version", "errors", "finite", "precision", "twice"},
+    {"_version", "errors", "finite", "precision", "reading", "twice"},
+    {"capture"},
     {"woodbury"},
     {"manifolds", "mass", "retractions", "tangent"},
     {"factors"},

@@ -1,6 +1,7 @@
 """A step as the list of torch's operations that it consists of, to be run again."""
 
-from riemannian_modules.capture.program import Program, Uncapturable
-from riemannian_modules.capture.trace import Operation, Slot, Trace
+from riemannian_modules.capture.operation import Operation, Slot
+from riemannian_modules.capture.program import Program, UncapturableError
+from riemannian_modules.capture.trace import Trace
 
-__all__ = ["Operation", "Program", "Slot", "Trace", "Uncapturable"]
+__all__ = ["Operation", "Program", "Slot", "Trace", "UncapturableError"]

@@ -7,15 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from riemannian_modules.capture.operation import Operation, Slot, slots_in
 from riemannian_modules.capture.simplify import Simple, simplified
-from riemannian_modules.capture.trace import Operation, Slot, Trace, slots_in
+from riemannian_modules.capture.trace import Trace
 
-__all__ = ["Program", "Uncapturable"]
+__all__ = ["Program", "UncapturableError"]
 
-_ELSEWHERE = (torch._C._VariableFunctions, torch._C._nn, torch._C._linalg)
+_ELSEWHERE = (torch._C._VariableFunctions, torch._C._nn)
 
 
-class Uncapturable(Exception):
+class UncapturableError(Exception):
     """Why operations alone would not be the same step."""
 
 
@@ -40,7 +41,7 @@ class Program:
         source: what it is, in Python.
 
     Raises:
-        Uncapturable: something is read after something was changed.
+        UncapturableError: something is read after something was changed.
     """
 
     def __init__(
@@ -60,8 +61,8 @@ class Program:
         self._wheres = simple.wheres
         used = {slot for each in simple.operations for slot in _given(each)}
         used.update(simple.wanted)
-        self.places = sorted(slot.index for slot in used if slot.kind == "p")
-        arguments = sorted(slot.index for slot in used if slot.kind == "x")
+        self.places = sorted(slot.number for slot in used if slot.kind == "p")
+        arguments = sorted(slot.number for slot in used if slot.kind == "x")
         lines = ["def run(x, p):"]
         lines += [f"    x{index} = x[{index}]" for index in arguments]
         lines += [f"    p{index} = p[{at}]" for at, index in enumerate(self.places)]
@@ -123,7 +124,9 @@ class Program:
     def _function(self, function: Any) -> str:
         if id(function) not in self._called:
             name = f"f{len(self._called)}_{function.__name__.split('.')[0]}"
-            self._names[name] = function if function in self._plain else _binding(function)
+            self._names[name] = (
+                function if function in self._plain else _binding(function)
+            )
             self._called[id(function)] = name
         return self._called[id(function)]
 
@@ -172,7 +175,7 @@ def _require_order(trace: Trace, simple: Simple) -> None:
     changed = None
     for operation, where in zip(simple.operations, simple.wheres, strict=True):
         if operation.ends and changed is not None:
-            raise Uncapturable(
+            raise UncapturableError(
                 f"{where} reads a value after {changed} has changed a tensor that "
                 "outlives the step; read first, change then"
             )

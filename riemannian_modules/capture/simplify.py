@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from riemannian_modules.capture.trace import Operation, Slot, Trace, slots_in
+from riemannian_modules.capture.operation import Operation, Slot, slots_in
+from riemannian_modules.capture.trace import Trace
 
 __all__ = ["Simple", "simplified"]
 

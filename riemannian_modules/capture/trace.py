@@ -3,8 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,71 +12,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from riemannian_modules import reading
+from riemannian_modules.capture.operation import Operation, Slot, same
 
-__all__ = ["Operation", "Slot", "Trace", "slots_in"]
+__all__ = ["Trace"]
 
 _READ = torch.ops.aten._local_scalar_dense.default
 # What changes the shape of a tensor in place, and is a view otherwise.
-_BENDS = {f"aten::{name}_" for name in ("squeeze", "unsqueeze", "t", "transpose")}
+_BENDS = {"squeeze_", "unsqueeze_", "t_", "transpose_"}
 # What hands numbers to the host without an operation that could be seen.
 _UNSEEN = {Tensor.numpy, Tensor.tolist, Tensor.__array__}
 _OWN = (__file__, reading.__file__, torch.__path__[0])
-
-
-class Slot(NamedTuple):
-    """A tensor of a trace.
-
-    Attributes:
-        kind: ``"x"`` for an argument, ``"p"`` for the content of a place, ``"h"`` for
-            any other tensor from outside, ``"v"`` for what an operation made.
-        index: which one of its kind.
-    """
-
-    kind: str
-    index: int
-
-    def __repr__(self) -> str:
-        return f"{self.kind}{self.index}"
-
-
-@dataclass(slots=True)
-class Operation:
-    """One call.
-
-    Attributes:
-        function: the operation.
-        args: its arguments, slots in the place of tensors.
-        kwargs: those with names.
-        made: slots of the tensors that it returned, None for those known before.
-        several: whether it returned a sequence.
-        reads: whether it returned something that is no tensor, to the host.
-        value: what, or what was decided from it; or the shapes that depend on values.
-        decides: what decided.
-        writes: slots of the tensors that it changes.
-    """
-
-    function: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    made: tuple[Slot | None, ...]
-    several: bool
-    reads: bool
-    value: object
-    decides: Callable[[float], object] | None
-    writes: tuple[Slot, ...]
-
-    @property
-    def ends(self) -> bool:
-        """Whether a program may have to end there."""
-        return self.reads or self.value is not None
-
-    def is_like(self, other: "Operation") -> bool:
-        """Whether another call is the same up to what ``decides`` is made of."""
-        own = (self.function, self.made, self.several, self.reads, self.writes)
-        its = (other.function, other.made, other.several, other.reads, other.writes)
-        values = _same(self.value, other.value)
-        given = _same(self.args, other.args) and _same(self.kwargs, other.kwargs)
-        return own == its and values and given
 
 
 class Trace(TorchDispatchMode):
@@ -100,7 +44,7 @@ class Trace(TorchDispatchMode):
     def __init__(
         self, arguments: Sequence[Tensor], places: Sequence[Tensor | None]
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.operations: list[Operation] = []
         self.wheres: list[str] = []
         self.held: list[Tensor] = []
@@ -161,10 +105,10 @@ class Trace(TorchDispatchMode):
         if len(self.operations) != len(other.operations):
             return "the number of operations differs from step to step"
         pairs = zip(self.held, other.held, self._firsts, strict=True)
-        for mine, its, where in pairs:
-            if mine is not its and not _same_numbers(mine, its):
+        for tensor, another, where in pairs:
+            if tensor is not another and not _same_numbers(tensor, another):
                 return (
-                    f"{where} reads a tensor of shape {tuple(mine.shape)} that is "
+                    f"{where} reads a tensor of shape {tuple(tensor.shape)} that is "
                     "another one in each step; hand it over as an argument"
                 )
         return None
@@ -203,12 +147,8 @@ class Trace(TorchDispatchMode):
         for tensor in self._written(func, args, kwargs):
             writes.append(self._slots[tensor])
             self.changed.update(self._outside.get(_storage(tensor), ()))
-        self.wheres.append(where)
-        self.operations.append(
-            Operation(
-                func, wired, named, made, several, reads, value, decides, tuple(writes)
-            )
-        )
+        known = func, wired, named, made, several, reads, value, decides
+        self._add(Operation(*known, tuple(writes)), where)
         return returned
 
     def refuse(self, why: str) -> None:
@@ -230,22 +170,16 @@ class Trace(TorchDispatchMode):
     ) -> Any:
         """Take down a view in place as a view, which the tensor is from then on."""
         returned, tensor, slot = func(*args, **kwargs), args[0], wired[0]
-        packet = getattr(torch.ops.aten, func._schema.name[6:].rstrip("_"), None)
-        name = func._schema.overload_name or "default"
-        bends = func._schema.name in _BENDS and name in packet.overloads()
-        if slot.kind != "v" or not bends:
+        name = func._schema.name.removeprefix("aten::")
+        if slot.kind != "v" or name not in _BENDS:
             self.refuse(f"changes the shape of a tensor in place: {func}")
             return returned
         view = Slot("v", self._count)
         self._count += 1
         self._know(tensor, view, self.groups[slot])
-        self.wheres.append(where)
-        self.operations.append(
-            Operation(
-                getattr(packet, name), wired, kwargs, (view,), False, False, None, None,
-                (),
-            )
-        )  # fmt: skip
+        packet = getattr(torch.ops.aten, name.rstrip("_"))
+        bent = getattr(packet, func._schema.overload_name or "default")
+        self._add(Operation(bent, wired, kwargs, (view,)), where)
         return returned
 
     def _decided(self, returned: Any) -> object:
@@ -272,9 +206,7 @@ class Trace(TorchDispatchMode):
     def _know(self, tensor: Tensor, slot: Slot, group: int) -> None:
         self._slots[tensor] = slot
         self.groups[slot] = group
-        lies = tuple(tensor.shape), tensor.stride(), tensor.storage_offset()
-        bits = tensor.is_conj(), tensor.is_neg()
-        self.layouts[slot] = (*lies, tensor.dtype, *bits)
+        self.layouts[slot] = _lies(tensor)
 
     def _enter(self, tensor: Tensor, slot: Slot) -> None:
         """Know a tensor from outside."""
@@ -285,19 +217,41 @@ class Trace(TorchDispatchMode):
         self._know(tensor, slot, group)
 
     def _hold(self, tensor: Tensor) -> Slot:
-        storage = _storage(tensor)
-        for known, slot in self._slots.items():
-            if self.groups[slot] > 0 and _storage(known) == storage:
-                self.refuse(
-                    f"reads a tensor of shape {tuple(tensor.shape)} that shares memory "
-                    "with what the step has made, by other means than an operation "
-                    "(.data, say): use detach()"
-                )
+        """Return the slot of a tensor that no operation was seen to make."""
+        known = self._beside(tensor)
+        if known is not None:
+            return known
         slot = Slot("h", len(self.held))
         self.held.append(tensor)
         self._firsts.append(_where())
         self._enter(tensor, slot)
         return slot
+
+    def _beside(self, tensor: Tensor) -> Slot | None:
+        """Return the slot of a tensor in memory that is known, as of ``.data``."""
+        storage = _storage(tensor)
+        beside = (
+            slot
+            for other, slot in self._slots.items()
+            if _storage(other) == storage and other.dtype == tensor.dtype
+        )
+        slot = next(beside, None)
+        if slot is None:
+            return None
+        lies = (*map(list, _lies(tensor)[:2]), tensor.storage_offset())
+        if _lies(tensor) == self.layouts[slot]:
+            self._slots[tensor] = slot
+            return slot
+        view = Slot("v", self._count)
+        self._count += 1
+        self._know(tensor, view, self.groups[slot])
+        strided = torch.ops.aten.as_strided.default
+        self._add(Operation(strided, (slot, *lies), {}, (view,)), _where())
+        return view
+
+    def _add(self, operation: Operation, where: str) -> None:
+        self.operations.append(operation)
+        self.wheres.append(where)
 
     def _wired(self, value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -314,17 +268,6 @@ class Trace(TorchDispatchMode):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 given = args[index] if index < len(args) else kwargs.get(argument.name)
                 yield from _tensors(given)
-
-
-def slots_in(value: object) -> Iterator[Slot]:
-    """Yield the slots in nested arguments."""
-    if isinstance(value, Slot):
-        yield value
-    elif isinstance(value, tuple | list):
-        for each in value:
-            yield from slots_in(each)
-    elif isinstance(value, dict):
-        yield from slots_in(list(value.values()))
 
 
 class _Unseen(TorchFunctionMode):
@@ -345,22 +288,11 @@ class _Unseen(TorchFunctionMode):
         return func(*args, **({} if kwargs is None else kwargs))
 
 
-def _same(a: object, b: object) -> bool:
-    if isinstance(a, tuple | list) and type(a) is type(b):
-        assert isinstance(b, tuple | list)
-        return len(a) == len(b) and all(map(_same, a, b))
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_same(a[name], b[name]) for name in a)
-    if type(a) is not type(b):
-        return False
-    return bool(a == b) or (a != a and b != b)
-
-
 def _same_numbers(a: Tensor, b: Tensor) -> bool:
     """Whether tensors are what torch makes of the same number in Python."""
     if a.ndim or b.ndim or a.dtype != b.dtype or not (a.is_cpu and b.is_cpu):
         return False
-    return _same(a.item(), b.item())
+    return same(a.item(), b.item())
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -371,6 +303,11 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(each)
     elif isinstance(value, dict):
         yield from _tensors(list(value.values()))
+
+
+def _lies(tensor: Tensor) -> tuple[Any, ...]:
+    where = tuple(tensor.shape), tensor.stride(), tensor.storage_offset()
+    return *where, tensor.dtype, tensor.is_conj(), tensor.is_neg()
 
 
 def _storage(tensor: Tensor) -> int:

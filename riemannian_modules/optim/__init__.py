@@ -18,8 +18,8 @@ from riemannian_modules.optim.trust_region import TrustRegion
 
 __all__ = [
     "Armijo",
-    "CapturedStep",
     "BlockReport",
+    "CapturedStep",
     "GaussNewton",
     "GaussNewtonReport",
     "LevenbergMarquardt",

@@ -2,20 +2,25 @@
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from riemannian_modules.capture import Program, Slot, Trace, Uncapturable
+from riemannian_modules.capture import Slot, Trace, UncapturableError
 from riemannian_modules.errors import NotCapturedWarning
-from riemannian_modules.layerwise import LayerwiseMetric
 from riemannian_modules.optim.places import Place, gradient_places, memory_places
-from riemannian_modules.optim.rehearsal import Before, rehearsed
+from riemannian_modules.optim.rehearsal import rehearsed
 from riemannian_modules.optim.rsgd import RiemannianSGD
+from riemannian_modules.optim.step_kinds import (
+    Ends,
+    Key,
+    Kind,
+    before,
+    require_capturable,
+    settings_of,
+)
 from riemannian_modules.precision import without_autocast
 
 __all__ = ["CapturedStep"]
@@ -25,53 +30,6 @@ _FIRST = 3
 # So often a kind of step is looked at, and so many replays in a row may not fit.
 _LOOKS, _MISSES = 8, 3
 _KINDS = 32
-_PLAIN = bool | int | float | str | None
-
-Key = tuple[object, ...]
-
-
-@dataclass(frozen=True)
-class _Ends:
-    """What a step returns, and what it leaves in places.
-
-    Attributes:
-        spec: how its results are nested.
-        results: their leaves, slots in the place of tensors.
-        places: by index of a place, the slot of what it puts there; or None.
-    """
-
-    spec: Any
-    results: tuple[object, ...]
-    places: dict[int, Slot | None]
-
-    @property
-    def wanted(self) -> list[Slot]:
-        """The slots among them."""
-        every = [*self.results, *self.places.values()]
-        return [each for each in every if isinstance(each, Slot)]
-
-
-@dataclass(eq=False)
-class _Kind:
-    """What is known of steps of one kind.
-
-    Attributes:
-        steps: how many were taken as usual.
-        looks: how many of these were taken down.
-        last: the last of them that was, and what it left.
-        program: what runs in their place.
-        ends: what to make of its results.
-        misses: how often in a row it decided otherwise.
-        hopeless: whether there will be none.
-    """
-
-    steps: int = 0
-    looks: int = 0
-    last: tuple[Trace, _Ends] | None = None
-    program: Program | None = None
-    ends: _Ends | None = None
-    misses: int = 0
-    hopeless: bool = False
 
 
 class CapturedStep:
@@ -150,15 +108,14 @@ class CapturedStep:
         self.taken = self.replayed = 0
         self._optimizer, self._metric = optimizer, optimizer.metric
         self._step = step
-        self._kinds: dict[Key, _Kind] = {}
+        self._kinds: dict[Key, Kind] = {}
         self._settings: Key = ()
         self._memory: list[Place] = []
         self._places: list[Place] = []
-        self._masses: list[object] = []
         self._warned = False
         self._modules = list(self._metric.model.modules())
         self._device = next(iter(self._metric.parameters)).tensor.device.type
-        _require_capturable(optimizer)
+        require_capturable(optimizer)
 
     def __repr__(self) -> str:
         name = getattr(self._step, "__name__", type(self._step).__name__)
@@ -206,7 +163,7 @@ class CapturedStep:
 
     def _kind_of(
         self, flat: Sequence[Any], spec: Any, tensors: Sequence[Tensor]
-    ) -> _Kind | None:
+    ) -> Kind | None:
         """Return what is known of steps like this one; None: nothing ever will be."""
         self._renew()
         others = [None if isinstance(each, Tensor) else each for each in flat]
@@ -221,7 +178,6 @@ class CapturedStep:
             torch.is_grad_enabled(),
             torch.is_autocast_enabled(self._device)
             and torch.get_autocast_dtype(self._device),
-            self._metric.is_frozen,
         )
         try:
             found = self._kinds.get(key)
@@ -236,74 +192,55 @@ class CapturedStep:
                     "that a scheduler changes as a tensor, lr=torch.tensor(0.1)"
                 )
                 return None
-            found = self._kinds[key] = _Kind()
+            found = self._kinds[key] = Kind()
         return found
 
     def _renew(self) -> None:
         """Find the places anew where the optimizer or the metric was changed."""
-        optimizer, metric = self._optimizer, self._metric
-        tensors = [declared.tensor for declared in metric.parameters]
-        masses = [declared.mass for declared in metric.parameters]
-        if not (
-            len(masses) == len(self._masses) and all(map(is_, masses, self._masses))
-        ):
-            self._masses = masses
-        options = [
-            value if isinstance(value, _PLAIN) else type(value)
-            for group in optimizer.param_groups
-            for name, value in group.items()
-            if name != "params"
-        ]
-        settings = (
-            tuple(options),
-            tuple([tensor.dtype for tensor in tensors]),
-            tensors[0].device,
-            id(optimizer.state),
-            id(self._masses),
-            metric.gradients.fills,
-            metric.output,
-            _plain(metric.output),
-        )
+        settings = settings_of(self._optimizer)
         if settings != self._settings:
             self._settings = settings
-            self._memory = memory_places(optimizer)
-            self._places = [*self._memory, *gradient_places(optimizer)]
+            self._memory = memory_places(self._optimizer)
+            self._places = [*self._memory, *gradient_places(self._optimizer)]
 
     def _look(
-        self, kind: _Kind, tensors: Sequence[Tensor], args: Any, kwargs: Any
+        self, kind: Kind, tensors: Sequence[Tensor], args: Any, kwargs: Any
     ) -> Any:
-        """Take a step, and take it down."""
+        """Take a step as usual, and take it down."""
         contents = [place.read() for place in self._places]
-        trace, before = Trace(tensors, contents), None
+        trace, start = Trace(tensors, contents), None
         if kind.last is not None:
-            before = _before(kind.last[0], tensors, contents)
+            start = before(kind.last[0], tensors, contents)
         last, kind.last, kind.looks = kind.last, None, kind.looks + 1
         with trace.listening():
             result = self.ordinary(*args, **kwargs)
         try:
             ends, left = self._ends(trace, contents, result)
-            if last is None or before is None:
+            if last is None or start is None:
                 kind.last = trace, ends
                 return result
             differs = last[0].differs(trace)
             if differs is None and last[1] != ends:
                 differs = "the step returns or keeps other things in each step"
             if differs is None:
-                given = ends.wanted, before, tensors, contents, left
+                given = ends.wanted, start, tensors, contents, left
                 kind.program, kind.ends = rehearsed(trace, *given), ends
             elif kind.looks < _LOOKS:
                 kind.last = trace, ends
             else:
-                raise Uncapturable(differs)
-        except Uncapturable as error:
-            kind.hopeless = True
-            self._warn(str(error))
+                self._give_up(kind, differs)
+        except UncapturableError as error:
+            self._give_up(kind, str(error))
         return result
 
     def _ends(
         self, trace: Trace, contents: Sequence[Tensor | None], result: Any
-    ) -> tuple[_Ends, list[Tensor]]:
-        """Return what a step has left, in slots, and these tensors."""
+    ) -> tuple[Ends, list[Tensor]]:
+        """Return what a step has left, in slots, and these tensors.
+
+        Raises:
+            UncapturableError: the trace tells why.
+        """
         leaves, spec = tree_flatten(result)
         results = [trace.slot_of(t) if isinstance(t, Tensor) else t for t in leaves]
         left = [each for each in leaves if isinstance(each, Tensor)]
@@ -316,10 +253,10 @@ class CapturedStep:
                 places[index] = trace.slot_of(new)
                 left.append(new)
         if trace.reason is not None:
-            raise Uncapturable(trace.reason)
-        return _Ends(spec, tuple(results), places), left
+            raise UncapturableError(trace.reason)
+        return Ends(spec, tuple(results), places), left
 
-    def _replay(self, kind: _Kind, tensors: Sequence[Tensor]) -> tuple[Any] | None:
+    def _replay(self, kind: Kind, tensors: Sequence[Tensor]) -> tuple[Any] | None:
         """Run the program; None where it decides otherwise, and nothing was changed."""
         program, ends = kind.program, kind.ends
         assert program is not None
@@ -346,14 +283,17 @@ class CapturedStep:
         self.taken, self.replayed = self.taken + 1, self.replayed + 1
         return (tree_unflatten(leaves, ends.spec),)
 
-    def _missed(self, kind: _Kind, where: str) -> None:
+    def _missed(self, kind: Kind, where: str) -> None:
         kind.misses += 1
         if kind.misses < _MISSES:
             return
         kind.program, kind.steps, kind.misses = None, _FIRST, 0
         if kind.looks >= _LOOKS:
-            kind.hopeless = True
-            self._warn(f"{where} decides otherwise again and again")
+            self._give_up(kind, f"{where} decides otherwise again and again")
+
+    def _give_up(self, kind: Kind, why: str) -> None:
+        kind.hopeless = True
+        self._warn(why)
 
     def _warn(self, why: str) -> None:
         if not self._warned:
@@ -361,44 +301,3 @@ class CapturedStep:
             warnings.warn(
                 f"steps are taken as usual: {why}", NotCapturedWarning, stacklevel=4
             )
-
-
-def _before(
-    trace: Trace, tensors: Sequence[Tensor], contents: Sequence[Tensor | None]
-) -> Before:
-    """Return what a step like this one is about to change."""
-    outside: dict[str, Sequence[Tensor | None]] = {
-        "h": trace.held,
-        "x": tensors,
-        "p": contents,
-    }
-    changed = [outside[slot.kind][slot.index] for slot in sorted(trace.changed)]
-    return Before([t for t in changed if t is not None], trace.generators())
-
-
-def _plain(output: object) -> tuple[object, ...]:
-    # Probes, for one: a schedule changes them.
-    kept = vars(output).values() if hasattr(output, "__dict__") else ()
-    return tuple([value for value in kept if isinstance(value, _PLAIN)])
-
-
-def _require_capturable(optimizer: RiemannianSGD) -> None:
-    metric = optimizer.metric
-    if metric.exchange is not None:
-        raise ValueError(
-            "the metric shares its batch with other processes, and what they send is "
-            "not captured; take the step as usual"
-        )
-    if isinstance(metric, LayerwiseMetric) and not metric.static_graph:
-        raise ValueError(
-            "a captured step looks at the graph no more; promise that it stays as it "
-            "is: LayerwiseMetric(..., static_graph=True)"
-        )
-    if not metric.fewer.is_plain:
-        raise ValueError(
-            "rows=, history= and refresh= make rows of those of several passes, which "
-            "a captured step does not; leave them out"
-        )
-    hooks = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
-    if any(hooks):
-        raise ValueError("the optimizer has hooks, which a captured step does not call")

@@ -231,12 +231,12 @@ class Plan:
         if healthy is not None:
             moved = tensor.detach() + rate * vector if point is None else point
             tensor.copy_(torch.where(healthy, moved, tensor.detach()))
-        elif point is None and isinstance(rate, Tensor):
-            tensor.add_(rate * vector)
-        elif point is None:
-            tensor.add_(vector, alpha=rate)
-        else:
+        elif point is not None:
             tensor.copy_(point)
+        elif isinstance(rate, Tensor):
+            tensor.add_(rate * vector)
+        else:
+            tensor.add_(vector, alpha=rate)
         self.declared.verified = tensor._version
 
 

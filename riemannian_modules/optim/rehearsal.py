@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from riemannian_modules.capture import Program, Slot, Trace, Uncapturable
+from riemannian_modules.capture import Program, Slot, Trace, UncapturableError
 
 __all__ = ["Before", "rehearsed"]
 
@@ -80,14 +80,14 @@ def rehearsed(
         The program, which was run once. Nothing is changed.
 
     Raises:
-        Uncapturable: it does something else.
+        UncapturableError: it does something else.
     """
     after, plain = before.now(), set[Any]()
     while True:
         program = Program(trace, wanted, plain)
         given = [places[index] for index in program.places]
         if any(tensor is None for tensor in given):
-            raise Uncapturable("the step looks into a place that was empty before")
+            raise UncapturableError("the step looks into a place that was empty before")
         with before.again():
             known = [tensor for tensor in given if tensor is not None]
             called, found = _run(program, arguments, known)
@@ -96,11 +96,11 @@ def rehearsed(
         if wrong is not None and wrong not in plain:
             plain.add(wrong)
         elif isinstance(found, Exception):
-            raise Uncapturable(f"an operation fails outside of the step: {found}")
+            raise UncapturableError(f"an operation fails outside of the step: {found}")
         elif isinstance(found, str):
-            raise Uncapturable(f"{found} decides otherwise when it is run again")
+            raise UncapturableError(f"{found} decides otherwise when it is run again")
         elif not all(map(_equal, [*found, *ends], [*results, *after.values])):
-            raise Uncapturable("the operations alone do not give the same numbers")
+            raise UncapturableError("the operations alone do not give the same numbers")
         else:
             return program
 

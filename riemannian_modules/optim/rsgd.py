@@ -213,10 +213,8 @@ class RiemannianSGD(torch.optim.Optimizer):
             )
         if self._report is None:
             raise NotRecordedError(
-                "no step was taken yet, so there is no report; call step() first"
-                if self._stepped == 0
-                else "the last step was replayed, which leaves no report; take one "
-                "with CapturedStep.ordinary"
+                "no step has left a report: none was taken yet, or the last one was "
+                "replayed (take the next one with CapturedStep.ordinary)"
             )
         return self._report
 
@@ -236,15 +234,13 @@ class RiemannianSGD(torch.optim.Optimizer):
         """Return the rate of contraction of every block.
 
         Args:
-            kind: ``"output"``: of the residual, when the block moves alone, at the
-                point where the last step began and for its batch; exact. ``"true"`` or
-                ``"frozen"``: of the parameters, as they are now; see
-                :func:`riemannian_modules.contraction.block_rates`.
+            kind: ``"output"``: of the residual, when the block moves alone, where the
+                last step began and for its batch; exact. ``"true"`` or ``"frozen"``:
+                as in :func:`riemannian_modules.contraction.block_rates`.
             loss: for ``"true"`` and ``"frozen"``, the loss as a function of what the
                 model returns.
             inputs: for these, the sequence of what the model is called with.
-            **options: for these, as in
-                :func:`riemannian_modules.contraction.block_rates`.
+            **options: for these, as there.
 
         Returns:
             ``{block: rate}``. Rates of the kind ``"output"`` are worked out when they
@@ -335,14 +331,10 @@ class RiemannianSGD(torch.optim.Optimizer):
         self._healthy = healthy
         kept = {}
         if motion is not None and rule.keeps:
-            kept = {
-                n: p.after(motion.vectors[n], points[n], healthy)
-                for n, p in plans.items()
-            }
-        steps = {
-            n: (rates[n], vectors[n]) if u is None else (1.0, u)
-            for n, u in updates.items()
-        }
+            for n, p in plans.items():
+                kept[n] = p.after(motion.vectors[n], points[n], healthy)
+        alone = {n: (rates[n], vectors[n]) for n, u in updates.items() if u is None}
+        steps = {n: (1.0, u) for n, u in updates.items() if u is not None} | alone
         reports = block_reports(self.metric, plans, solutions, steps, motion)
         for name, plan in plans.items():
             plan.commit(points[name], steps[name], healthy)
