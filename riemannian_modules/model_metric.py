@@ -93,7 +93,7 @@ class ModelMetric:
         self.max_memory = parse_bytes(max_memory)
         self.parameters = DeclaredParameters(model, mass)
         self.fewer = FewerRows() if fewer is None else fewer
-        self.version = 0
+        self.version = self.passes = 0
         self.blocks: dict[str, LayerMetric] = BlockMetrics()
         self.solved: dict[str, LayerMetric] = {}
         self._groups = self.parameters.groups(blocks)
@@ -103,7 +103,6 @@ class ModelMetric:
         self.refusal: str | None = None
         self._found: Linearization | None = None
         self.gradients = Gradients(self.parameters, fills=fill_grad)
-        self.passes = 0
         self.loss: Tensor | None = None
         self.exchange: Exchange | None = None
         self._once = Once()
