@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
+import torch
 from torch import nn
 
 import riemannian_modules as rm
@@ -23,18 +24,26 @@ LARGE = 4096
 def rsgd(
     problem: Problem, model: nn.Module, settings: Settings, blocks: Blocks
 ) -> Step:
-    """Return a step of RiemannianSGD; without "lr" in the settings it finds its own."""
-    options = {k: v for k, v in settings.items() if k not in ("mass", "probes")}
+    """Return a step of RiemannianSGD; without "lr" in the settings it finds its own.
+
+    Steps of sampled rows, and of functions, are captured: what is solved by conjugate
+    gradients is not, since the number of products is another one in each step.
+    """
     geometry = geometry_of(problem, model, settings, blocks)
-    optimizer = rm.optim.RiemannianSGD(geometry.metric, **options)
-    lr = settings.get("lr")
+    lr = torch.tensor(settings["lr"]) if "lr" in settings else None
+    optimizer = rm.optim.RiemannianSGD(geometry.metric, lr=lr)
+
+    def work(batch: Batch) -> None:
+        geometry.backward(batch)
+        optimizer.step()
+
+    pays = "probes" in settings or problem.kind == "functions"
+    captured = rm.optim.CapturedStep(optimizer, work) if pays else work
 
     def step(batch: Batch, gone: float) -> None:
         if lr is not None:
-            for group in optimizer.param_groups:
-                group["lr"] = lr * problem.schedule(gone)
-        geometry.backward(batch)
-        optimizer.step()
+            lr.fill_(settings["lr"] * problem.schedule(gone))
+        captured(batch)
 
     return step
 

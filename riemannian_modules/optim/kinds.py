@@ -71,7 +71,7 @@ def require_kinds(
         )
 
 
-def groups_of(metric: ModelMetric, params: object, lr: float | None) -> Any:
+def groups_of(metric: ModelMetric, params: object, lr: object) -> Any:
     """Return the parameters or groups that an optimizer is given.
 
     Args:

@@ -18,7 +18,7 @@ from riemannian_modules.model_metric import ModelMetric
 from riemannian_modules.optim.motion import transported
 from riemannian_modules.retractions import Retraction
 
-__all__ = ["Plan", "arrived", "plans_of"]
+__all__ = ["Plan", "arrived", "moves", "plans_of"]
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class Plan:
     scale: float
     extra: Tensor | None
     buffer: Tensor | None
-    lr: float
-    decay: float
+    lr: float | Tensor
+    decay: float | Tensor
     old: Tensor | None = None
     last: Tensor | None = None
 
@@ -120,7 +120,7 @@ class Plan:
         return whole if self.extra is None else whole + self.extra
 
     def update(
-        self, vector: Tensor, rate: float, length: Tensor | None = None
+        self, vector: Tensor, rate: float | Tensor, length: Tensor | None = None
     ) -> Tensor | None:
         """Return the tangent step; None where ``rate * vector`` says it all.
 
@@ -270,6 +270,24 @@ def arrived(
             flags.append(torch.isfinite(point).all())
             flags += [] if flag is None else [flag]
     return torch.stack(flags).all()
+
+
+def moves(
+    rates: Mapping[str, float | Tensor],
+    vectors: Mapping[str, Tensor],
+    updates: Mapping[str, Tensor | None],
+) -> dict[str, tuple[float | Tensor, Tensor]]:
+    """Return the tangent steps, a number and a vector each.
+
+    Args:
+        rates: by parameter name, what multiplies the vectors.
+        vectors: the directions.
+        updates: what :meth:`Plan.update` returned.
+    """
+    return {
+        name: (rates[name], vectors[name]) if update is None else (1.0, update)
+        for name, update in updates.items()
+    }
 
 
 def plans_of(optimizer: torch.optim.Optimizer, metric: ModelMetric) -> dict[str, Plan]:

@@ -161,7 +161,7 @@ def _clipped(
     if motion.length is not None and all(
         other is lr or other == lr for other in others
     ):
-        length = abs(lr) * motion.length
+        length = (lr * motion.length).abs()
     else:
         step = {name: plans[name].lr * u for name, u in motion.vectors.items()}
         length = model.numbers([step]).damped[0, 0].clamp_min(0.0).sqrt()

@@ -50,8 +50,8 @@ class BlockReport:
     name: str
     metric: LayerMetric
     solution: Solution
-    lr: float
-    moves: dict[str, tuple[float, Tensor]]
+    lr: float | Tensor
+    moves: dict[str, tuple[float | Tensor, Tensor]]
     slope: Tensor | None = None
     whitened: Tensor | None = None
 
@@ -108,7 +108,7 @@ class BlockReport:
     @cached_property
     def update_norm(self) -> float:
         """Euclidean norm of the tangent step."""
-        norms = [abs(rate) * dot(u, u).sqrt() for rate, u in self.moves.values()]
+        norms = [rate * dot(u, u).sqrt() for rate, u in self.moves.values()]
         return float(torch.stack(norms).norm())
 
     @property
@@ -126,7 +126,7 @@ class BlockReport:
             rate == -self.lr and vector is x[name]
             for name, (rate, vector) in self.moves.items()
         ):
-            return self.lr * self.gradient_norm**2
+            return float(self.lr) * self.gradient_norm**2
         u = {name: -self.lr * vector for name, vector in x.items()} | self.steps
         return -float(self.metric.inner(x, u))
 
@@ -312,7 +312,7 @@ def block_reports(
     metric: ModelMetric,
     plans: Mapping[str, Plan],
     solutions: Mapping[str, Solution],
-    steps: Mapping[str, tuple[float, Tensor]],
+    steps: Mapping[str, tuple[float | Tensor, Tensor]],
     motion: Motion | None,
 ) -> dict[str, BlockReport]:
     """Return what a step does, block by block, before it is done.

@@ -30,7 +30,7 @@ from riemannian_modules.optim.kinds import (
     require_ready,
 )
 from riemannian_modules.optim.motion import Rule, lower
-from riemannian_modules.optim.plan import arrived, plans_of
+from riemannian_modules.optim.plan import arrived, moves, plans_of
 from riemannian_modules.optim.proposal import propose
 from riemannian_modules.optim.report import MotionReport, StepReport, block_reports
 from riemannian_modules.retractions import Default, Retraction
@@ -65,6 +65,7 @@ class RiemannianSGD(torch.optim.Optimizer):
         lr: step length; 1 is the full Gauss-Newton step of ``blocks="model"``, and
             below 2 / L the quadratic model of L blocks is stable. None: found in each
             step, and the groups' ``"lr"`` is a factor of it, 1 until a scheduler acts.
+            A tensor of no dimension is filled by schedulers; captured steps read it.
         momentum: factor of the previous momentum, in [0, 1).
         dampening: the gradient enters the momentum times ``1 - dampening``.
         nesterov: look ahead by one momentum step.
@@ -114,7 +115,7 @@ class RiemannianSGD(torch.optim.Optimizer):
         metric: ModelMetric,
         params: Iterable[Any] | None = None,
         *,
-        lr: float | None = None,
+        lr: float | Tensor | None = None,
         momentum: float = 0.0,
         dampening: float = 0.0,
         nesterov: bool = False,
@@ -219,7 +220,7 @@ class RiemannianSGD(torch.optim.Optimizer):
         return self._report
 
     def replayed(self) -> None:
-        """Take note that a captured step has done what :meth:`step` would have."""
+        """Count a step that a captured one has taken."""
         self.metric.replayed()
         self._stepped, self._report = self.metric.passes, None
 
@@ -333,8 +334,7 @@ class RiemannianSGD(torch.optim.Optimizer):
         if motion is not None and rule.keeps:
             for n, p in plans.items():
                 kept[n] = p.after(motion.vectors[n], points[n], healthy)
-        alone = {n: (rates[n], vectors[n]) for n, u in updates.items() if u is None}
-        steps = {n: (1.0, u) for n, u in updates.items() if u is not None} | alone
+        steps = moves(rates, vectors, updates)
         reports = block_reports(self.metric, plans, solutions, steps, motion)
         for name, plan in plans.items():
             plan.commit(points[name], steps[name], healthy)
