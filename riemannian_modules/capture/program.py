@@ -161,7 +161,7 @@ def _binding(function: Any) -> Any:
         return function
     if name.endswith("_") and not name.endswith("__"):
         return getattr(Tensor, name, function)
-    for where in (*_ELSEWHERE, Tensor):
+    for where in (*_ELSEWHERE, torch._C.TensorBase):
         if hasattr(where, name):
             return getattr(where, name)
     return function

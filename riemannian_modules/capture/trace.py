@@ -134,6 +134,9 @@ class Trace(TorchDispatchMode):
             for tensor in _tensors((args, kwargs))
         }
         returned = func(*args, **kwargs)
+        if not (before or isinstance(returned, Tensor | tuple | list)):
+            # Nothing of a tensor, such as a common data type.
+            return returned
         several = isinstance(returned, tuple | list)
         flat = list(returned) if several else [returned]
         reads, value, decides = False, None, None

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from riemannian_modules.capture import Program, Slot, Trace, UncapturableError
 
@@ -109,14 +110,28 @@ def _run(
     program: Program, arguments: Sequence[Tensor], places: Sequence[Tensor]
 ) -> tuple[list[Any], tuple[Tensor, ...] | str | Exception]:
     """Run a program, and return the operations that were called, and what it left."""
-    trace = Trace(arguments, places)
+    calls = _Calls()
     found: tuple[Tensor, ...] | str | Exception
-    with trace.listening():
+    with calls:
         try:
             found = program(arguments, places)
         except (TypeError, RuntimeError) as error:
             found = error
-    return [each.function for each in trace.operations], found
+    return calls.functions, found
+
+
+class _Calls(TorchDispatchMode):
+    """Takes down which operations are called."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.functions: list[Any] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.functions.append(func)
+        return func(*args, **({} if kwargs is None else kwargs))
 
 
 def _bound_wrongly(program: Program, called: Sequence[Any], *, failed: bool) -> Any:
