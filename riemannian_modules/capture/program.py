@@ -37,7 +37,7 @@ class Program:
     Attributes:
         generators: those whose random numbers it draws.
         places: which places it looks into.
-        functions: the operations that it calls, in their order.
+        operations: what it calls, in this order.
         source: what it is, in Python.
 
     Raises:
@@ -56,7 +56,7 @@ class Program:
         for slot, constant in simple.constants.items():
             self._names[str(slot)] = constant
         _require_order(trace, simple)
-        self.functions = [each.function for each in simple.operations]
+        self.operations = simple.operations
         self.generators = trace.generators()
         self._wheres = simple.wheres
         used = {slot for each in simple.operations for slot in _given(each)}

@@ -16,9 +16,18 @@ from riemannian_modules.capture.operation import Operation, Slot, same
 
 __all__ = ["Trace"]
 
-_READ = torch.ops.aten._local_scalar_dense.default
+aten = torch.ops.aten
+
+_READ = aten._local_scalar_dense.default
 # What changes the shape of a tensor in place, and is a view otherwise.
-_BENDS = {"squeeze_", "unsqueeze_", "t_", "transpose_"}
+_BENDS = {
+    aten.squeeze_.default: aten.squeeze.default,
+    aten.squeeze_.dim: aten.squeeze.dim,
+    aten.squeeze_.dims: aten.squeeze.dims,
+    aten.unsqueeze_.default: aten.unsqueeze.default,
+    aten.t_.default: aten.t.default,
+    aten.transpose_.default: aten.transpose.int,
+}
 # What hands numbers to the host without an operation that could be seen.
 _UNSEEN = {Tensor.numpy, Tensor.tolist, Tensor.__array__}
 _OWN = (__file__, reading.__file__, torch.__path__[0])
@@ -139,6 +148,9 @@ class Trace(TorchDispatchMode):
             return returned
         several = isinstance(returned, tuple | list)
         flat = list(returned) if several else [returned]
+        if not before and not any(isinstance(t, Tensor) for t in flat):
+            # Of data types, say: the same every time.
+            return returned
         reads, value, decides = False, None, None
         if func is _READ or not all(isinstance(t, Tensor | None) for t in flat):
             reads, decides = True, self._decides
@@ -173,16 +185,13 @@ class Trace(TorchDispatchMode):
     ) -> Any:
         """Take down a view in place as a view, which the tensor is from then on."""
         returned, tensor, slot = func(*args, **kwargs), args[0], wired[0]
-        name = func._schema.name.removeprefix("aten::")
-        if slot.kind != "v" or name not in _BENDS:
+        if slot.kind != "v" or func not in _BENDS:
             self.refuse(f"changes the shape of a tensor in place: {func}")
             return returned
         view = Slot("v", self._count)
         self._count += 1
         self._know(tensor, view, self.groups[slot])
-        packet = getattr(torch.ops.aten, name.rstrip("_"))
-        bent = getattr(packet, func._schema.overload_name or "default")
-        self._add(Operation(bent, wired, kwargs, (view,)), where)
+        self._add(Operation(_BENDS[func], wired, kwargs, (view,)), where)
         return returned
 
     def _decided(self, returned: Any) -> object:
@@ -248,7 +257,7 @@ class Trace(TorchDispatchMode):
         view = Slot("v", self._count)
         self._count += 1
         self._know(tensor, view, self.groups[slot])
-        strided = torch.ops.aten.as_strided.default
+        strided = aten.as_strided.default
         self._add(Operation(strided, (slot, *lies), {}, (view,)), _where())
         return view
 

@@ -9,10 +9,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from riemannian_modules.capture import Program, Slot, Trace, UncapturableError
+from riemannian_modules.capture.operation import same
 
 __all__ = ["Before", "rehearsed"]
 
 Contents = Sequence[Tensor | None]
+Call = tuple[Any, tuple[Any, ...], dict[str, Any]]
+
+# Arguments that torch's bindings write out, or leave out where they are the default.
+_MAKING = {"dtype", "layout", "device", "pin_memory", "memory_format"}
 
 
 class Before:
@@ -91,9 +96,9 @@ def rehearsed(
             raise UncapturableError("the step looks into a place that was empty before")
         with before.again():
             known = [tensor for tensor in given if tensor is not None]
-            called, found = _run(program, arguments, known)
+            calls, found = _run(program, arguments, known)
             ends = before.now().values
-        wrong = _bound_wrongly(program, called, failed=isinstance(found, Exception))
+        wrong = _bound_wrongly(program, calls, failed=isinstance(found, Exception))
         if wrong is not None and wrong not in plain:
             plain.add(wrong)
         elif isinstance(found, Exception):
@@ -108,7 +113,7 @@ def rehearsed(
 
 def _run(
     program: Program, arguments: Sequence[Tensor], places: Sequence[Tensor]
-) -> tuple[list[Any], tuple[Tensor, ...] | str | Exception]:
+) -> tuple[list[Call], tuple[Tensor, ...] | str | Exception]:
     """Run a program, and return the operations that were called, and what it left."""
     calls = _Calls()
     found: tuple[Tensor, ...] | str | Exception
@@ -117,31 +122,48 @@ def _run(
             found = program(arguments, places)
         except (TypeError, RuntimeError) as error:
             found = error
-    return calls.functions, found
+    return calls.made, found
 
 
 class _Calls(TorchDispatchMode):
-    """Takes down which operations are called."""
+    """Lists the operations that are called; a trace would refuse to go on at times."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.functions: list[Any] = []
+        self.made: list[Call] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        self.functions.append(func)
-        return func(*args, **({} if kwargs is None else kwargs))
+        kwargs = {} if kwargs is None else kwargs
+        if func.namespace != "profiler":
+            self.made.append((func, args, kwargs))
+        return func(*args, **kwargs)
 
 
-def _bound_wrongly(program: Program, called: Sequence[Any], *, failed: bool) -> Any:
-    """Return the first operation in whose place torch's binding called another."""
-    for own, other in zip(program.functions, called, strict=False):
-        if own is not other:
-            return own
-    if failed and len(called) < len(program.functions):
-        return program.functions[len(called)]
+def _bound_wrongly(program: Program, calls: Sequence[Call], *, failed: bool) -> Any:
+    """Return the first operation in whose place torch's binding called another.
+
+    Or the same with other defaults, as of ``torch._C._nn.mse_loss``.
+    """
+    for own, (function, *given) in zip(program.operations, calls, strict=False):
+        known = _settings(own.args), _settings(own.kwargs)
+        if own.function is not function or not same(known, _settings(tuple(given))):
+            return own.function
+    if failed and len(calls) < len(program.operations):
+        return program.operations[len(calls)].function
     return None
+
+
+def _settings(value: Any) -> Any:
+    """Return nested arguments without tensors, and without what makes new ones."""
+    if isinstance(value, Tensor | Slot):
+        return None
+    if isinstance(value, tuple | list):
+        return tuple(map(_settings, value))
+    if isinstance(value, dict):
+        return {n: _settings(each) for n, each in value.items() if n not in _MAKING}
+    return value
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
