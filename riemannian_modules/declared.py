@@ -115,6 +115,9 @@ class DeclaredParameters:
         model: the model.
         mass: see :class:`riemannian_modules.LayerwiseMetric`.
 
+    Attributes:
+        tree: what the modules hold; another list where that changed.
+
     Raises:
         TypeError: the model is no module, or a scripted one.
         MassError: a mass is invalid, or a mapping misses or misspells a name.
@@ -152,7 +155,7 @@ class DeclaredParameters:
         for declared in self:
             declared.space()
         require_declared_manifolds(model)
-        self._tree: list[Node] = []
+        self.tree: list[Node] = []
         self._foreign: list[Tensor] = []
         self.verify()
 
@@ -237,7 +240,7 @@ class DeclaredParameters:
             LinearizationError: a parameter was frozen, unfrozen or added after the
                 metric was built.
         """
-        same = all(map(unchanged, self._tree)) and bool(self._tree)
+        same = all(map(unchanged, self.tree)) and bool(self.tree)
         for declared in self:
             now = declared.tensor if same else declared.current
             view = getattr(now, "manifold", _EUCLIDEAN)
@@ -261,10 +264,10 @@ class DeclaredParameters:
                 _check_value(declared, now.dtype if seen is None else seen.dtype)
                 declared.verified = now._version
         if not same:
-            self._tree = list(tree_of(self._model))
+            self.tree = list(tree_of(self._model))
             self._foreign = [
                 t
-                for _, tensors, _ in self._tree
+                for _, tensors, _ in self.tree
                 for t in tensors.values()
                 if t is not None and id(t) not in self._names
             ]

@@ -144,6 +144,11 @@ class LayerwiseMetric(ModelMetric):
         self._outside: tuple[tuple[Tensor, Tensor], ...] = ()
         self._recorder = Recorder(model, self.parameters, static=static_graph)
 
+    @property
+    def foreign(self) -> bool:
+        """Whether the last pass filled ``.grad`` of parameters outside the model."""
+        return bool(self._outside)
+
     def __repr__(self) -> str:
         frozen = ", frozen" if self._frozen else ""
         lines = [f"  {name}: {block!r}" for name, block in self.blocks.items()]

@@ -13,6 +13,7 @@ from riemannian_modules.capture.trace import Trace
 
 __all__ = ["Program", "UncapturableError"]
 
+_FILE = "<captured step>"
 _ELSEWHERE = (torch._C._VariableFunctions, torch._C._nn)
 
 
@@ -63,12 +64,18 @@ class Program:
         used.update(simple.wanted)
         self.places = sorted(slot.number for slot in used if slot.kind == "p")
         arguments = sorted(slot.number for slot in used if slot.kind == "x")
-        lines = ["def run(x, p):"]
+        ends, lines = _last_uses(simple), ["def run(x, p):"]
         lines += [f"    x{index} = x[{index}]" for index in arguments]
         lines += [f"    p{index} = p[{at}]" for at, index in enumerate(self.places)]
-        lines += self._body(simple)
+        self._safe: int | None = None
+        for index, operation in enumerate(simple.operations):
+            if self._safe is None and _changes(trace, operation):
+                self._safe = len(lines)
+            lines += [f"    {line}" for line in self._line(index, operation)]
+            lines += [f"    del {', '.join(map(str, ends[index]))}"] * bool(ends[index])
+        lines.append(f"    return ({''.join(f'{slot}, ' for slot in simple.wanted)})")
         self.source = "\n".join(lines) + "\n"
-        exec(compile(self.source, "<captured step>", "exec"), self._names)
+        exec(compile(self.source, _FILE, "exec"), self._names)
         self._run: Callable[..., tuple[Tensor, ...] | int] = self._names["run"]
 
     def __call__(
@@ -82,20 +89,26 @@ class Program:
 
         Returns:
             The tensors that were wanted; or the line of Python that would decide
-            otherwise now, and then nothing was changed.
+            otherwise now, or that an operation fails, and then nothing was changed.
         """
+        try:
+            return self.run(arguments, places)
+        except Exception as error:
+            trace = error.__traceback__
+            while trace is not None and trace.tb_frame.f_code.co_filename != _FILE:
+                trace = trace.tb_next
+            changed = self._safe is not None and trace is not None
+            if changed and trace is not None and trace.tb_lineno > (self._safe or 0):
+                raise
+            return f"an operation fails ({error})"
+
+    def run(
+        self, arguments: Sequence[Tensor], places: Sequence[Tensor]
+    ) -> tuple[Tensor, ...] | str:
+        """Run it, and let errors of operations through."""
         with torch.no_grad():
             found = self._run(arguments, places)
         return self._wheres[found] if isinstance(found, int) else found
-
-    def _body(self, simple: Simple) -> Iterator[str]:
-        ends = _last_uses(simple)
-        for index, operation in enumerate(simple.operations):
-            for line in self._line(index, operation):
-                yield f"    {line}"
-            if ends[index]:
-                yield "    del " + ", ".join(map(str, ends[index]))
-        yield f"    return ({''.join(f'{slot}, ' for slot in simple.wanted)})"
 
     def _line(self, index: int, operation: Operation) -> Iterator[str]:
         given = [self._text(each) for each in operation.args]
@@ -171,6 +184,11 @@ def _given(operation: Operation) -> Iterator[Slot]:
     return slots_in((operation.args, operation.kwargs))
 
 
+def _changes(trace: Trace, operation: Operation) -> bool:
+    """Whether an operation writes to memory from outside."""
+    return any(trace.groups[slot] < 0 for slot in operation.writes)
+
+
 def _require_order(trace: Trace, simple: Simple) -> None:
     changed = None
     for operation, where in zip(simple.operations, simple.wheres, strict=True):
@@ -179,7 +197,7 @@ def _require_order(trace: Trace, simple: Simple) -> None:
                 f"{where} reads a value after {changed} has changed a tensor that "
                 "outlives the step; read first, change then"
             )
-        if any(trace.groups[slot] < 0 for slot in operation.writes):
+        if _changes(trace, operation):
             changed = where
 
 

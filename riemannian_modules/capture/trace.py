@@ -12,7 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from riemannian_modules import reading
-from riemannian_modules.capture.operation import Operation, Slot, same
+from riemannian_modules.capture.memory import (
+    lies_at,
+    memory_of,
+    same_numbers,
+    tensors_in,
+)
+from riemannian_modules.capture.operation import Operation, Slot
 
 __all__ = ["Trace"]
 
@@ -63,13 +69,15 @@ class Trace(TorchDispatchMode):
         self.reason: str | None = None
         self._firsts: list[str] = []
         self._outside: dict[int, list[Slot]] = {}
+        self._moving: set[int] = set()
         self._slots: Any = WeakIdKeyDictionary()
         self._count = 0
         self._decides: Callable[[float], object] | None = None
         for kind, tensors in (("p", places), ("x", arguments)):
             for index, tensor in enumerate(tensors):
-                if tensor is not None:
+                if tensor is not None and not self._is_sparse(tensor):
                     self._enter(tensor, Slot(kind, index))
+        self._moving = {self.groups[s] for s in self.groups if s.kind == "x"}
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -115,7 +123,7 @@ class Trace(TorchDispatchMode):
             return "the number of operations differs from step to step"
         pairs = zip(self.held, other.held, self._firsts, strict=True)
         for tensor, another, where in pairs:
-            if tensor is not another and not _same_numbers(tensor, another):
+            if tensor is not another and not same_numbers(tensor, another):
                 return (
                     f"{where} reads a tensor of shape {tuple(tensor.shape)} that is "
                     "another one in each step; hand it over as an argument"
@@ -134,13 +142,15 @@ class Trace(TorchDispatchMode):
             return func(*args, **kwargs)
         where = _where()
         wired, named = self._wired(args), self._wired(kwargs)
+        if _is_absolute(func, args) and self.groups[wired[0]] in self._moving:
+            self.refuse("asks where in its memory an argument lies: use slices")
         if torch.Tag.inplace_view in func.tags:
             return self._reshaped(func, wired, args, kwargs, where)
         if self.reason is not None:
             return func(*args, **kwargs)
         before = {
-            _storage(tensor): self.groups[self._slots[tensor]]
-            for tensor in _tensors((args, kwargs))
+            memory_of(tensor): self.groups[self._slots[tensor]]
+            for tensor in tensors_in((args, kwargs))
         }
         returned = func(*args, **kwargs)
         if not (before or isinstance(returned, Tensor | tuple | list)):
@@ -148,11 +158,11 @@ class Trace(TorchDispatchMode):
             return returned
         several = isinstance(returned, tuple | list)
         flat = list(returned) if several else [returned]
-        if not before and not any(isinstance(t, Tensor) for t in flat):
-            # Of data types, say: the same every time.
-            return returned
         reads, value, decides = False, None, None
-        if func is _READ or not all(isinstance(t, Tensor | None) for t in flat):
+        if not all(isinstance(t, Tensor | None) for t in flat):
+            if any(isinstance(t, Tensor) for t in flat):
+                self.refuse(f"gets tensors and numbers from one operation: {func}")
+                return returned
             reads, decides = True, self._decides
             value = self._decided(returned)
         made = tuple(self._made(t, before) for t in flat)
@@ -161,7 +171,7 @@ class Trace(TorchDispatchMode):
         writes = []
         for tensor in self._written(func, args, kwargs):
             writes.append(self._slots[tensor])
-            self.changed.update(self._outside.get(_storage(tensor), ()))
+            self.changed.update(self._outside.get(memory_of(tensor), ()))
         known = func, wired, named, made, several, reads, value, decides
         self._add(Operation(*known, tuple(writes)), where)
         return returned
@@ -173,12 +183,18 @@ class Trace(TorchDispatchMode):
     def _refuses(self, func: Any, given: object) -> bool:
         if func.namespace in ("c10d", "_c10d_functional"):
             self.refuse("speaks with other processes")
-        for tensor in _tensors(given):
+        for tensor in tensors_in(given):
             if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
                 self.refuse(f"works on a {type(tensor).__name__}")
-            elif tensor.layout is not torch.strided:
-                self.refuse(f"works on a sparse tensor: {func}")
+            else:
+                self._is_sparse(tensor)
         return self.reason is not None
+
+    def _is_sparse(self, tensor: Tensor) -> bool:
+        if tensor.layout is torch.strided:
+            return False
+        self.refuse("works on a sparse tensor")
+        return True
 
     def _reshaped(
         self, func: Any, wired: Any, args: Any, kwargs: Any, where: str
@@ -207,10 +223,9 @@ class Trace(TorchDispatchMode):
     def _made(self, tensor: object, before: dict[int, int]) -> Slot | None:
         if not isinstance(tensor, Tensor) or tensor in self._slots:
             return None
-        if tensor.layout is not torch.strided:
-            self.refuse("makes a sparse tensor")
+        if self._is_sparse(tensor):
             return None
-        storage, slot = _storage(tensor), Slot("v", self._count)
+        storage, slot = memory_of(tensor), Slot("v", self._count)
         self._count += 1
         self._know(tensor, slot, before.get(storage, self._count))
         return slot
@@ -218,11 +233,11 @@ class Trace(TorchDispatchMode):
     def _know(self, tensor: Tensor, slot: Slot, group: int) -> None:
         self._slots[tensor] = slot
         self.groups[slot] = group
-        self.layouts[slot] = _lies(tensor)
+        self.layouts[slot] = lies_at(tensor)
 
     def _enter(self, tensor: Tensor, slot: Slot) -> None:
         """Know a tensor from outside."""
-        known = self._outside.setdefault(_storage(tensor), [])
+        known = self._outside.setdefault(memory_of(tensor), [])
         known.append(slot)
         first = known[0]
         group = self.groups[first] if first in self.groups else -1 - len(self._outside)
@@ -230,10 +245,12 @@ class Trace(TorchDispatchMode):
 
     def _hold(self, tensor: Tensor) -> Slot:
         """Return the slot of a tensor that no operation was seen to make."""
+        slot = Slot("h", len(self.held))
+        if self._is_sparse(tensor):
+            return slot
         known = self._beside(tensor)
         if known is not None:
             return known
-        slot = Slot("h", len(self.held))
         self.held.append(tensor)
         self._firsts.append(_where())
         self._enter(tensor, slot)
@@ -241,22 +258,24 @@ class Trace(TorchDispatchMode):
 
     def _beside(self, tensor: Tensor) -> Slot | None:
         """Return the slot of a tensor in memory that is known, as of ``.data``."""
-        storage = _storage(tensor)
+        storage = memory_of(tensor)
         beside = (
             slot
             for other, slot in self._slots.items()
-            if _storage(other) == storage and other.dtype == tensor.dtype
+            if memory_of(other) == storage and other.dtype == tensor.dtype
         )
         slot = next(beside, None)
         if slot is None:
             return None
-        lies = (*map(list, _lies(tensor)[:2]), tensor.storage_offset())
-        if _lies(tensor) == self.layouts[slot]:
+        lies = (*map(list, lies_at(tensor)[:2]), tensor.storage_offset())
+        if lies_at(tensor) == self.layouts[slot]:
             self._slots[tensor] = slot
             return slot
         view = Slot("v", self._count)
         self._count += 1
         self._know(tensor, view, self.groups[slot])
+        if self.groups[slot] in self._moving:
+            self.refuse("takes .data of a part of an argument: use detach()")
         strided = aten.as_strided.default
         self._add(Operation(strided, (slot, *lies), {}, (view,)), _where())
         return view
@@ -279,7 +298,7 @@ class Trace(TorchDispatchMode):
         for index, argument in enumerate(func._schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 given = args[index] if index < len(args) else kwargs.get(argument.name)
-                yield from _tensors(given)
+                yield from tensors_in(given)
 
 
 class _Unseen(TorchFunctionMode):
@@ -300,30 +319,10 @@ class _Unseen(TorchFunctionMode):
         return func(*args, **({} if kwargs is None else kwargs))
 
 
-def _same_numbers(a: Tensor, b: Tensor) -> bool:
-    """Whether tensors are what torch makes of the same number in Python."""
-    if a.ndim or b.ndim or a.dtype != b.dtype or not (a.is_cpu and b.is_cpu):
-        return False
-    return same(a.item(), b.item())
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple | list):
-        for each in value:
-            yield from _tensors(each)
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
-
-
-def _lies(tensor: Tensor) -> tuple[Any, ...]:
-    where = tuple(tensor.shape), tensor.stride(), tensor.storage_offset()
-    return *where, tensor.dtype, tensor.is_conj(), tensor.is_neg()
-
-
-def _storage(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
+def _is_absolute(func: Any, args: Sequence[Any]) -> bool:
+    # The next batch may be another slice of the same memory.
+    strided = func._schema.name.startswith("aten::as_strided")
+    return strided and any(isinstance(each, int) for each in args)
 
 
 def _where() -> str:

@@ -2,14 +2,15 @@
 
 import warnings
 from collections.abc import Callable, Sequence
+from operator import is_
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from riemannian_modules.capture import Slot, Trace, UncapturableError
-from riemannian_modules.errors import NotCapturedWarning
+from riemannian_modules.errors import NotCapturedWarning, RiemannianModulesError
 from riemannian_modules.optim.places import Place, gradient_places, memory_places
 from riemannian_modules.optim.rehearsal import rehearsed
 from riemannian_modules.optim.rsgd import RiemannianSGD
@@ -17,9 +18,14 @@ from riemannian_modules.optim.step_kinds import (
     Ends,
     Key,
     Kind,
+    OneStep,
     before,
+    exactly,
+    has_hooks,
+    looks_of,
     require_capturable,
     settings_of,
+    shared_memory,
 )
 from riemannian_modules.precision import without_autocast
 
@@ -113,7 +119,10 @@ class CapturedStep:
         self._memory: list[Place] = []
         self._places: list[Place] = []
         self._warned = False
-        self._modules = list(self._metric.model.modules())
+        self._modules: list[nn.Module] = []
+        self._buffers: list[Tensor | None] = []
+        self._tree: object = None
+        self._models = 0
         self._device = next(iter(self._metric.parameters)).tensor.device.type
         require_capturable(optimizer)
 
@@ -146,14 +155,19 @@ class CapturedStep:
         Returns:
             What the step returns; without a graph where it was replayed.
         """
+        try:
+            # As metric.record() does; where it fails, that will tell.
+            self._metric.parameters.verify()
+        except RiemannianModulesError:
+            return self.ordinary(*args, **kwargs)
+        if has_hooks(self._optimizer):
+            return self.ordinary(*args, **kwargs)
         flat, spec = tree_flatten((args, kwargs))
         tensors = [each for each in flat if isinstance(each, Tensor)]
         kind = self._kind_of(flat, spec, tensors)
         if kind is None or kind.hopeless:
             return self.ordinary(*args, **kwargs)
         if kind.program is not None:
-            # As metric.record() does.
-            self._metric.parameters.verify()
             found = self._replay(kind, tensors)
             return self.ordinary(*args, **kwargs) if found is None else found[0]
         kind.steps += 1
@@ -166,16 +180,25 @@ class CapturedStep:
     ) -> Kind | None:
         """Return what is known of steps like this one; None: nothing ever will be."""
         self._renew()
-        others = [None if isinstance(each, Tensor) else each for each in flat]
+        if self._models > _KINDS:
+            self._warn(
+                "the modules of the model, or their buffers, are others all the time; "
+                "write to buffers in place: buffer.copy_(...)"
+            )
+            return None
+        others = [each for each in flat if not isinstance(each, Tensor)]
         key = (
             spec,
-            tuple(others),
-            tuple([(t.shape, t.stride(), t.dtype, t.requires_grad) for t in tensors]),
-            tuple([[u is t for u in tensors].index(True) for t in tensors]),
+            tuple([isinstance(each, Tensor) for each in flat]),
+            tuple(map(exactly, others)),
+            tuple(map(looks_of, tensors)),
+            shared_memory(tensors),
             tuple([place.read() is None for place in self._memory]),
             tuple([module.training for module in self._modules]),
             self._settings,
+            torch.get_default_dtype(),
             torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
             torch.is_autocast_enabled(self._device)
             and torch.get_autocast_dtype(self._device),
         )
@@ -196,19 +219,30 @@ class CapturedStep:
         return found
 
     def _renew(self) -> None:
-        """Find the places anew where the optimizer or the metric was changed."""
+        """Find all anew where the optimizer, the metric or the model was changed."""
         settings = settings_of(self._optimizer)
         if settings != self._settings:
             self._settings = settings
             self._memory = memory_places(self._optimizer)
             self._places = [*self._memory, *gradient_places(self._optimizer)]
+        tree = self._metric.parameters.tree
+        if tree is not self._tree:
+            self._models, self._tree = self._models + 1, tree
+            self._modules = list(self._metric.model.modules())
+            self._kinds.clear()
+        buffers = [b for module in self._modules for b in module._buffers.values()]
+        known = len(buffers) == len(self._buffers)
+        if not (known and all(map(is_, buffers, self._buffers))):
+            # Programs hold those of before.
+            self._models, self._buffers = self._models + 1, buffers
+            self._kinds.clear()
 
     def _look(
         self, kind: Kind, tensors: Sequence[Tensor], args: Any, kwargs: Any
     ) -> Any:
         """Take a step as usual, and take it down."""
         contents = [place.read() for place in self._places]
-        trace, start = Trace(tensors, contents), None
+        trace, start, one = Trace(tensors, contents), None, OneStep(self._optimizer)
         if kind.last is not None:
             start = before(kind.last[0], tensors, contents)
         last, kind.last, kind.looks = kind.last, None, kind.looks + 1
@@ -216,6 +250,8 @@ class CapturedStep:
             result = self.ordinary(*args, **kwargs)
         try:
             ends, left = self._ends(trace, contents, result)
+            own = [*self._metric.model.parameters(), *self._buffers, *contents]
+            one.require(tensors, [each for each in own if each is not None])
             if last is None or start is None:
                 kind.last = trace, ends
                 return result
@@ -225,6 +261,9 @@ class CapturedStep:
             if differs is None:
                 given = ends.wanted, start, tensors, contents, left
                 kind.program, kind.ends = rehearsed(trace, *given), ends
+                kind.contents = tuple(
+                    [_lies(contents[index]) for index in kind.program.places]
+                )
             elif kind.looks < _LOOKS:
                 kind.last = trace, ends
             else:
@@ -263,8 +302,8 @@ class CapturedStep:
         assert ends is not None
         contents = [self._places[index].read() for index in program.places]
         states = [generator.get_state() for generator in program.generators]
-        found: tuple[Tensor, ...] | str = "a place is empty"
-        if all(content is not None for content in contents):
+        found: tuple[Tensor, ...] | str = "a tensor of the optimizer is of another kind"
+        if tuple(map(_lies, contents)) == kind.contents:
             with without_autocast(self._device):
                 found = program(tensors, [c for c in contents if c is not None])
         if isinstance(found, str):
@@ -301,3 +340,8 @@ class CapturedStep:
             warnings.warn(
                 f"steps are taken as usual: {why}", NotCapturedWarning, stacklevel=4
             )
+
+
+def _lies(tensor: Tensor | None) -> Key:
+    # An operation may ask where in its memory a tensor begins.
+    return () if tensor is None else (*looks_of(tensor), tensor.storage_offset())

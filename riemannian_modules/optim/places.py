@@ -15,14 +15,19 @@ class Place(NamedTuple):
     Attributes:
         owner: a dictionary, or an object.
         name: its key, or attribute.
+        tensor: of what tensor the owner holds a dictionary with such a key; or None.
     """
 
     owner: Any
     name: str
+    tensor: Tensor | None = None
 
     def read(self) -> Tensor | None:
         """Return the tensor there, or None."""
-        if isinstance(self.owner, dict):
+        if self.tensor is not None:
+            # The dictionary itself may be another one by now.
+            found = self.owner.get(self.tensor, {}).get(self.name)
+        elif isinstance(self.owner, dict):
             found = self.owner.get(self.name)
         else:
             found = getattr(self.owner, self.name)
@@ -30,7 +35,9 @@ class Place(NamedTuple):
 
     def write(self, value: Tensor | None) -> None:
         """Put a tensor there, or None."""
-        if isinstance(self.owner, dict):
+        if self.tensor is not None:
+            self.owner[self.tensor][self.name] = value
+        elif isinstance(self.owner, dict):
             self.owner[self.name] = value
         else:
             setattr(self.owner, self.name, value)
@@ -42,8 +49,7 @@ def gradient_places(optimizer: RiemannianSGD) -> list[Place]:
     Args:
         optimizer: what steps.
     """
-    tensors = [t for group in optimizer.param_groups for t in group["params"]]
-    return [Place(tensor, "grad") for tensor in tensors]
+    return [Place(each.tensor, "grad") for each in optimizer.metric.parameters]
 
 
 def memory_places(optimizer: RiemannianSGD) -> list[Place]:
@@ -65,5 +71,5 @@ def memory_places(optimizer: RiemannianSGD) -> list[Place]:
         }
         for name, used in kept.items():
             if used:
-                found += [Place(optimizer.state[t], name) for t in group["params"]]
+                found += [Place(optimizer.state, name, t) for t in group["params"]]
     return found

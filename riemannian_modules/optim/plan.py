@@ -133,10 +133,11 @@ class Plan:
             The step.
         """
         euclidean = isinstance(self.declared.manifold, geoopt.Euclidean)
-        if euclidean and not self.decay:
+        decays = isinstance(self.decay, Tensor) or self.decay != 0.0
+        if euclidean and not decays:
             return None
         step = rate * vector
-        if self.decay:
+        if decays:
             space = self.declared.space()
             decay = self.decay if length is None else self.decay * length.to(step.dtype)
             step = step - decay * space.project(space.point)

@@ -119,8 +119,8 @@ def _run(
     found: tuple[Tensor, ...] | str | Exception
     with calls:
         try:
-            found = program(arguments, places)
-        except (TypeError, RuntimeError) as error:
+            found = program.run(arguments, places)
+        except Exception as error:
             found = error
     return calls.made, found
 

@@ -4,15 +4,30 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from riemannian_modules.capture import Program, Slot, Trace
+from riemannian_modules.capture import Program, Slot, Trace, UncapturableError
+from riemannian_modules.capture.memory import memory_of
 from riemannian_modules.layerwise import LayerwiseMetric
+from riemannian_modules.mass import Mass
 from riemannian_modules.optim.rehearsal import Before
 from riemannian_modules.optim.rsgd import RiemannianSGD
 from riemannian_modules.output import OutputMetric
 
-__all__ = ["Ends", "Key", "Kind", "before", "require_capturable", "settings_of"]
+__all__ = [
+    "Ends",
+    "Key",
+    "Kind",
+    "OneStep",
+    "before",
+    "exactly",
+    "has_hooks",
+    "looks_of",
+    "require_capturable",
+    "settings_of",
+    "shared_memory",
+]
 
 _PLAIN = bool | int | float | str | None
 
@@ -50,6 +65,7 @@ class Kind:
         last: the last of them that was, and what it left.
         program: what runs in their place.
         ends: what to make of its results.
+        contents: what the contents of the places looked like that it reads.
         misses: how often in a row it decided otherwise.
         hopeless: whether there will be none.
     """
@@ -59,6 +75,7 @@ class Kind:
     last: tuple[Trace, Ends] | None = None
     program: Program | None = None
     ends: Ends | None = None
+    contents: Key = ()
     misses: int = 0
     hopeless: bool = False
 
@@ -71,28 +88,42 @@ def settings_of(optimizer: RiemannianSGD) -> Key:
     """
     metric = optimizer.metric
     options = [
-        value if isinstance(value, _PLAIN) else type(value)
+        exactly(value) if isinstance(value, _PLAIN) else type(value)
         for group in optimizer.param_groups
         for name, value in group.items()
         if name != "params"
     ]
     return (
         tuple(options),
-        tuple([_Same(declared.mass) for declared in metric.parameters]),
+        tuple([_weighs(declared.mass) for declared in metric.parameters]),
         tuple([declared.tensor.dtype for declared in metric.parameters]),
         next(iter(metric.parameters)).tensor.device,
         _Same(optimizer.state),
         metric.gradients.fills,
         metric.is_frozen,
+        metric.reduction,
+        metric.precision,
+        metric.solver,
+        metric.max_memory,
+        _Same(optimizer.retraction),
         _Same(metric.output),
         # Probes, for one: a schedule changes them.
         _plain(metric.output),
     )
 
 
+def _weighs(mass: Mass) -> Key:
+    if mass.is_scalar:
+        # A schedule makes another one of the same number.
+        return (exactly(mass.scalar),)
+    return (_Same(mass),)
+
+
 def _plain(output: object) -> Key:
     if isinstance(output, _PLAIN):
-        return (output,)
+        return (exactly(output),)
+    if isinstance(output, Tensor | torch.Generator):
+        return (_Same(output),)
     if isinstance(output, Mapping):
         output = list(output.values())
     if isinstance(output, OutputMetric):
@@ -100,6 +131,48 @@ def _plain(output: object) -> Key:
     if not isinstance(output, list | tuple):
         return ()
     return tuple([part for each in output for part in _plain(each)])
+
+
+def exactly(value: object) -> object:
+    """Return what only equals itself, where Python's 1, 1.0 and True are equal.
+
+    Args:
+        value: hashable.
+    """
+    if isinstance(value, float):
+        return float, value.hex()
+    return type(value), repr(value) if isinstance(value, complex) else value
+
+
+def looks_of(tensor: Tensor) -> Key:
+    """Return all of a tensor that operations depend on, but its numbers and its place.
+
+    Args:
+        tensor: any.
+    """
+    if tensor.layout is not torch.strided:
+        return type(tensor), tensor.layout
+    lies = tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg()
+    kind = type(tensor), tensor.dtype, tensor.device, tensor.requires_grad
+    return *lies, *kind
+
+
+def shared_memory(tensors: Sequence[Tensor]) -> Key:
+    """Return which tensors lie in the same memory, and how far from each other.
+
+    Args:
+        tensors: any.
+    """
+    if len(tensors) < 2 or any(t.layout is not torch.strided for t in tensors):
+        return ()
+    storages = [memory_of(tensor) for tensor in tensors]
+    first = [storages.index(storage) for storage in storages]
+    found = []
+    for at, tensor in zip(first, tensors, strict=True):
+        other = tensors[at]
+        apart = tensor.storage_offset() - other.storage_offset()
+        found.append((at, apart, tensor is other))
+    return tuple(found)
 
 
 class _Same:
@@ -161,6 +234,58 @@ def require_capturable(optimizer: RiemannianSGD) -> None:
             "rows=, history= and refresh= make rows of those of several passes, which "
             "a captured step does not; leave them out"
         )
-    hooks = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
-    if any(hooks):
+    if has_hooks(optimizer):
         raise ValueError("the optimizer has hooks, which a captured step does not call")
+
+
+def has_hooks(optimizer: RiemannianSGD) -> bool:
+    """Whether a step of the optimizer calls functions of its user.
+
+    Args:
+        optimizer: the optimizer.
+    """
+    return bool(
+        optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+    )
+
+
+class OneStep:
+    """Looks at what a step does beside its operations.
+
+    Args:
+        optimizer: whose step it is, before it is taken.
+    """
+
+    def __init__(self, optimizer: RiemannianSGD) -> None:
+        metric = optimizer.metric
+        self._optimizer, self._waiting = optimizer, bool(metric.waiting)
+        self._counts = metric.version + 1, metric.passes + 1
+
+    def require(self, tensors: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+        """Refuse a step that left something in Python that a program would not.
+
+        Args:
+            tensors: the arguments.
+            others: what they must not be part of.
+
+        Raises:
+            UncapturableError: says what.
+        """
+        metric = self._optimizer.metric
+        counts = metric.version, metric.passes
+        stepped = self._optimizer._stepped == metric.passes
+        if counts != self._counts or not stepped or metric.waiting or self._waiting:
+            raise UncapturableError(
+                "the step does not call metric.backward and then optimizer.step for "
+                "one batch, once each"
+            )
+        if isinstance(metric, LayerwiseMetric) and metric.foreign:
+            raise UncapturableError(
+                "the loss depends on parameters outside the metric's model, and "
+                "their .grad is filled"
+            )
+        own = {memory_of(other) for other in others if other.layout is torch.strided}
+        if any(t.layout is torch.strided and memory_of(t) in own for t in tensors):
+            raise UncapturableError(
+                "an argument lies in the memory of what is trained; pass a clone()"
+            )

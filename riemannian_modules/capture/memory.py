@@ -1,0 +1,39 @@
+"""Where tensors lie."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+from riemannian_modules.capture.operation import same
+
+__all__ = ["lies_at", "memory_of", "same_numbers", "tensors_in"]
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in nested arguments."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for each in value:
+            yield from tensors_in(each)
+    elif isinstance(value, dict):
+        yield from tensors_in(list(value.values()))
+
+
+def lies_at(tensor: Tensor) -> tuple[Any, ...]:
+    """Return how a tensor lies in its memory."""
+    where = tuple(tensor.shape), tensor.stride(), tensor.storage_offset()
+    return *where, tensor.dtype, tensor.is_conj(), tensor.is_neg()
+
+
+def memory_of(tensor: Tensor) -> int:
+    """Return what tells the memory of a living tensor from any other."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def same_numbers(a: Tensor, b: Tensor) -> bool:
+    """Whether tensors are what torch makes of the same number in Python."""
+    if a.ndim or b.ndim or a.dtype != b.dtype or not (a.is_cpu and b.is_cpu):
+        return False
+    return same(a.item(), b.item())
