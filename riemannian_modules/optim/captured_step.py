@@ -260,7 +260,8 @@ class CapturedStep:
                 differs = "the step returns or keeps other things in each step"
             if differs is None:
                 given = ends.wanted, start, tensors, contents, left
-                kind.program, kind.ends = rehearsed(trace, *given), ends
+                with without_autocast(self._device):
+                    kind.program, kind.ends = rehearsed(trace, *given), ends
                 kind.contents = tuple(
                     [_lies(contents[index]) for index in kind.program.places]
                 )
