@@ -346,4 +346,5 @@ class Inverse:
 
 def _decided(dtype: torch.dtype, trace: float) -> tuple[bool, bool]:
     # Whether float32 is enough, and one solve in this data type.
-    return single_suffices(trace), 0.0 <= torch.finfo(dtype).eps * trace <= _LOSS
+    single = dtype != torch.float64 and single_suffices(trace)
+    return single, 0.0 <= torch.finfo(dtype).eps * trace <= _LOSS

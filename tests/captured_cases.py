@@ -94,7 +94,7 @@ def same_bits(
     training.seen["captured"] = captured
     run(training, captured, steps, between, history)
     assert captured.taken == steps
-    if replayed == -1:
+    if replayed == -1:  # Whatever it is.
         return captured
     if replayed is None:
         assert captured.replayed == steps - 6
