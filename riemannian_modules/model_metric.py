@@ -238,8 +238,8 @@ class ModelMetric:
         found = self._found
         if found is None or not found.gradient:
             raise NotRecordedError(
-                "there is no gradient yet: run the model inside metric.record() and "
-                "call metric.backward(loss, outputs) first"
+                "there is no gradient: run the model inside metric.record() and call "
+                "metric.backward(loss, outputs) first (a replayed step leaves none)"
             )
         self.require_intact()
         self.gradients.unused = False

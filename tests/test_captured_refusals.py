@@ -329,7 +329,7 @@ def test_an_argument_that_is_no_key() -> None:
         built.batch = lambda index: (*batch(index), {1, 2})
         return built
 
-    with pytest.warns(NotCapturedWarning, match="nor hashable"):
+    with pytest.warns(NotCapturedWarning, match="a set, which may hold"):
         same_bits(unhashable, replayed=0)
 
 

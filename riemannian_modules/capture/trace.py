@@ -7,18 +7,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from riemannian_modules import reading
+from riemannian_modules.capture import unseen
 from riemannian_modules.capture.memory import (
     lies_at,
     memory_of,
     same_numbers,
     tensors_in,
 )
-from riemannian_modules.capture.operation import Operation, Slot
+from riemannian_modules.capture.operation import Operation, Slot, slots_in
 
 __all__ = ["Trace"]
 
@@ -34,9 +34,9 @@ _BENDS = {
     aten.t_.default: aten.t.default,
     aten.transpose_.default: aten.transpose.int,
 }
-# What hands numbers to the host without an operation that could be seen.
-_UNSEEN = {Tensor.numpy, Tensor.tolist, Tensor.__array__}
-_OWN = (__file__, reading.__file__, torch.__path__[0])
+# Operations that read lengths on the host as they are called.
+_LENGTHS = "aten::_pack_padded_sequence"
+_OWN = (__file__, unseen.__file__, reading.__file__, torch.__path__[0])
 
 
 class Trace(TorchDispatchMode):
@@ -84,7 +84,7 @@ class Trace(TorchDispatchMode):
         """Trace what happens in this scope."""
         with ExitStack() as stack:
             stack.enter_context(reading.heard_by(self))
-            stack.enter_context(_Unseen(self))
+            stack.enter_context(unseen.Unseen(self.refuse))
             stack.enter_context(self)
             yield
 
@@ -107,6 +107,20 @@ class Trace(TorchDispatchMode):
                 drawn = own[0] if own else torch.default_generator
                 found[id(drawn)] = drawn
         return list(found.values())
+
+    def unread(self, arguments: Sequence[Tensor]) -> bool:
+        """Whether no operation takes an integer argument, such as lengths.
+
+        Args:
+            arguments: those of the trace.
+        """
+        calls = self.operations
+        taken = {s for each in calls for s in slots_in((each.args, each.kwargs))}
+        slots = (Slot("x", index) for index in range(len(arguments)))
+        return any(
+            tensor.numel() > 0 and not tensor.is_floating_point() and slot not in taken
+            for tensor, slot in zip(arguments, slots, strict=True)
+        )
 
     def differs(self, other: "Trace") -> str | None:
         """Return where another trace differs, None where both are one program.
@@ -139,7 +153,7 @@ class Trace(TorchDispatchMode):
     ) -> Any:
         kwargs = {} if kwargs is None else kwargs
         if func.namespace == "profiler" or self._refuses(func, (args, kwargs)):
-            return func(*args, **kwargs)
+            return self._called(func, args, kwargs)
         where = _where()
         wired, named = self._wired(args), self._wired(kwargs)
         if _is_absolute(func, args) and self.groups[wired[0]] in self._moving:
@@ -147,12 +161,12 @@ class Trace(TorchDispatchMode):
         if torch.Tag.inplace_view in func.tags:
             return self._reshaped(func, wired, args, kwargs, where)
         if self.reason is not None:
-            return func(*args, **kwargs)
+            return self._called(func, args, kwargs)
         before = {
             memory_of(tensor): self.groups[self._slots[tensor]]
             for tensor in tensors_in((args, kwargs))
         }
-        returned = func(*args, **kwargs)
+        returned = self._called(func, args, kwargs)
         if not (before or isinstance(returned, Tensor | tuple | list)):
             # Nothing of a tensor, such as a common data type.
             return returned
@@ -169,7 +183,7 @@ class Trace(TorchDispatchMode):
         if torch.Tag.dynamic_output_shape in func.tags:
             value = tuple(t.shape if isinstance(t, Tensor) else None for t in flat)
         writes = []
-        for tensor in self._written(func, args, kwargs):
+        for tensor in _written(func, args, kwargs):
             writes.append(self._slots[tensor])
             self.changed.update(self._outside.get(memory_of(tensor), ()))
         known = func, wired, named, made, several, reads, value, decides
@@ -183,6 +197,8 @@ class Trace(TorchDispatchMode):
     def _refuses(self, func: Any, given: object) -> bool:
         if func.namespace in ("c10d", "_c10d_functional"):
             self.refuse("speaks with other processes")
+        if func._schema.name == _LENGTHS:
+            self.refuse("packs sequences, whose lengths are read unseen: pad them")
         for tensor in tensors_in(given):
             if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
                 self.refuse(f"works on a {type(tensor).__name__}")
@@ -294,29 +310,22 @@ class Trace(TorchDispatchMode):
         return value
 
     @staticmethod
-    def _written(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
-        for index, argument in enumerate(func._schema.arguments):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                given = args[index] if index < len(args) else kwargs.get(argument.name)
-                yield from tensors_in(given)
+    def _called(func: Any, args: Any, kwargs: Any) -> Any:
+        written = [t for t in _written(func, args, kwargs) if not t.is_inference()]
+        versions = [tensor._version for tensor in written]
+        returned = func(*args, **kwargs)
+        for tensor, version in zip(written, versions, strict=True):
+            # In lists, as of clip_grad_norm_, torch forgets to count inside of a mode.
+            if tensor._version == version:
+                torch.autograd.graph.increment_version(tensor)
+        return returned
 
 
-class _Unseen(TorchFunctionMode):
-    """Sees what hands numbers to the host without an operation."""
-
-    def __init__(self, trace: Trace) -> None:
-        super().__init__()
-        self._trace = trace
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        if func in _UNSEEN:
-            self._trace.refuse(
-                f"reads numbers with {func.__name__}(), which will be others in the "
-                "next step: leave them in their tensor"
-            )
-        return func(*args, **({} if kwargs is None else kwargs))
+def _written(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
+    for index, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            given = args[index] if index < len(args) else kwargs.get(argument.name)
+            yield from tensors_in(given)
 
 
 def _is_absolute(func: Any, args: Sequence[Any]) -> bool:

@@ -2,11 +2,9 @@
 
 import warnings
 from collections.abc import Callable, Sequence
-from operator import is_
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from riemannian_modules.capture import Slot, Trace, UncapturableError
@@ -16,16 +14,20 @@ from riemannian_modules.optim.rehearsal import rehearsed
 from riemannian_modules.optim.rsgd import RiemannianSGD
 from riemannian_modules.optim.step_kinds import (
     Ends,
-    Key,
+    Held,
     Kind,
     OneStep,
     before,
-    exactly,
     has_hooks,
-    looks_of,
     require_capturable,
+)
+from riemannian_modules.optim.step_settings import (
+    PLAIN,
+    Key,
+    copied,
+    key_of,
+    looks_of,
     settings_of,
-    shared_memory,
 )
 from riemannian_modules.precision import without_autocast
 
@@ -33,8 +35,9 @@ __all__ = ["CapturedStep"]
 
 # Steps that find out about the graph, before one is worth looking at.
 _FIRST = 3
-# So often a kind of step is looked at, and so many replays in a row may not fit.
-_LOOKS, _MISSES = 8, 3
+# So often a kind of step is looked at, and so many replays in a row may not fit; one of
+# three is too many, too, for what it wastes.
+_LOOKS, _MISSES, _WEIGHT = 8, 3, 3
 _KINDS = 32
 
 
@@ -65,6 +68,7 @@ class CapturedStep:
     Attributes:
         taken: how many steps there were.
         replayed: how many of them were replayed.
+        reason: why some kind of step is not captured; None: all is well so far.
 
     Cost: of a replay, its operations and some microseconds each; it leaves no report
     and no blocks. The first five steps of a kind are usual ones, two of them at a few
@@ -118,11 +122,8 @@ class CapturedStep:
         self._settings: Key = ()
         self._memory: list[Place] = []
         self._places: list[Place] = []
-        self._warned = False
-        self._modules: list[nn.Module] = []
-        self._buffers: list[Tensor | None] = []
-        self._tree: object = None
-        self._models = 0
+        self.reason: str | None = None
+        self._held, self._models = Held(self._metric), 0
         self._device = next(iter(self._metric.parameters)).tensor.device.type
         require_capturable(optimizer)
 
@@ -164,7 +165,7 @@ class CapturedStep:
             return self.ordinary(*args, **kwargs)
         flat, spec = tree_flatten((args, kwargs))
         tensors = [each for each in flat if isinstance(each, Tensor)]
-        kind = self._kind_of(flat, spec, tensors)
+        kind = self._kind_of(flat, spec)
         if kind is None or kind.hopeless:
             return self.ordinary(*args, **kwargs)
         if kind.program is not None:
@@ -175,9 +176,7 @@ class CapturedStep:
             return self.ordinary(*args, **kwargs)
         return self._look(kind, tensors, args, kwargs)
 
-    def _kind_of(
-        self, flat: Sequence[Any], spec: Any, tensors: Sequence[Tensor]
-    ) -> Kind | None:
+    def _kind_of(self, flat: Sequence[Any], spec: Any) -> Kind | None:
         """Return what is known of steps like this one; None: nothing ever will be."""
         self._renew()
         if self._models > _KINDS:
@@ -186,33 +185,27 @@ class CapturedStep:
                 "write to buffers in place: buffer.copy_(...)"
             )
             return None
-        others = [each for each in flat if not isinstance(each, Tensor)]
-        key = (
-            spec,
-            tuple([isinstance(each, Tensor) for each in flat]),
-            tuple(map(exactly, others)),
-            tuple(map(looks_of, tensors)),
-            shared_memory(tensors),
-            tuple([place.read() is None for place in self._memory]),
-            tuple([module.training for module in self._modules]),
-            self._settings,
-            torch.get_default_dtype(),
-            torch.is_grad_enabled(),
-            torch.is_inference_mode_enabled(),
-            torch.is_autocast_enabled(self._device)
-            and torch.get_autocast_dtype(self._device),
-        )
-        try:
-            found = self._kinds.get(key)
-        except TypeError:
-            self._warn(f"an argument is neither a tensor nor hashable: {others}")
+        strange = [each for each in flat if not isinstance(each, (Tensor, *PLAIN))]
+        if strange:
+            self._warn(
+                f"an argument is a {type(strange[0]).__name__}, which may hold "
+                "anything: pass tensors in tuples, lists or dictionaries"
+            )
             return None
+        key = (
+            *key_of(flat, spec, self._device),
+            tuple([place.read() is None for place in self._memory]),
+            tuple([module.training for module in self._held.modules]),
+            self._settings,
+        )
+        found = self._kinds.get(key)
         if found is None:
             if len(self._kinds) == _KINDS:
                 self._warn(
-                    f"there are {_KINDS} kinds of steps already: shapes, settings of "
-                    "the optimizer or masses change all the time. Give a learning rate "
-                    "that a scheduler changes as a tensor, lr=torch.tensor(0.1)"
+                    f"there are {_KINDS} kinds of steps already: shapes, arguments "
+                    "that are no tensors, settings of the optimizer or masses change "
+                    "all the time. Make tensors of numbers that change, also of a "
+                    "learning rate that a scheduler changes, lr=torch.tensor(0.1)"
                 )
                 return None
             found = self._kinds[key] = Kind()
@@ -225,17 +218,18 @@ class CapturedStep:
             self._settings = settings
             self._memory = memory_places(self._optimizer)
             self._places = [*self._memory, *gradient_places(self._optimizer)]
-        tree = self._metric.parameters.tree
-        if tree is not self._tree:
-            self._models, self._tree = self._models + 1, tree
-            self._modules = list(self._metric.model.modules())
+        if self._held.changed():
+            self._models += 1
             self._kinds.clear()
-        buffers = [b for module in self._modules for b in module._buffers.values()]
-        known = len(buffers) == len(self._buffers)
-        if not (known and all(map(is_, buffers, self._buffers))):
-            # Programs hold those of before.
-            self._models, self._buffers = self._models + 1, buffers
-            self._kinds.clear()
+
+    def forget(self) -> None:
+        """Forget all programs, where something has changed that no key tells.
+
+        Such as the ``p`` of a dropout layer, or a number that the step takes from
+        somewhere else.
+        """
+        self._kinds.clear()
+        self.reason, self._models = None, 0
 
     def _look(
         self, kind: Kind, tensors: Sequence[Tensor], args: Any, kwargs: Any
@@ -245,13 +239,16 @@ class CapturedStep:
         trace, start, one = Trace(tensors, contents), None, OneStep(self._optimizer)
         if kind.last is not None:
             start = before(kind.last[0], tensors, contents)
+            # What the step knows from elsewhere, too, then shows: it is another one.
+            tensors, args, kwargs = copied(tensors, args, kwargs)
+            trace = Trace(tensors, contents)
         last, kind.last, kind.looks = kind.last, None, kind.looks + 1
         with trace.listening():
             result = self.ordinary(*args, **kwargs)
         try:
             ends, left = self._ends(trace, contents, result)
-            own = [*self._metric.model.parameters(), *self._buffers, *contents]
-            one.require(tensors, [each for each in own if each is not None])
+            own = [*self._metric.model.parameters(), *self._held.buffers, *contents]
+            one.require(trace, tensors, [each for each in own if each is not None])
             if last is None or start is None:
                 kind.last = trace, ends
                 return result
@@ -284,6 +281,11 @@ class CapturedStep:
         leaves, spec = tree_flatten(result)
         results = [trace.slot_of(t) if isinstance(t, Tensor) else t for t in leaves]
         left = [each for each in leaves if isinstance(each, Tensor)]
+        strange = [t for t in leaves if not isinstance(t, (Tensor, *PLAIN))]
+        if strange:
+            raise UncapturableError(
+                f"the step returns a {type(strange[0]).__name__}; return tensors"
+            )
         places: dict[int, Slot | None] = {}
         for index, (place, old) in enumerate(zip(self._places, contents, strict=True)):
             new = place.read()
@@ -312,7 +314,7 @@ class CapturedStep:
                 generator.set_state(state)
             self._missed(kind, found)
             return None
-        kind.misses = 0
+        kind.misses = max(0, kind.misses - 1)
         values = iter(found)
         leaves = [next(values) if isinstance(e, Slot) else e for e in ends.results]
         for index, slot in ends.places.items():
@@ -324,20 +326,20 @@ class CapturedStep:
         return (tree_unflatten(leaves, ends.spec),)
 
     def _missed(self, kind: Kind, where: str) -> None:
-        kind.misses += 1
-        if kind.misses < _MISSES:
+        kind.misses += _WEIGHT
+        if kind.misses < _MISSES * _WEIGHT:
             return
         kind.program, kind.steps, kind.misses = None, _FIRST, 0
         if kind.looks >= _LOOKS:
             self._give_up(kind, f"{where} decides otherwise again and again")
 
     def _give_up(self, kind: Kind, why: str) -> None:
-        kind.hopeless = True
+        kind.hopeless, kind.last, kind.program = True, None, None
         self._warn(why)
 
     def _warn(self, why: str) -> None:
-        if not self._warned:
-            self._warned = True
+        if why != self.reason:
+            self.reason = why
             warnings.warn(
                 f"steps are taken as usual: {why}", NotCapturedWarning, stacklevel=4
             )

@@ -12,35 +12,40 @@ __all__ = ["Place", "gradient_places", "memory_places"]
 class Place(NamedTuple):
     """Where a tensor may be.
 
+    What holds it is looked up each time: it is another one after a load_state_dict.
+
     Attributes:
-        owner: a dictionary, or an object.
-        name: its key, or attribute.
-        tensor: of what tensor the owner holds a dictionary with such a key; or None.
+        owner: an object; for what has a key, an optimizer.
+        name: attribute of the owner, or name in a dictionary of the optimizer.
+        key: a tensor for its state, a number for a parameter group; None: neither.
     """
 
     owner: Any
     name: str
-    tensor: Tensor | None = None
+    key: Tensor | int | None = None
+
+    def _dictionary(self) -> dict[str, Any]:
+        if isinstance(self.key, int):
+            found: dict[str, Any] = self.owner.param_groups[self.key]
+            return found
+        return self.owner.state.get(self.key, {})
 
     def read(self) -> Tensor | None:
         """Return the tensor there, or None."""
-        if self.tensor is not None:
-            # The dictionary itself may be another one by now.
-            found = self.owner.get(self.tensor, {}).get(self.name)
-        elif isinstance(self.owner, dict):
-            found = self.owner.get(self.name)
-        else:
+        if self.key is None:
             found = getattr(self.owner, self.name)
+        else:
+            found = self._dictionary().get(self.name)
         return found if isinstance(found, Tensor) else None
 
     def write(self, value: Tensor | None) -> None:
         """Put a tensor there, or None."""
-        if self.tensor is not None:
-            self.owner[self.tensor][self.name] = value
-        elif isinstance(self.owner, dict):
-            self.owner[self.name] = value
-        else:
+        if self.key is None:
             setattr(self.owner, self.name, value)
+        elif isinstance(self.key, int):
+            self._dictionary()[self.name] = value
+        else:
+            self.owner.state[self.key][self.name] = value
 
 
 def gradient_places(optimizer: RiemannianSGD) -> list[Place]:
@@ -59,9 +64,9 @@ def memory_places(optimizer: RiemannianSGD) -> list[Place]:
         optimizer: what steps.
     """
     found = [Place(optimizer.metric, "loss"), Place(optimizer, "_healthy")]
-    for group in optimizer.param_groups:
+    for index, group in enumerate(optimizer.param_groups):
         found += [
-            Place(group, name)
+            Place(optimizer, name, index)
             for name, value in group.items()
             if value is None or isinstance(value, Tensor)
         ]
@@ -71,5 +76,5 @@ def memory_places(optimizer: RiemannianSGD) -> list[Place]:
         }
         for name, used in kept.items():
             if used:
-                found += [Place(optimizer.state, name, t) for t in group["params"]]
+                found += [Place(optimizer, name, t) for t in group["params"]]
     return found

@@ -1,37 +1,30 @@
 """What tells one kind of captured step from another, and what is known of it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import is_
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from riemannian_modules.capture import Program, Slot, Trace, UncapturableError
 from riemannian_modules.capture.memory import memory_of
 from riemannian_modules.layerwise import LayerwiseMetric
-from riemannian_modules.mass import Mass
+from riemannian_modules.model_metric import ModelMetric
 from riemannian_modules.optim.rehearsal import Before
 from riemannian_modules.optim.rsgd import RiemannianSGD
-from riemannian_modules.output import OutputMetric
+from riemannian_modules.optim.step_settings import Key
 
 __all__ = [
     "Ends",
-    "Key",
+    "Held",
     "Kind",
     "OneStep",
     "before",
-    "exactly",
     "has_hooks",
-    "looks_of",
     "require_capturable",
-    "settings_of",
-    "shared_memory",
 ]
-
-_PLAIN = bool | int | float | str | None
-
-Key = tuple[object, ...]
 
 
 @dataclass(frozen=True)
@@ -66,7 +59,7 @@ class Kind:
         program: what runs in their place.
         ends: what to make of its results.
         contents: what the contents of the places looked like that it reads.
-        misses: how often in a row it decided otherwise.
+        misses: grows with each replay that decided otherwise, and falls with others.
         hopeless: whether there will be none.
     """
 
@@ -78,116 +71,6 @@ class Kind:
     contents: Key = ()
     misses: int = 0
     hopeless: bool = False
-
-
-def settings_of(optimizer: RiemannianSGD) -> Key:
-    """Return all that steps depend on and that is no tensor.
-
-    Args:
-        optimizer: whose steps they are.
-    """
-    metric = optimizer.metric
-    options = [
-        exactly(value) if isinstance(value, _PLAIN) else type(value)
-        for group in optimizer.param_groups
-        for name, value in group.items()
-        if name != "params"
-    ]
-    return (
-        tuple(options),
-        tuple([_weighs(declared.mass) for declared in metric.parameters]),
-        tuple([declared.tensor.dtype for declared in metric.parameters]),
-        next(iter(metric.parameters)).tensor.device,
-        _Same(optimizer.state),
-        metric.gradients.fills,
-        metric.is_frozen,
-        metric.reduction,
-        metric.precision,
-        metric.solver,
-        metric.max_memory,
-        _Same(optimizer.retraction),
-        _Same(metric.output),
-        # Probes, for one: a schedule changes them.
-        _plain(metric.output),
-    )
-
-
-def _weighs(mass: Mass) -> Key:
-    if mass.is_scalar:
-        # A schedule makes another one of the same number.
-        return (exactly(mass.scalar),)
-    return (_Same(mass),)
-
-
-def _plain(output: object) -> Key:
-    if isinstance(output, _PLAIN):
-        return (exactly(output),)
-    if isinstance(output, Tensor | torch.Generator):
-        return (_Same(output),)
-    if isinstance(output, Mapping):
-        output = list(output.values())
-    if isinstance(output, OutputMetric):
-        output = list(vars(output).values())
-    if not isinstance(output, list | tuple):
-        return ()
-    return tuple([part for each in output for part in _plain(each)])
-
-
-def exactly(value: object) -> object:
-    """Return what only equals itself, where Python's 1, 1.0 and True are equal.
-
-    Args:
-        value: hashable.
-    """
-    if isinstance(value, float):
-        return float, value.hex()
-    return type(value), repr(value) if isinstance(value, complex) else value
-
-
-def looks_of(tensor: Tensor) -> Key:
-    """Return all of a tensor that operations depend on, but its numbers and its place.
-
-    Args:
-        tensor: any.
-    """
-    if tensor.layout is not torch.strided:
-        return type(tensor), tensor.layout
-    lies = tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg()
-    kind = type(tensor), tensor.dtype, tensor.device, tensor.requires_grad
-    return *lies, *kind
-
-
-def shared_memory(tensors: Sequence[Tensor]) -> Key:
-    """Return which tensors lie in the same memory, and how far from each other.
-
-    Args:
-        tensors: any.
-    """
-    if len(tensors) < 2 or any(t.layout is not torch.strided for t in tensors):
-        return ()
-    storages = [memory_of(tensor) for tensor in tensors]
-    first = [storages.index(storage) for storage in storages]
-    found = []
-    for at, tensor in zip(first, tensors, strict=True):
-        other = tensors[at]
-        apart = tensor.storage_offset() - other.storage_offset()
-        found.append((at, apart, tensor is other))
-    return tuple(found)
-
-
-class _Same:
-    """Something that is equal to itself alone, and lives as long as this does."""
-
-    __slots__ = ("_it",)
-
-    def __init__(self, it: object) -> None:
-        self._it = it
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self._it is other._it
-
-    def __hash__(self) -> int:
-        return id(self._it)
 
 
 def before(
@@ -249,6 +132,34 @@ def has_hooks(optimizer: RiemannianSGD) -> bool:
     )
 
 
+class Held:
+    """What programs hold of a model beside its parameters.
+
+    Args:
+        metric: of the model.
+
+    Attributes:
+        modules: its modules.
+        buffers: their buffers.
+    """
+
+    def __init__(self, metric: ModelMetric) -> None:
+        self._metric = metric
+        self._tree: object = None
+        self.modules: list[nn.Module] = []
+        self.buffers: list[Tensor | None] = []
+
+    def changed(self) -> bool:
+        """Whether there are others than the last time."""
+        tree, before = self._metric.parameters.tree, self.buffers
+        same = tree is self._tree
+        if not same:
+            self._tree, self.modules = tree, list(self._metric.model.modules())
+        self.buffers = [b for m in self.modules for b in m._buffers.values()]
+        same = same and len(before) == len(self.buffers)
+        return not (same and all(map(is_, before, self.buffers)))
+
+
 class OneStep:
     """Looks at what a step does beside its operations.
 
@@ -261,10 +172,13 @@ class OneStep:
         self._optimizer, self._waiting = optimizer, bool(metric.waiting)
         self._counts = metric.version + 1, metric.passes + 1
 
-    def require(self, tensors: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+    def require(
+        self, trace: Trace, tensors: Sequence[Tensor], others: Sequence[Tensor]
+    ) -> None:
         """Refuse a step that left something in Python that a program would not.
 
         Args:
+            trace: the step.
             tensors: the arguments.
             others: what they must not be part of.
 
@@ -283,6 +197,11 @@ class OneStep:
             raise UncapturableError(
                 "the loss depends on parameters outside the metric's model, and "
                 "their .grad is filled"
+            )
+        if trace.unread(tensors):
+            raise UncapturableError(
+                "no operation reads an integer argument: lengths are read unseen; if "
+                "it is not needed, leave it out"
             )
         own = {memory_of(other) for other in others if other.layout is torch.strided}
         if any(t.layout is torch.strided and memory_of(t) in own for t in tensors):
