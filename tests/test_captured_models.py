@@ -155,8 +155,7 @@ def test_the_solver_that_costs_less_is_chosen_within_captured_steps() -> None:
     metric.backward(entropy(outputs), outputs)
     optimizer = RiemannianSGD(metric, lr=1e-6)
     optimizer.step()
-    (report,) = optimizer.report
-    assert report.solution.branch == "cg"
+    assert "cg" in {block.solution.branch for block in optimizer.report}
     assert layerwise(model, Categorical(), entropy, batches, 1e-6).replayed > 0
 
 
@@ -237,8 +236,9 @@ class Curved(nn.Module):
         return self.last(torch.tanh(torch.tanh(self.first(x)) @ self._flat()))
 
 
-# How often the plan of a Birkhoff polytope is balanced depends on the step.
-STEADY = [case for case in OURS if "Birkhoff" not in case.name]
+# How often a point of a Birkhoff polytope is balanced depends on the step. Every second
+# one of the others: the shipped ones have near relatives beside them.
+STEADY = [case for case in OURS if "Birkhoff" not in case.name][::2]
 
 
 @pytest.mark.parametrize("case", STEADY, ids=lambda case: case.name)
