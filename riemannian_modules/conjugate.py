@@ -15,10 +15,13 @@ The norm of x itself is known from vectors of length rank, see :meth:`Target.ene
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from numbers import Integral
 
 import torch
 from torch import Tensor
+
+from riemannian_modules.reading import number
 
 __all__ = ["ConjugateGradients", "Iterates", "Target", "conjugate_gradients"]
 
@@ -147,15 +150,16 @@ def conjugate_gradients(
     d, md = (torch.zeros_like(t), torch.zeros_like(t)) if start is None else start
     r = t - d - md
     every = _EVERY.get(t.device.type, _SELDOM)
+    decides = partial(_decided, tolerance)
     z = precondition(r)
     p, rz = z, r @ z
     for used in range(limit + 1):
         # Not 0 / 0 where nothing moves at all.
         error = r.norm() / target.energy(d, md).clamp_min(tiny).sqrt()
         if every and (used % every == 0 or used == limit):
-            reached = float(error)
-            if reached <= tolerance or used == limit or not math.isfinite(reached):
-                return Iterates(d, md, error, used, reached <= tolerance)
+            converged, finite = decides(number(error, decides))
+            if converged or used == limit or not finite:
+                return Iterates(d, md, error, used, converged)
         if used == limit:
             break
         mp = product(p)
@@ -167,3 +171,7 @@ def conjugate_gradients(
         before, rz = rz, r @ z
         p = z + rz / before.clamp_min(tiny) * p
     return Iterates(d, md, error, limit, None)
+
+
+def _decided(tolerance: float, reached: float) -> tuple[bool, bool]:
+    return reached <= tolerance, math.isfinite(reached)

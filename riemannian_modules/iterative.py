@@ -16,7 +16,8 @@ from riemannian_modules.conjugate import (
 )
 from riemannian_modules.factors import MetricFactor
 from riemannian_modules.precision import single_suffices
-from riemannian_modules.preconditioner import PivotedPreconditioner
+from riemannian_modules.preconditioner import PivotedPreconditioner, Worth
+from riemannian_modules.reading import number
 from riemannian_modules.solution import Solution
 
 __all__ = ["IterativeSolver"]
@@ -33,7 +34,7 @@ class IterativeSolver:
         block: the block.
         how: tolerance and limits.
         pivots: columns in the preconditioner, at most.
-        worth: see :class:`PivotedPreconditioner`.
+        worth: returns that of :class:`PivotedPreconditioner`, when it is made.
         start: ``d`` of an earlier solve, a first guess.
     """
 
@@ -42,7 +43,7 @@ class IterativeSolver:
         block: Block,
         how: ConjugateGradients,
         pivots: int,
-        worth: Callable[[float, int], bool] | None = None,
+        worth: Callable[[], Worth] | None = None,
         start: Tensor | None = None,
     ) -> None:
         self.block = block
@@ -57,9 +58,9 @@ class IterativeSolver:
     @cached_property
     def preconditioner(self) -> PivotedPreconditioner:
         """The preconditioner, made when first needed."""
-        block = self.block
+        worth = None if self._worth is None else self._worth()
         return PivotedPreconditioner(
-            self.diagonal, block.gram_columns, self._pivots, self._worth
+            self.diagonal, self.block.gram_columns, self._pivots, worth
         )
 
     @cached_property
@@ -70,8 +71,9 @@ class IterativeSolver:
     @cached_property
     def trace(self) -> float:
         """Trace of ``K sharp K^T``; infinite where reading it would wait."""
-        on_host = self.block.device.type == "cpu"
-        return float(self.diagonal.double().sum()) if on_host else float("inf")
+        if self.block.device.type != "cpu":
+            return float("inf")
+        return number(self.diagonal.double().sum(), single_suffices)
 
     @cached_property
     def _root_trace(self) -> Tensor:

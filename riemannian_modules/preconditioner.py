@@ -9,17 +9,21 @@ numbers: the same metric gives the same step.
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
-__all__ = ["PivotedPreconditioner"]
+from riemannian_modules.reading import number
+
+__all__ = ["PivotedPreconditioner", "Worth"]
 
 _GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
 _TINY = 1e-300
 _FIRST = 16
 
 Columns = Callable[[Tensor], Tensor]
+Worth = Callable[[int, float], bool]
 
 
 class PivotedPreconditioner:
@@ -29,8 +33,8 @@ class PivotedPreconditioner:
         diagonal: diagonal of M, ``(rank,)``.
         columns: returns columns of M, ``(rank, k)``, for ``k`` indices.
         pivots: at most this many columns; 0 for the identity.
-        worth: whether to double the number of columns, asked with what remains of the
-            trace and their number; on the CPU only, where the answer is free.
+        worth: whether to double the number of columns, asked with their number and
+            what remains of the trace; on the CPU only, where the answer is free.
 
     Attributes:
         remaining: trace of ``M - C W^-1 C^T``, a scalar.
@@ -49,7 +53,7 @@ class PivotedPreconditioner:
         diagonal: Tensor,
         columns: Columns,
         pivots: int,
-        worth: Callable[[float, int], bool] | None = None,
+        worth: Worth | None = None,
     ) -> None:
         diagonal = diagonal.double()
         rank = len(diagonal)
@@ -64,8 +68,10 @@ class PivotedPreconditioner:
         found: list[Tensor] = []
         known, pivots = 0, min(pivots, rank)
         while known < pivots:
-            if worth is not None and on_host and not worth(float(left.sum()), known):
-                break
+            if worth is not None and on_host:
+                asked = partial(worth, known)
+                if not asked(number(left.sum(), asked)):
+                    break
             size = min(pivots - known, max(known, _FIRST))
             keys = waiting / left.clamp_min(_TINY)
             keys = keys.index_fill(0, self.pivots, -math.inf)

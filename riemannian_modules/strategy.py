@@ -1,9 +1,9 @@
 """Which way a block is solved: what the user asks for, or what costs least."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Literal, NoReturn
 
 import torch
@@ -22,6 +22,8 @@ from riemannian_modules.errors import CostWarning, MemoryBoundError
 from riemannian_modules.factors.chunks import at_most
 from riemannian_modules.iterative import IterativeSolver
 from riemannian_modules.memory_model import Held, held
+from riemannian_modules.preconditioner import Worth
+from riemannian_modules.reading import number
 
 __all__ = ["Once", "Solver", "Strategy", "require_solver"]
 
@@ -125,15 +127,8 @@ class Strategy:
         pivots = self._pivots
         return IterativeSolver(self._block, self._how, pivots, worth, start)
 
-    def _worth(self, remaining: float, pivots: int) -> bool:
-        """Whether doubling the pivots saves more iterations than it costs.
-
-        What remains is guessed to halve.
-        """
-        known, tolerance = self.costs, self._how.bound(self._block.dtype)
-        now = predicted_iterations(remaining, pivots, tolerance)
-        then = predicted_iterations(remaining / 2, 2 * pivots, tolerance)
-        return (now - then) * known.product > known.pivoting(2 * pivots)
+    def _worth(self) -> Worth:
+        return partial(_doubles, self.costs, self._how.bound(self._block.dtype))
 
     @property
     def known(self) -> IterativeSolver | None:
@@ -222,13 +217,17 @@ class Strategy:
             self.costs = costs(block, torch.float64, self._how.pivots)
             known = self.costs
         with self.bounded("cg"):
-            remaining = float(self.iterative.preconditioner.remaining)
-        tolerance = self._how.bound(block.dtype)
-        pivots = len(self.iterative.preconditioner.pivots)
-        expected = predicted_iterations(remaining, pivots, tolerance)
+            made = self.iterative.preconditioner
         most = known.affordable(self.form)
+        expects = partial(
+            predicted_iterations,
+            pivots=len(made.pivots),
+            tolerance=self._how.bound(block.dtype),
+        )
+        foresees = partial(_foresees, known, most, expects)
+        expected = expects(number(made.remaining, foresees))
         self._expected = min(expected, most)
-        return most if expected <= _HOPE * most else 0
+        return most if _pays(expected, most) else 0
 
     def warn(self) -> None:
         """Warn, once, of a solve that is expected to take very long.
@@ -244,7 +243,7 @@ class Strategy:
         known, form = self.costs, self.form
         iterates = self.limit > 0
         seconds = known.iterative(self._expected) if iterates else known.direct(form)
-        if seconds < max(_LONG, _DEAR * known.product):
+        if not _is_long(known, seconds):
             return
         self._once.said = True
         how = "conjugate gradients" if iterates else f"the {form} form"
@@ -272,6 +271,33 @@ class Strategy:
             return False
         self._given_up = True
         return True
+
+
+def _doubles(known: Costs, tolerance: float, pivots: int, remaining: float) -> bool:
+    """Whether doubling the pivots saves more iterations than it costs.
+
+    What remains is guessed to halve.
+    """
+    now = predicted_iterations(remaining, pivots, tolerance)
+    then = predicted_iterations(remaining / 2, 2 * pivots, tolerance)
+    return (now - then) * known.product > known.pivoting(2 * pivots)
+
+
+def _foresees(
+    known: Costs, most: int, expects: Callable[[float], int], remaining: float
+) -> tuple[bool, bool]:
+    # All that is made of the number: whether they run, and whether to warn of it.
+    expected = expects(remaining)
+    seconds = known.iterative(min(expected, most))
+    return _pays(expected, most), _is_long(known, seconds)
+
+
+def _pays(expected: int, most: int) -> bool:
+    return expected <= _HOPE * most
+
+
+def _is_long(known: Costs, seconds: float) -> bool:
+    return seconds >= max(_LONG, _DEAR * known.product)
 
 
 _DEFAULT = ConjugateGradients()

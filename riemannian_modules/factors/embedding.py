@@ -31,6 +31,7 @@ from riemannian_modules.factors.slabs import (
 )
 from riemannian_modules.factors.sums import added
 from riemannian_modules.factors.tokens import equal_pairs, occurring, slots_at_most
+from riemannian_modules.reading import number
 from riemannian_modules.tangent import TangentSpace
 
 __all__ = ["EmbeddingFactor"]
@@ -252,7 +253,8 @@ class EmbeddingFactor(CotangentFactor, SparseFactor):
             tokens = min(len(self.tokens), self.shape[0])
             return 0.5 * self.rank**2 * tokens * self.shape[1]
         pairs, product = self._ways
-        return float(pairs.clamp_max(product).sum())
+        # Which way a block is solved follows from it, with much else.
+        return number(pairs.clamp_max(product).sum(), float)
 
     def gram_diagonal(self, space: TangentSpace) -> Tensor:
         """Return the diagonal of ``K sharp K^T``, ``(rank,)``. Cost O(r N width).

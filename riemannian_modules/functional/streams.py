@@ -223,7 +223,9 @@ def lift(points: Tensor, orders: Orders, record: Recording | None = None) -> Str
     """
     n, inputs = points.shape
     units = torch.eye(inputs, dtype=points.dtype, device=points.device)
-    firsts = units[list(orders.firsts)].expand(n, -1, -1)
+    # An index made of Python numbers would be a new tensor in each step.
+    chosen = [units[index : index + 1] for index in orders.firsts]
+    firsts = torch.cat([units[:0], *chosen]).expand(n, -1, -1)
     zeros = points.new_zeros(n, len(orders.seconds), inputs)
     data = torch.cat([points.unsqueeze(1), firsts, zeros], 1)
     return Streams(data, orders, record)
