@@ -97,7 +97,7 @@ def same_bits(
     if replayed == -1:  # Whatever it is.
         return captured
     if replayed is None:
-        assert captured.replayed == steps - 6
+        assert captured.replayed == steps - 7
     else:
         assert captured.replayed == replayed
     return captured

@@ -25,7 +25,7 @@ from riemannian_modules.output import Categorical, Euclidean, Sampled
 
 # The first one finds no gradients, which is another kind; five more are usual ones.
 STEPS = 8
-FULL = STEPS - 6
+FULL = STEPS - 7
 
 
 @dataclass(frozen=True)

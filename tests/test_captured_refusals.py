@@ -227,7 +227,7 @@ def test_a_buffer_that_is_replaced_now_and_then() -> None:
         if index == 16:
             training.model.mask[0] = 3.0
 
-    same_bits(training(Masked), 20, between, replayed=2 + 7)
+    same_bits(training(Masked), 20, between, replayed=1 + 6)
 
 
 def test_a_buffer_that_is_replaced_all_the_time() -> None:

@@ -13,11 +13,11 @@ from riemannian_modules.optim.places import Place, gradient_places, memory_place
 from riemannian_modules.optim.rehearsal import rehearsed
 from riemannian_modules.optim.rsgd import RiemannianSGD
 from riemannian_modules.optim.step_kinds import (
-    Ends,
     Held,
     Kind,
     OneStep,
     before,
+    ends_of,
     has_hooks,
     require_capturable,
 )
@@ -35,9 +35,9 @@ __all__ = ["CapturedStep"]
 
 # Steps that find out about the graph, before one is worth looking at.
 _FIRST = 3
-# So often a kind of step is looked at, and so many replays in a row may not fit; one of
-# three is too many, too, for what it wastes.
-_LOOKS, _MISSES, _WEIGHT = 8, 3, 3
+# So often a kind of step is looked at, more often where there was a program, and so
+# many replays in a row may not fit; one of three is too many, too, for what it wastes.
+_FEW, _LOOKS, _MISSES, _WEIGHT = 4, 8, 3, 3
 _KINDS = 32
 
 
@@ -45,10 +45,10 @@ class CapturedStep:
     """A training step that is run as the list of its operations of torch.
 
     The first steps of a kind are taken as usual; two of them are taken down and
-    compared. If they are the same operations, wired in the same way, later steps run
-    these and nothing else: no hooks, no autograd, no walk through graphs, and of the
-    checks those that something depends on. Before that, the operations are run once
-    beside a usual step, and must leave the same bits. It pays where a step's time is
+    compared. If they are the same operations, wired in the same way, these are run once
+    beside a third, and must leave the same bits. Later steps run them and nothing else:
+    no hooks, no autograd, no walk through graphs, and of the checks those that
+    something depends on. It pays where a step's time is
     spent in Python: for small models, and on GPUs. See :doc:`/captured`.
 
     Other shapes, data types or modes are other kinds of steps, and so are other
@@ -71,8 +71,8 @@ class CapturedStep:
         reason: why some kind of step is not captured; None: all is well so far.
 
     Cost: of a replay, its operations and some microseconds each; it leaves no report
-    and no blocks. The first five steps of a kind are usual ones, two of them at a few
-    times the cost, and at one copy of the parameters.
+    and no blocks. The first six steps of a kind are usual ones, two of them at
+    ten times the cost, and one with a copy of the parameters.
 
     Raises:
         TypeError: another optimizer, or no function.
@@ -100,7 +100,7 @@ class CapturedStep:
     >>> x, y = torch.randn(8, 4), torch.arange(8) % 3
     >>> losses = [step(x, y) for _ in range(20)]
     >>> bool(losses[-1] < losses[0]), step
-    (True, CapturedStep(step, 14 of 20 replayed))
+    (True, CapturedStep(step, 13 of 20 replayed))
     """
 
     def __init__(self, optimizer: RiemannianSGD, step: Callable[..., Any]) -> None:
@@ -174,7 +174,8 @@ class CapturedStep:
         kind.steps += 1
         if kind.steps <= _FIRST:
             return self.ordinary(*args, **kwargs)
-        return self._look(kind, tensors, args, kwargs)
+        look = self._rehearse if kind.agreed else self._look
+        return look(kind, tensors, args, kwargs)
 
     def _kind_of(self, flat: Sequence[Any], spec: Any) -> Kind | None:
         """Return what is known of steps like this one; None: nothing ever will be."""
@@ -236,67 +237,50 @@ class CapturedStep:
     ) -> Any:
         """Take a step as usual, and take it down."""
         contents = [place.read() for place in self._places]
-        trace, start, one = Trace(tensors, contents), None, OneStep(self._optimizer)
         if kind.last is not None:
-            start = before(kind.last[0], tensors, contents)
             # What the step knows from elsewhere, too, then shows: it is another one.
             tensors, args, kwargs = copied(tensors, args, kwargs)
-            trace = Trace(tensors, contents)
+        trace, one = Trace(tensors, contents), OneStep(self._optimizer)
         last, kind.last, kind.looks = kind.last, None, kind.looks + 1
         with trace.listening():
             result = self.ordinary(*args, **kwargs)
         try:
-            ends, left = self._ends(trace, contents, result)
+            ends = ends_of(trace, self._places, contents, result)
             own = [*self._metric.model.parameters(), *self._held.buffers, *contents]
             one.require(trace, tensors, [each for each in own if each is not None])
-            if last is None or start is None:
-                kind.last = trace, ends
-                return result
-            differs = last[0].differs(trace)
-            if differs is None and last[1] != ends:
-                differs = "the step returns or keeps other things in each step"
-            if differs is None:
-                given = ends.wanted, start, tensors, contents, left
-                with without_autocast(self._device):
-                    kind.program, kind.ends = rehearsed(trace, *given), ends
-                kind.contents = tuple(
-                    [_lies(contents[index]) for index in kind.program.places]
-                )
-            elif kind.looks < _LOOKS:
-                kind.last = trace, ends
-            else:
-                self._give_up(kind, differs)
         except UncapturableError as error:
             self._give_up(kind, str(error))
+            return result
+        differs = None if last is None else last[0].differs(trace)
+        if differs is None and last is not None and last[1] != ends:
+            differs = "the step returns or keeps other things in each step"
+        if differs is not None and kind.looks >= (_LOOKS if kind.worked else _FEW):
+            self._give_up(kind, differs)
+            return result
+        kind.last, kind.agreed = (trace, ends), last is not None and differs is None
         return result
 
-    def _ends(
-        self, trace: Trace, contents: Sequence[Tensor | None], result: Any
-    ) -> tuple[Ends, list[Tensor]]:
-        """Return what a step has left, in slots, and these tensors.
-
-        Raises:
-            UncapturableError: the trace tells why.
-        """
-        leaves, spec = tree_flatten(result)
-        results = [trace.slot_of(t) if isinstance(t, Tensor) else t for t in leaves]
-        left = [each for each in leaves if isinstance(each, Tensor)]
-        strange = [t for t in leaves if not isinstance(t, (Tensor, *PLAIN))]
-        if strange:
-            raise UncapturableError(
-                f"the step returns a {type(strange[0]).__name__}; return tensors"
-            )
-        places: dict[int, Slot | None] = {}
-        for index, (place, old) in enumerate(zip(self._places, contents, strict=True)):
-            new = place.read()
-            if new is None:
-                places[index] = None
-            elif new is not old:
-                places[index] = trace.slot_of(new)
-                left.append(new)
-        if trace.reason is not None:
-            raise UncapturableError(trace.reason)
-        return Ends(spec, tuple(results), places), left
+    def _rehearse(
+        self, kind: Kind, tensors: Sequence[Tensor], args: Any, kwargs: Any
+    ) -> Any:
+        """Take a step as usual, unseen, and run the program beside it."""
+        assert kind.last is not None
+        (trace, ends), kind.last, kind.agreed = kind.last, None, False
+        contents = [place.read() for place in self._places]
+        start = before(trace, tensors, contents)
+        result = self.ordinary(*args, **kwargs)
+        leaves = [t for t in tree_flatten(result)[0] if isinstance(t, Tensor)]
+        filled = [self._places[at].read() for at, to in ends.places.items() if to]
+        left = [*leaves, *(each for each in filled if each is not None)]
+        try:
+            with without_autocast(self._device):
+                program = rehearsed(trace, ends.wanted, start, tensors, contents, left)
+        except UncapturableError as error:
+            self._give_up(kind, str(error))
+            return result
+        kind.program, kind.ends, kind.worked = program, ends, True
+        kind.contents = tuple([_lies(contents[index]) for index in program.places])
+        return result
 
     def _replay(self, kind: Kind, tensors: Sequence[Tensor]) -> tuple[Any] | None:
         """Run the program; None where it decides otherwise, and nothing was changed."""

@@ -7,14 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
 from riemannian_modules.capture import Program, Slot, Trace, UncapturableError
 from riemannian_modules.capture.memory import memory_of
 from riemannian_modules.layerwise import LayerwiseMetric
 from riemannian_modules.model_metric import ModelMetric
+from riemannian_modules.optim.places import Place
 from riemannian_modules.optim.rehearsal import Before
 from riemannian_modules.optim.rsgd import RiemannianSGD
-from riemannian_modules.optim.step_settings import Key
+from riemannian_modules.optim.step_settings import PLAIN, Key
 
 __all__ = [
     "Ends",
@@ -22,6 +24,7 @@ __all__ = [
     "Kind",
     "OneStep",
     "before",
+    "ends_of",
     "has_hooks",
     "require_capturable",
 ]
@@ -56,20 +59,24 @@ class Kind:
         steps: how many were taken as usual.
         looks: how many of these were taken down.
         last: the last of them that was, and what it left.
+        agreed: whether the one before was the same.
         program: what runs in their place.
         ends: what to make of its results.
         contents: what the contents of the places looked like that it reads.
         misses: grows with each replay that decided otherwise, and falls with others.
+        worked: whether there was a program.
         hopeless: whether there will be none.
     """
 
     steps: int = 0
     looks: int = 0
     last: tuple[Trace, Ends] | None = None
+    agreed: bool = False
     program: Program | None = None
     ends: Ends | None = None
     contents: Key = ()
     misses: int = 0
+    worked: bool = False
     hopeless: bool = False
 
 
@@ -90,6 +97,42 @@ def before(
     }
     changed = [outside[slot.kind][slot.number] for slot in sorted(trace.changed)]
     return Before([t for t in changed if t is not None], trace.generators())
+
+
+def ends_of(
+    trace: Trace,
+    places: Sequence[Place],
+    contents: Sequence[Tensor | None],
+    result: Any,
+) -> Ends:
+    """Return what a step has left, in slots.
+
+    Args:
+        trace: the step.
+        places: where it may have put tensors.
+        contents: what was there before.
+        result: what it returned.
+
+    Raises:
+        UncapturableError: operations alone would not leave this; says why.
+    """
+    leaves, spec = tree_flatten(result)
+    strange = [each for each in leaves if not isinstance(each, (Tensor, *PLAIN))]
+    if strange:
+        raise UncapturableError(
+            f"the step returns a {type(strange[0]).__name__}; return tensors"
+        )
+    results = [trace.slot_of(t) if isinstance(t, Tensor) else t for t in leaves]
+    filled: dict[int, Slot | None] = {}
+    for index, (place, old) in enumerate(zip(places, contents, strict=True)):
+        new = place.read()
+        if new is None:
+            filled[index] = None
+        elif new is not old:
+            filled[index] = trace.slot_of(new)
+    if trace.reason is not None:
+        raise UncapturableError(trace.reason)
+    return Ends(spec, tuple(results), filled)
 
 
 def require_capturable(optimizer: RiemannianSGD) -> None:
