@@ -312,12 +312,34 @@ def test_an_operation_that_fails_afterwards() -> None:
 
     def run(x: Tensor, at: Tensor) -> Tensor:
         h.add_(x)
-        return x.index_select(0, at)
+        found = x.index_select(0, at)
+        h.add_(x)
+        return found
 
     x = torch.ones(N)
     program = Program(*traced(run, x, torch.tensor([0])))
     with pytest.raises((IndexError, RuntimeError)):
         program([x, torch.tensor([7])], [])
+
+
+def test_numbers_without_a_literal() -> None:
+    x = torch.randn(N)
+    program = Program(
+        *traced(lambda x: torch.where(x > 0.0, x, -torch.inf).clamp_max(torch.nan), x)
+    )
+    assert torch.equal(program([-x.abs()], [])[0].isnan(), torch.ones(N) > 0.0)
+
+
+def test_outputs_with_names() -> None:
+    x = torch.eye(N)
+
+    def run(x: Tensor) -> Tensor:
+        root, info = x.clone(), torch.zeros((), dtype=torch.int32)
+        torch.linalg.cholesky_ex(root, out=(root, info))
+        return root
+
+    program = Program(*traced(run, x))
+    assert torch.equal(program([4.0 * x], [])[0], 2.0 * x)
 
 
 REFUSED: dict[str, tuple[Callable[[Tensor], Any], str]] = {
