@@ -199,6 +199,9 @@ def test_reports_and_blocks_after_replays() -> None:
     run(built, step, 9)
     assert step.replayed == 3
     assert built.metric.version == built.metric.passes == 9
+    # Values that a program has left are not looked at again.
+    declared = list(built.metric.parameters)
+    assert all(each.verified == each.tensor._version for each in declared)
     with pytest.raises(NotRecordedError, match=r"CapturedStep\.ordinary"):
         _ = built.optimizer.report
     with pytest.raises(NotRecordedError):
