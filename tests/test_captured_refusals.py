@@ -271,7 +271,7 @@ def test_a_trained_tensor_as_an_argument() -> None:
         )
         return built
 
-    with pytest.warns(NotCapturedWarning, match="clone"):
+    with pytest.warns(NotCapturedWarning, match="in the memory of"):
         same_bits(build, 12, replayed=0)
 
 

@@ -275,23 +275,24 @@ class Trace(TorchDispatchMode):
     def _beside(self, tensor: Tensor) -> Slot | None:
         """Return the slot of a tensor in memory that is known, as of ``.data``."""
         storage = memory_of(tensor)
-        beside = (
+        beside = [
             slot
             for other, slot in self._slots.items()
             if memory_of(other) == storage and other.dtype == tensor.dtype
-        )
-        slot = next(beside, None)
-        if slot is None:
+        ]
+        if not beside:
             return None
+        if self.groups[beside[0]] in self._moving:
+            self.refuse("uses a tensor in the memory of an argument, made before")
+        for slot in beside:
+            if lies_at(tensor) == self.layouts[slot]:
+                self._slots[tensor] = slot
+                return slot
+        slot = beside[0]
         lies = (*map(list, lies_at(tensor)[:2]), tensor.storage_offset())
-        if lies_at(tensor) == self.layouts[slot]:
-            self._slots[tensor] = slot
-            return slot
         view = Slot("v", self._count)
         self._count += 1
         self._know(tensor, view, self.groups[slot])
-        if self.groups[slot] in self._moving:
-            self.refuse("takes .data of a part of an argument: use detach()")
         strided = aten.as_strided.default
         self._add(Operation(strided, (slot, *lies), {}, (view,)), _where())
         return view
