@@ -79,6 +79,11 @@ class Trace(TorchDispatchMode):
                     self._enter(tensor, Slot(kind, index))
         self._moving = {self.groups[s] for s in self.groups if s.kind == "x"}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Else every operation goes through the compiler, whose import takes seconds.
+        return False
+
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Trace what happens in this scope."""

@@ -142,6 +142,11 @@ class _Calls(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.made: list[Call] = []
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Else every operation goes through the compiler, whose import takes seconds.
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
