@@ -1,13 +1,14 @@
 """Where tensors lie."""
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 from torch import Tensor
 
 from riemannian_modules.capture.operation import same
 
-__all__ = ["lies_at", "memory_of", "same_numbers", "tensors_in"]
+__all__ = ["lies_at", "memory_of", "same_numbers", "tensors_in", "written"]
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
@@ -37,3 +38,19 @@ def same_numbers(a: Tensor, b: Tensor) -> bool:
     if a.ndim or b.ndim or a.dtype != b.dtype or not (a.is_cpu and b.is_cpu):
         return False
     return same(a.item(), b.item())
+
+
+def written(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
+    """Yield the tensors that a call of an operation writes to."""
+    for index, name in _writes(func):
+        yield from tensors_in(args[index] if index < len(args) else kwargs.get(name))
+
+
+@cache
+def _writes(func: Any) -> list[tuple[int, str]]:
+    arguments = enumerate(func._schema.arguments)
+    return [
+        (index, argument.name)
+        for index, argument in arguments
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]

@@ -17,6 +17,7 @@ from riemannian_modules.capture.memory import (
     memory_of,
     same_numbers,
     tensors_in,
+    written,
 )
 from riemannian_modules.capture.operation import Operation, Slot, slots_in
 
@@ -157,7 +158,8 @@ class Trace(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = {} if kwargs is None else kwargs
-        if func.namespace == "profiler" or self._refuses(func, (args, kwargs)):
+        tensors = list(tensors_in((args, kwargs)))
+        if func.namespace == "profiler" or self._refuses(func, tensors):
             return self._called(func, args, kwargs)
         where = _where()
         wired, named = self._wired(args), self._wired(kwargs)
@@ -168,8 +170,7 @@ class Trace(TorchDispatchMode):
         if self.reason is not None:
             return self._called(func, args, kwargs)
         before = {
-            memory_of(tensor): self.groups[self._slots[tensor]]
-            for tensor in tensors_in((args, kwargs))
+            memory_of(tensor): self.groups[self._slots[tensor]] for tensor in tensors
         }
         returned = self._called(func, args, kwargs)
         if not (before or isinstance(returned, Tensor | tuple | list)):
@@ -188,7 +189,7 @@ class Trace(TorchDispatchMode):
         if torch.Tag.dynamic_output_shape in func.tags:
             value = tuple(t.shape if isinstance(t, Tensor) else None for t in flat)
         writes = []
-        for tensor in _written(func, args, kwargs):
+        for tensor in written(func, args, kwargs):
             writes.append(self._slots[tensor])
             self.changed.update(self._outside.get(memory_of(tensor), ()))
         known = func, wired, named, made, several, reads, value, decides
@@ -199,12 +200,12 @@ class Trace(TorchDispatchMode):
         """Take note of why this is no program; all goes on as usual."""
         self.reason = self.reason or f"{_where()} {why}"
 
-    def _refuses(self, func: Any, given: object) -> bool:
+    def _refuses(self, func: Any, tensors: Sequence[Tensor]) -> bool:
         if func.namespace in ("c10d", "_c10d_functional"):
             self.refuse("speaks with other processes")
         if func._schema.name == _LENGTHS:
             self.refuse("packs sequences, whose lengths are read unseen: pad them")
-        for tensor in tensors_in(given):
+        for tensor in tensors:
             if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
                 self.refuse(f"works on a {type(tensor).__name__}")
             else:
@@ -317,21 +318,14 @@ class Trace(TorchDispatchMode):
 
     @staticmethod
     def _called(func: Any, args: Any, kwargs: Any) -> Any:
-        written = [t for t in _written(func, args, kwargs) if not t.is_inference()]
-        versions = [tensor._version for tensor in written]
+        changed = [t for t in written(func, args, kwargs) if not t.is_inference()]
+        versions = [tensor._version for tensor in changed]
         returned = func(*args, **kwargs)
-        for tensor, version in zip(written, versions, strict=True):
+        for tensor, version in zip(changed, versions, strict=True):
             # In lists, as of clip_grad_norm_, torch forgets to count inside of a mode.
             if tensor._version == version:
                 torch.autograd.graph.increment_version(tensor)
         return returned
-
-
-def _written(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
-    for index, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            given = args[index] if index < len(args) else kwargs.get(argument.name)
-            yield from tensors_in(given)
 
 
 def _is_absolute(func: Any, args: Sequence[Any]) -> bool:
