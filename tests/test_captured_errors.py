@@ -1,6 +1,7 @@
 """Errors, reports and memory of captured steps are those of ordinary ones."""
 
 import gc
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +25,7 @@ from riemannian_modules.errors import (
     LinearizationError,
     LostManifoldError,
     NonFiniteError,
+    NotCapturedWarning,
     NotOnManifoldError,
     NotPositiveDefiniteError,
     NotRecordedError,
@@ -237,3 +239,63 @@ def test_programs_hold_no_data() -> None:
     held = [t for t in kind.program._names.values() if isinstance(t, Tensor)]
     own = set(map(id, built.model.parameters()))
     assert all(id(t) in own or t.numel() <= 36 for t in held)
+
+
+def test_a_step_that_writes_to_its_argument() -> None:
+    def build() -> Training:
+        built = training()()
+        inner, batch = built.step, built.batch
+
+        def step(x: Tensor, y: Tensor) -> Tensor:
+            loss: Tensor = inner(x, y)
+            x.mul_(2.0)
+            return loss
+
+        def remembered(index: int) -> tuple[Tensor, Tensor]:
+            built.seen["x"], y = batch(index)
+            return built.seen["x"], y
+
+        def state() -> dict[str, Any]:
+            return {**Training.state(built), "argument": bits(built.seen["x"])}
+
+        built.step, built.batch = step, remembered
+        built.state = state  # type: ignore[method-assign]
+        return built
+
+    same_bits(build)
+
+
+def test_a_step_that_repairs_a_parameter() -> None:
+    def build() -> Training:
+        built = training()()
+        inner, weight = built.step, built.model[0].weight
+
+        def step(x: Tensor, y: Tensor) -> Tensor:
+            with torch.no_grad():
+                weight.nan_to_num_(0.5)
+            loss: Tensor = inner(x, y)
+            return loss
+
+        built.step = step
+        return built
+
+    def between(training: Training, index: int) -> None:
+        if index == 8:
+            spoil(training, torch.nan)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotCapturedWarning)
+        step = same_bits(build, 12, between, replayed=-1)
+    assert step.taken == 12
+
+
+def test_sparse_arguments() -> None:
+    def sparse() -> Training:
+        built = training()()
+        inner, batch = built.step, built.batch
+        built.step = lambda x, y: inner(x.to_dense(), y)
+        built.batch = lambda index: (batch(index)[0].to_sparse(), batch(index)[1])
+        return built
+
+    with pytest.warns(NotCapturedWarning, match="sparse"):
+        same_bits(sparse, replayed=0)

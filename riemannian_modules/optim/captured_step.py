@@ -28,6 +28,7 @@ from riemannian_modules.optim.step_settings import (
     key_of,
     looks_of,
     settings_of,
+    written_back,
 )
 from riemannian_modules.precision import without_autocast
 
@@ -82,6 +83,7 @@ class CapturedStep:
     Warns:
         NotCapturedWarning: steps cannot be captured, and are taken as usual; says why.
 
+    >>> import torch
     >>> import riemannian_modules as rm
     >>> _ = torch.manual_seed(0)
     >>> model = torch.nn.Linear(4, 3)
@@ -236,14 +238,17 @@ class CapturedStep:
         self, kind: Kind, tensors: Sequence[Tensor], args: Any, kwargs: Any
     ) -> Any:
         """Take a step as usual, and take it down."""
-        contents = [place.read() for place in self._places]
+        contents, given = [place.read() for place in self._places], tensors
         if kind.last is not None:
             # What the step knows from elsewhere, too, then shows: it is another one.
             tensors, args, kwargs = copied(tensors, args, kwargs)
         trace, one = Trace(tensors, contents), OneStep(self._optimizer)
         last, kind.last, kind.looks = kind.last, None, kind.looks + 1
-        with trace.listening():
-            result = self.ordinary(*args, **kwargs)
+        try:
+            with trace.listening():
+                result = self.ordinary(*args, **kwargs)
+        finally:
+            written_back(given, tensors)
         try:
             ends = ends_of(trace, self._places, contents, result)
             own = [*self._metric.model.parameters(), *self._held.buffers, *contents]

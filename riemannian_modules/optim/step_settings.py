@@ -13,7 +13,15 @@ from riemannian_modules.mass import Mass
 from riemannian_modules.optim.rsgd import RiemannianSGD
 from riemannian_modules.output import OutputMetric
 
-__all__ = ["PLAIN", "Key", "copied", "key_of", "looks_of", "settings_of"]
+__all__ = [
+    "PLAIN",
+    "Key",
+    "copied",
+    "key_of",
+    "looks_of",
+    "settings_of",
+    "written_back",
+]
 
 _PLAIN = bool | int | float | str | None
 
@@ -65,6 +73,19 @@ def copied(
     copies = {id(tensor): tensor.clone() for tensor in tensors}
     args, kwargs = tree_map_only(Tensor, lambda t: copies[id(t)], (args, kwargs))
     return list(copies.values()), args, kwargs
+
+
+def written_back(tensors: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
+    """Let tensors have what a step has written to their copies.
+
+    Args:
+        tensors: what was given.
+        copies: what :func:`copied` returned, or the same tensors.
+    """
+    distinct = {id(tensor): tensor for tensor in tensors}.values()
+    for tensor, copy in zip(distinct, copies, strict=False):
+        if copy is not tensor and copy._version:
+            tensor.copy_(copy)
 
 
 def settings_of(optimizer: RiemannianSGD) -> Key:
