@@ -43,6 +43,11 @@ def sampled() -> rm.output.OutputMetric:
     return rm.output.Sampled(rm.output.Categorical())
 
 
+def drawn() -> rm.output.OutputMetric:
+    generator = torch.Generator().manual_seed(2)
+    return rm.output.Sampled(rm.output.Categorical(), generator=generator)
+
+
 def reload_optimizer(training: Training) -> None:
     training.optimizer.load_state_dict(copy.deepcopy(training.optimizer.state_dict()))
 
@@ -122,7 +127,7 @@ CHANGES: dict[str, tuple[Callable[[], Training], Change, int]] = {
     ),
     "probes": (training(output=sampled), set_on_output("probes", lambda: 2), 5),
     "generator": (
-        training(output=sampled),
+        training(output=drawn),
         set_on_output("generator", lambda: torch.Generator().manual_seed(3)),
         5,
     ),

@@ -147,7 +147,7 @@ def test_the_same_errors_and_nothing_changed(name: str) -> None:
 def test_after_an_error_steps_are_replayed_again(model: Any) -> None:
     def batch(index: int) -> tuple[Tensor, Tensor]:
         x, y = classes()(index)
-        if index in (8, 9):
+        if index in (8, 9, 20, 30):
             x[0, 0] = float("nan")
         return x, y
 
@@ -164,8 +164,9 @@ def test_after_an_error_steps_are_replayed_again(model: Any) -> None:
         built.step = step
         return built
 
-    # Random numbers are drawn anew where a program ends early.
-    same_bits(build, 14, replayed=5)
+    # Random numbers are drawn anew where a program ends early, and few errors between
+    # many steps do not cost it.
+    same_bits(build, 34, replayed=34 - 7 - 4)
 
 
 def test_float32_that_begins_to_need_float64() -> None:
