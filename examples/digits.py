@@ -317,8 +317,8 @@ def plot(curves: Sequence[Curve], path: Path, title: str) -> None:
     figure, (by_step, by_second, accuracy) = plt.subplots(
         1, 3, figsize=(13, 4), layout="constrained"
     )
-    colors = ("#c1272d", "#e08214", "#0b6fa4", "#5f6b6d")
-    for curve, color in zip(curves, colors, strict=True):
+    colors = ("#c1272d", "#0b6fa4", "#5f6b6d", "#e08214")
+    for curve, color in zip(curves, colors, strict=False):
         style = {"color": color, "linewidth": 1.8, "label": curve.name}
         by_step.semilogy(curve.steps, curve.loss, **style)
         by_second.loglog(curve.seconds[1:], curve.loss[1:], **style)

@@ -214,8 +214,8 @@ class RiemannianSGD(torch.optim.Optimizer):
             )
         if self._report is None:
             raise NotRecordedError(
-                "no step has left a report: none was taken yet, or the last one was "
-                "replayed (take the next one with CapturedStep.ordinary)"
+                "no step has left a report: call step() first; or, if the last one was "
+                "replayed, take the next one with CapturedStep.ordinary"
             )
         return self._report
 

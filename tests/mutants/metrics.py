@@ -213,7 +213,7 @@ class OtherVelocity(Written):
     def solve(self, *, residual=None, covector=None, **options):
         solution = super().solve(residual=residual, covector=covector, **options)
         wrong = self.image(self.base(covector)) if residual is None else residual
-        return replace(solution, velocity=wrong)
+        return replace(solution, found=wrong)
 
 
 class OtherNorm(LayerMetric):
