@@ -35,7 +35,7 @@ TORCH_RANDOM = TorchRandom()  # Hypothesis holds a weak reference only
 hypothesis.register_random(TORCH_RANDOM)
 
 hypothesis.settings.register_profile(
-    "ci", derandomize=True, max_examples=10, deadline=None, print_blob=True
+    "ci", derandomize=True, max_examples=8, deadline=None, print_blob=True
 )
 # For the built wheel: that it holds all that it needs, not whether the laws hold.
 hypothesis.settings.register_profile(
