@@ -90,8 +90,9 @@ class Target:
 
         Implements :eq:`cg-energy`. Not less than ``|K x|^2``, which has no subtraction.
         """
-        weight = self.base + d @ (2.0 * self.b + md)
-        return weight.clamp_min(0.0) + (self.b + md).square().sum()
+        image = self.b + md
+        weight = self.base + d @ (self.b + image)
+        return weight.clamp_min(0.0) + image @ image
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def conjugate_gradients(
     p, rz = z, r @ z
     for used in range(limit + 1):
         # Not 0 / 0 where nothing moves at all.
-        error = r.norm() / target.energy(d, md).clamp_min(tiny).sqrt()
+        error = torch.linalg.vector_norm(r) / target.energy(d, md).clamp_min(tiny).sqrt()
         if every and (used % every == 0 or used == limit):
             converged, finite = decides(number(error, decides))
             if converged or used == limit or not finite:
@@ -166,10 +167,11 @@ def conjugate_gradients(
         q = p + mp
         # Zero over zero once the residual is exactly zero.
         alpha = rz / (p @ q).clamp_min(tiny)
-        d, md, r = d + alpha * p, md + alpha * mp, r - alpha * q
+        d, md = torch.addcmul(d, alpha, p), torch.addcmul(md, alpha, mp)
+        r = torch.addcmul(r, alpha, q, value=-1.0)
         z = precondition(r)
         before, rz = rz, r @ z
-        p = z + rz / before.clamp_min(tiny) * p
+        p = torch.addcmul(z, rz / before.clamp_min(tiny), p)
     return Iterates(d, md, error, limit, None)
 
 

@@ -20,7 +20,7 @@ __all__ = ["PivotedPreconditioner", "Worth"]
 
 _GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
 _TINY = 1e-300
-_FIRST = 16
+_FIRST = 32
 
 Columns = Callable[[Tensor], Tensor]
 Worth = Callable[[int, float], bool]
@@ -63,9 +63,7 @@ class PivotedPreconditioner:
         waiting = (spread * _GOLDEN).frac().log()
         left = diagonal
         self.pivots = torch.zeros(0, dtype=torch.long, device=diagonal.device)
-        self._basis: Tensor | None = None
-        self._inner: Tensor | None = None
-        found: list[Tensor] = []
+        basis = diagonal.new_zeros(rank, 0)
         known, pivots = 0, min(pivots, rank)
         while known < pivots:
             if worth is not None and on_host:
@@ -78,18 +76,19 @@ class PivotedPreconditioner:
             new = keys.topk(size).indices
             self.pivots = torch.cat([self.pivots, new])
             some = columns(new)
-            found.append(some.double())
             known += size
-            c = torch.cat(found, 1)
-            b = _nystroem(c, c[self.pivots], torch.finfo(some.dtype).eps)
-            left = (diagonal - b.square().sum(1)).clamp_min(0.0)
-            self._basis = b
+            lost = torch.finfo(some.dtype).eps * diagonal[self.pivots].sum()
+            b = _more_of_root(basis, some.double(), new, lost)
+            left = (left - b.square().sum(1)).clamp_min(0.0)
+            basis = torch.cat([basis, b], 1)
         self.remaining = left.sum()
-        if self._basis is not None:
-            inner = self._basis.mT @ self._basis
+        self._basis: Tensor | None = None
+        self._inner: Tensor | None = None
+        if known:
+            inner = basis.mT @ basis
             inner.diagonal().add_(1.0)
             root = _inverse_root(inner)
-            self._inner = root.mT @ root
+            self._basis, self._inner = basis, root.mT @ root
 
     def __call__(self, residual: Tensor) -> Tensor:
         """Return the preconditioned residual, ``(rank,)``. Cost O(rank pivots)."""
@@ -100,12 +99,18 @@ class PivotedPreconditioner:
         return (r - b @ (inner @ (b.mT @ r))).to(residual.dtype)
 
 
-def _nystroem(c: Tensor, w: Tensor, eps: float) -> Tensor:
-    """Return b with ``b b^T = c w^-1 c^T``, w shifted by its own rounding."""
+def _more_of_root(basis: Tensor, c: Tensor, index: Tensor, lost: Tensor) -> Tensor:
+    """Return the columns that join a basis when columns of M join the known ones.
+
+    A step of block Cholesky: ``b b^T = c w^-1 c^T`` for what the basis leaves of the
+    columns c, with w shifted by the rounding of all pivots.
+    """
+    rest = torch.addmm(c, basis, basis[index].mT, alpha=-1.0)
+    w = rest[index]
     w = 0.5 * (w + w.mT)
-    w.diagonal().add_(4.0 * eps * w.diagonal().sum().clamp_min(_TINY))
+    w.diagonal().add_(4.0 * lost.clamp_min(_TINY))
     # A product is faster than a tall triangular solve.
-    return c @ _inverse_root(w).mT
+    return rest @ _inverse_root(w).mT
 
 
 def _inverse_root(matrix: Tensor) -> Tensor:
