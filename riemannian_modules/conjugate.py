@@ -156,7 +156,8 @@ def conjugate_gradients(
     p, rz = z, r @ z
     for used in range(limit + 1):
         # Not 0 / 0 where nothing moves at all.
-        error = torch.linalg.vector_norm(r) / target.energy(d, md).clamp_min(tiny).sqrt()
+        size = target.energy(d, md).clamp_min(tiny).sqrt()
+        error = torch.linalg.vector_norm(r) / size
         if every and (used % every == 0 or used == limit):
             converged, finite = decides(number(error, decides))
             if converged or used == limit or not finite:
