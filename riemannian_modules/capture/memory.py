@@ -1,25 +1,40 @@
-"""Where tensors lie."""
+"""Where tensors lie, and which are which."""
 
+import weakref
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
 from torch import Tensor
 
-from riemannian_modules.capture.operation import same
+from riemannian_modules.capture.operation import Slot, found_in, same
 
-__all__ = ["lies_at", "memory_of", "same_numbers", "tensors_in", "written"]
+__all__ = ["Slots", "lies_at", "memory_of", "same_numbers", "written"]
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors in nested arguments."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple | list):
-        for each in value:
-            yield from tensors_in(each)
-    elif isinstance(value, dict):
-        yield from tensors_in(list(value.values()))
+class Slots:
+    """The slots of living tensors: a dictionary by identity that lets go of them."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[weakref.ref[Tensor], Slot]] = {}
+
+    def get(self, tensor: Tensor) -> Slot | None:
+        """Return the slot of a tensor, None if it has none."""
+        known = self._known.get(id(tensor))
+        return None if known is None else known[1]
+
+    def put(self, tensor: Tensor, slot: Slot) -> None:
+        """Know a tensor from now on."""
+        key, known = id(tensor), self._known
+        reference = weakref.ref(tensor, lambda _: known.pop(key, None))
+        known[key] = reference, slot
+
+    def items(self) -> Iterator[tuple[Tensor, Slot]]:
+        """Yield the tensors and their slots."""
+        for reference, slot in list(self._known.values()):
+            tensor = reference()
+            if tensor is not None:
+                yield tensor, slot
 
 
 def lies_at(tensor: Tensor) -> tuple[Any, ...]:
@@ -40,10 +55,13 @@ def same_numbers(a: Tensor, b: Tensor) -> bool:
     return same(a.item(), b.item())
 
 
-def written(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
-    """Yield the tensors that a call of an operation writes to."""
+def written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    """Return the tensors that a call of an operation writes to."""
+    found: list[Tensor] = []
     for index, name in _writes(func):
-        yield from tensors_in(args[index] if index < len(args) else kwargs.get(name))
+        given = args[index] if index < len(args) else kwargs.get(name)
+        found += found_in(given, Tensor)
+    return found
 
 
 @cache

@@ -1,10 +1,12 @@
 """One call of an operation of torch, and the tensors between calls."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-__all__ = ["Operation", "Slot", "same", "slots_in"]
+__all__ = ["Operation", "Slot", "found_in", "same"]
+
+T = TypeVar("T")
 
 
 class Slot(NamedTuple):
@@ -31,6 +33,7 @@ class Operation:
         function: the operation.
         args: its arguments, slots in the place of tensors.
         kwargs: those with names.
+        given: the slots in both.
         made: slots of the tensors that it returned, None for those known before.
         several: whether it returned a sequence.
         reads: whether it returned something that is no tensor, to the host.
@@ -42,6 +45,7 @@ class Operation:
     function: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    given: tuple[Slot, ...]
     made: tuple[Slot | None, ...]
     several: bool = False
     reads: bool = False
@@ -63,19 +67,28 @@ class Operation:
         return own == its and values and given
 
 
-def slots_in(value: object) -> Iterator[Slot]:
-    """Yield the slots in nested arguments."""
-    if isinstance(value, Slot):
-        yield value
+def found_in(value: object, kind: type[T]) -> list[T]:
+    """Return what is of a kind in nested arguments."""
+    found: list[T] = []
+    _find(value, kind, found)
+    return found
+
+
+def _find(value: object, kind: type[T], found: list[T]) -> None:
+    if isinstance(value, kind):
+        found.append(value)
     elif isinstance(value, tuple | list):
         for each in value:
-            yield from slots_in(each)
+            _find(each, kind, found)
     elif isinstance(value, dict):
-        yield from slots_in(list(value.values()))
+        for each in value.values():
+            _find(each, kind, found)
 
 
 def same(a: object, b: object) -> bool:
     """Whether nested arguments are equal, NaN to itself too, and of the same types."""
+    if type(a) is Slot:
+        return type(b) is Slot and a == b
     if isinstance(a, tuple | list) and type(a) is type(b):
         assert isinstance(b, tuple | list)
         return len(a) == len(b) and all(map(same, a, b))

@@ -1,13 +1,13 @@
 """The operations of a trace as one function without anything between them."""
 
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from riemannian_modules.capture.operation import Operation, Slot, slots_in
+from riemannian_modules.capture.operation import Operation, Slot
 from riemannian_modules.capture.simplify import Simple, simplified
 from riemannian_modules.capture.trace import Trace
 
@@ -15,6 +15,8 @@ __all__ = ["Program", "UncapturableError"]
 
 _FILE = "<captured step>"
 _ELSEWHERE = (torch._C._VariableFunctions, torch._C._nn)
+# Operations in whose place torch's own bindings were seen to call another.
+_PLAIN: set[Any] = set()
 
 
 class UncapturableError(Exception):
@@ -32,8 +34,6 @@ class Program:
     Args:
         trace: the operations.
         wanted: slots of what to return.
-        plain: operations to call through ``torch.ops``, which parses arguments more
-            slowly than torch's own bindings.
 
     Attributes:
         generators: those whose random numbers it draws.
@@ -45,25 +45,40 @@ class Program:
         UncapturableError: something is read after something was changed.
     """
 
-    def __init__(
-        self, trace: Trace, wanted: Sequence[Slot], plain: Collection[Any] = ()
-    ) -> None:
-        self._plain = plain
-        self._names: dict[str, Any] = {"read": Tensor.item}
-        self._called: dict[int, str] = {}
-        for index, tensor in enumerate(trace.held):
-            self._names[f"h{index}"] = tensor
-        simple = simplified(trace, wanted)
-        for slot, constant in simple.constants.items():
-            self._names[str(slot)] = constant
+    def __init__(self, trace: Trace, wanted: Sequence[Slot]) -> None:
+        self._trace, self._simple = trace, simplified(trace, wanted)
+        simple = self._simple
         _require_order(trace, simple)
         self.operations = simple.operations
         self.generators = trace.generators()
         self._wheres = simple.wheres
-        used = {slot for each in simple.operations for slot in _given(each)}
+        used = {slot for each in simple.operations for slot in each.given}
         used.update(simple.wanted)
         self.places = sorted(slot.number for slot in used if slot.kind == "p")
-        arguments = sorted(slot.number for slot in used if slot.kind == "x")
+        self._arguments = sorted(slot.number for slot in used if slot.kind == "x")
+        self._write()
+
+    def call_plainly(self, function: Any) -> None:
+        """Call an operation through ``torch.ops`` from now on, in all programs.
+
+        That parses arguments more slowly than torch's own bindings, which do not all
+        call the operation of their name.
+
+        Args:
+            function: the operation.
+        """
+        _PLAIN.add(function)
+        self._write()
+
+    def _write(self) -> None:
+        """Write the source, and compile it."""
+        trace, simple, arguments = self._trace, self._simple, self._arguments
+        self._names: dict[str, Any] = {"read": Tensor.item}
+        self._called: dict[int, str] = {}
+        for index, tensor in enumerate(trace.held):
+            self._names[f"h{index}"] = tensor
+        for slot, constant in simple.constants.items():
+            self._names[str(slot)] = constant
         ends, lines = _last_uses(simple), ["def run(x, p):"]
         lines += [f"    x{index} = x[{index}]" for index in arguments]
         lines += [f"    p{index} = p[{at}]" for at, index in enumerate(self.places)]
@@ -137,9 +152,7 @@ class Program:
     def _function(self, function: Any) -> str:
         if id(function) not in self._called:
             name = f"f{len(self._called)}_{function.__name__.split('.')[0]}"
-            self._names[name] = (
-                function if function in self._plain else _binding(function)
-            )
+            self._names[name] = function if function in _PLAIN else _binding(function)
             self._called[id(function)] = name
         return self._called[id(function)]
 
@@ -180,10 +193,6 @@ def _binding(function: Any) -> Any:
     return function
 
 
-def _given(operation: Operation) -> Iterator[Slot]:
-    return slots_in((operation.args, operation.kwargs))
-
-
 def _changes(trace: Trace, operation: Operation) -> bool:
     """Whether an operation writes to memory from outside."""
     return any(trace.groups[slot] < 0 for slot in operation.writes)
@@ -206,7 +215,7 @@ def _last_uses(simple: Simple) -> list[list[Slot]]:
     ends: list[list[Slot]] = []
     later = {*simple.wanted, *simple.constants}
     for operation in reversed(simple.operations):
-        used = {*_given(operation), *(s for s in operation.made if s is not None)}
+        used = {*operation.given, *(s for s in operation.made if s is not None)}
         ends.append(sorted(slot for slot in used - later if slot.kind == "v"))
         later |= used
     return ends[::-1]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from riemannian_modules.capture.operation import Operation, Slot, slots_in
+from riemannian_modules.capture.operation import Operation, Slot
 from riemannian_modules.capture.trace import Trace
 
 __all__ = ["Simple", "simplified"]
@@ -81,18 +81,20 @@ class _Walk:
 
     def take(self, index: int) -> None:
         """Take the next operation, or something else in its place."""
-        operation, groups = self._trace.operations[index], self._trace.groups
-        now = replace(
-            operation,
-            args=self._renamed(operation.args),
-            kwargs=self._renamed(operation.kwargs),
-            writes=self._renamed(operation.writes),
-        )
+        now, groups = self._trace.operations[index], self._trace.groups
+        if any(slot in self.same for slot in now.given):
+            now = replace(
+                now,
+                args=self._renamed(now.args),
+                kwargs=self._renamed(now.kwargs),
+                given=self._renamed(now.given),
+                writes=self._renamed(now.writes),
+            )
         slot = now.made[0] if len(now.made) == 1 and not now.several else None
         if slot is None or now.ends or now.writes:
             self._keep(index, now)
             return
-        inputs = {groups[each] for each in slots_in((now.args, now.kwargs))}
+        inputs = {groups[each] for each in now.given}
         if groups[slot] in inputs:
             lies = groups[slot], self._trace.layouts[slot]
             if lies in self._lying:
@@ -158,7 +160,7 @@ def _needed(
         needed = changes or operation.ends or _is_random(operation)
         if needed or live & {*operation.made}:
             kept.append((index, operation))
-            for slot in slots_in((operation.args, operation.kwargs)):
+            for slot in operation.given:
                 live.add(slot)
                 memory.add(groups[slot])
     return kept[::-1]

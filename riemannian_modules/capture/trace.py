@@ -3,23 +3,23 @@
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.weak import WeakIdKeyDictionary
 
 from riemannian_modules import reading
 from riemannian_modules.capture import unseen
 from riemannian_modules.capture.memory import (
+    Slots,
     lies_at,
     memory_of,
     same_numbers,
-    tensors_in,
     written,
 )
-from riemannian_modules.capture.operation import Operation, Slot, slots_in
+from riemannian_modules.capture.operation import Operation, Slot, found_in
 
 __all__ = ["Trace"]
 
@@ -71,7 +71,7 @@ class Trace(TorchDispatchMode):
         self._firsts: list[str] = []
         self._outside: dict[int, list[Slot]] = {}
         self._moving: set[int] = set()
-        self._slots: Any = WeakIdKeyDictionary()
+        self._slots = Slots()
         self._count = 0
         self._decides: Callable[[float], object] | None = None
         for kind, tensors in (("p", places), ("x", arguments)):
@@ -120,8 +120,7 @@ class Trace(TorchDispatchMode):
         Args:
             arguments: those of the trace.
         """
-        calls = self.operations
-        taken = {s for each in calls for s in slots_in((each.args, each.kwargs))}
+        taken = {slot for each in self.operations for slot in each.given}
         slots = (Slot("x", index) for index in range(len(arguments)))
         return any(
             tensor.numel() > 0 and not tensor.is_floating_point() and slot not in taken
@@ -158,42 +157,44 @@ class Trace(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = {} if kwargs is None else kwargs
-        tensors = list(tensors_in((args, kwargs)))
+        tensors = found_in((args, kwargs), Tensor)
         if func.namespace == "profiler" or self._refuses(func, tensors):
-            return self._called(func, args, kwargs)
+            return _called(func, args, kwargs, written(func, args, kwargs))
         where = _where()
         wired, named = self._wired(args), self._wired(kwargs)
+        given = tuple(map(self.slot_of, tensors))
         if _is_absolute(func, args) and self.groups[wired[0]] in self._moving:
             self.refuse("asks where in its memory an argument lies: use slices")
-        if torch.Tag.inplace_view in func.tags:
+        if torch.Tag.inplace_view in _tags(func):
             return self._reshaped(func, wired, args, kwargs, where)
+        changed = written(func, args, kwargs)
         if self.reason is not None:
-            return self._called(func, args, kwargs)
+            return _called(func, args, kwargs, changed)
         before = {
-            memory_of(tensor): self.groups[self._slots[tensor]] for tensor in tensors
+            memory_of(tensor): self.groups[slot]
+            for tensor, slot in zip(tensors, given, strict=True)
         }
-        returned = self._called(func, args, kwargs)
+        returned = _called(func, args, kwargs, changed)
         if not (before or isinstance(returned, Tensor | tuple | list)):
             # Nothing of a tensor, such as a common data type.
             return returned
         several = isinstance(returned, tuple | list)
         flat = list(returned) if several else [returned]
         reads, value, decides = False, None, None
-        if not all(isinstance(t, Tensor | None) for t in flat):
+        if not all(t is None or isinstance(t, Tensor) for t in flat):
             if any(isinstance(t, Tensor) for t in flat):
                 self.refuse(f"gets tensors and numbers from one operation: {func}")
                 return returned
             reads, decides = True, self._decides
             value = self._decided(returned)
         made = tuple(self._made(t, before) for t in flat)
-        if torch.Tag.dynamic_output_shape in func.tags:
+        if torch.Tag.dynamic_output_shape in _tags(func):
             value = tuple(t.shape if isinstance(t, Tensor) else None for t in flat)
-        writes = []
-        for tensor in written(func, args, kwargs):
-            writes.append(self._slots[tensor])
+        for tensor in changed:
             self.changed.update(self._outside.get(memory_of(tensor), ()))
-        known = func, wired, named, made, several, reads, value, decides
-        self._add(Operation(*known, tuple(writes)), where)
+        writes = tuple(map(self.slot_of, changed))
+        known = func, wired, named, given, made, several, reads, value, decides
+        self._add(Operation(*known, writes), where)
         return returned
 
     def refuse(self, why: str) -> None:
@@ -229,7 +230,7 @@ class Trace(TorchDispatchMode):
         view = Slot("v", self._count)
         self._count += 1
         self._know(tensor, view, self.groups[slot])
-        self._add(Operation(_BENDS[func], wired, kwargs, (view,)), where)
+        self._add(Operation(_BENDS[func], wired, kwargs, (slot,), (view,)), where)
         return returned
 
     def _decided(self, returned: Any) -> object:
@@ -243,7 +244,7 @@ class Trace(TorchDispatchMode):
         return returned
 
     def _made(self, tensor: object, before: dict[int, int]) -> Slot | None:
-        if not isinstance(tensor, Tensor) or tensor in self._slots:
+        if not isinstance(tensor, Tensor) or self._slots.get(tensor) is not None:
             return None
         if self._is_sparse(tensor):
             return None
@@ -253,7 +254,7 @@ class Trace(TorchDispatchMode):
         return slot
 
     def _know(self, tensor: Tensor, slot: Slot, group: int) -> None:
-        self._slots[tensor] = slot
+        self._slots.put(tensor, slot)
         self.groups[slot] = group
         self.layouts[slot] = lies_at(tensor)
 
@@ -292,7 +293,7 @@ class Trace(TorchDispatchMode):
             self.refuse("uses a tensor in the memory of an argument, made before")
         for slot in beside:
             if lies_at(tensor) == self.layouts[slot]:
-                self._slots[tensor] = slot
+                self._slots.put(tensor, slot)
                 return slot
         slot = beside[0]
         lies = (*map(list, lies_at(tensor)[:2]), tensor.storage_offset())
@@ -300,7 +301,8 @@ class Trace(TorchDispatchMode):
         self._count += 1
         self._know(tensor, view, self.groups[slot])
         strided = aten.as_strided.default
-        self._add(Operation(strided, (slot, *lies), {}, (view,)), _where())
+        call = Operation(strided, (slot, *lies), {}, (slot,), (view,))
+        self._add(call, _where())
         return view
 
     def _add(self, operation: Operation, where: str) -> None:
@@ -316,16 +318,22 @@ class Trace(TorchDispatchMode):
             return {name: self._wired(each) for name, each in value.items()}
         return value
 
-    @staticmethod
-    def _called(func: Any, args: Any, kwargs: Any) -> Any:
-        changed = [t for t in written(func, args, kwargs) if not t.is_inference()]
-        versions = [tensor._version for tensor in changed]
-        returned = func(*args, **kwargs)
-        for tensor, version in zip(changed, versions, strict=True):
-            # In lists, as of clip_grad_norm_, torch forgets to count inside of a mode.
-            if tensor._version == version:
-                torch.autograd.graph.increment_version(tensor)
-        return returned
+
+@cache
+def _tags(func: Any) -> frozenset[torch.Tag]:
+    # Torch makes the list anew each time.
+    return frozenset(func.tags)
+
+
+def _called(func: Any, args: Any, kwargs: Any, changed: Sequence[Tensor]) -> Any:
+    changed = [tensor for tensor in changed if not tensor.is_inference()]
+    versions = [tensor._version for tensor in changed]
+    returned = func(*args, **kwargs)
+    for tensor, version in zip(changed, versions, strict=True):
+        # In lists, as of clip_grad_norm_, torch forgets to count inside of a mode.
+        if tensor._version == version:
+            torch.autograd.graph.increment_version(tensor)
+    return returned
 
 
 def _is_absolute(func: Any, args: Sequence[Any]) -> bool:

@@ -97,18 +97,19 @@ def rehearsed(
         UncapturableError: it does something else.
     """
     after, plain = before.now(), set[Any]()
+    program = Program(trace, wanted)
+    given = [places[index] for index in program.places]
+    if any(tensor is None for tensor in given):
+        raise UncapturableError("the step looks into a place that was empty before")
+    known = [tensor for tensor in given if tensor is not None]
     while True:
-        program = Program(trace, wanted, plain)
-        given = [places[index] for index in program.places]
-        if any(tensor is None for tensor in given):
-            raise UncapturableError("the step looks into a place that was empty before")
         with before.again():
-            known = [tensor for tensor in given if tensor is not None]
             calls, found = _run(program, arguments, known)
             ends = before.now()
         wrong = _bound_wrongly(program, calls, failed=isinstance(found, Exception))
         if wrong is not None and wrong not in plain:
             plain.add(wrong)
+            program.call_plainly(wrong)
         elif isinstance(found, Exception):
             raise UncapturableError(f"an operation fails outside of the step: {found}")
         elif isinstance(found, str):
