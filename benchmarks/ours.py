@@ -66,10 +66,13 @@ def gauss_newton(problem: Problem, model: nn.Module, settings: Settings) -> Step
     """Return a step of GaussNewton, one random row in front."""
     assert isinstance(problem, NetworkProblem)
     metric = geometry_of(problem, model, settings, "layer").metric
-    optimizer = rm.optim.GaussNewton(metric)
+    whole = settings.get("lr", 1.0)
+    optimizer = rm.optim.GaussNewton(metric, lr=whole)
 
-    def step(batch: Batch, _: float) -> None:
+    def step(batch: Batch, gone: float) -> None:
         x, y = batch
+        if "lr" in settings:
+            optimizer.param_groups[0]["lr"] = whole * problem.schedule(gone)
         with metric.record():
             outputs = model(x)
         metric.pull_back(outputs)
@@ -110,9 +113,12 @@ def mass_grid(problem: Problem) -> Sequence[Settings]:
     return [{"mass": mass} for mass in problem.masses]
 
 
-def one_probe_grid(problem: Problem) -> Sequence[Settings]:
-    """Return the masses, with one random row for each example."""
-    return [{"mass": mass, "probes": 1} for mass in problem.masses]
+def gauss_newton_grid(problem: Problem) -> Sequence[Settings]:
+    """Return the masses; on minibatches with two parts of a step at first."""
+    masses = [{"mass": mass, "probes": 1} for mass in problem.masses]
+    if problem.full_batch:
+        return masses
+    return [{"lr": lr, **each} for lr in (0.5, 1.0) for each in masses]
 
 
 def sampled_mass_grid(problem: Problem) -> Sequence[Settings]:
@@ -158,7 +164,7 @@ def with_losses(problem: Problem, blocks: Blocks, rows: Suits) -> str:
 def many_outputs(problem: Problem) -> str:
     if not isinstance(problem, NetworkProblem):
         return "its rows are few enough to factorise"
-    return full_batch(problem)
+    return ""
 
 
 # --- the list
@@ -202,7 +208,7 @@ def entries() -> Iterator[Method]:
         "gauss-newton",
         "ours",
         "GaussNewton, all rows by conjugate gradients, one random row in front",
-        one_probe_grid,
+        gauss_newton_grid,
         gauss_newton,
         many_outputs,
     )

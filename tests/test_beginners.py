@@ -189,10 +189,7 @@ def test_zero_grad_between_backward_and_step(make: type) -> None:
     assert not all(map(torch.equal, before, model.parameters()))
 
 
-@pytest.mark.parametrize(
-    "make",
-    [rm.optim.LevenbergMarquardt, rm.optim.TrustRegion, rm.optim.GaussNewton],
-)
+@pytest.mark.parametrize("make", [rm.optim.LevenbergMarquardt, rm.optim.TrustRegion])
 def test_a_learning_rate_where_there_is_none(make: type) -> None:
     _, metric = setting()
     with pytest.raises(TypeError, match=rf"no learning rate.*{make.__name__}\(metric"):

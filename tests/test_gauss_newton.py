@@ -360,6 +360,91 @@ def test_linear_least_squares_are_solved_in_one_step(seed):
     assert math.isclose(optimizer.report.ratio, 1.0, rel_tol=1e-6)
 
 
+def stepped(lr, manifold="euclidean", steps=3):
+    """Return the parameters after some steps, the first of them a part of one."""
+    torch.manual_seed(2)
+    model, metric, pull_back, outputs, loss = problem(manifold)
+    optimizer = GaussNewton(metric, lr=lr, retraction=rm.retractions.Projection())
+    points, reports = [[p.detach().clone() for p in model.parameters()]], []
+    for _ in range(steps):
+        pull_back()
+        final = optimizer.step(outputs, loss)
+        assert final == optimizer.report.new_loss
+        assert final == pytest.approx(float(loss(outputs()).detach()), rel=1e-6)
+        points.append([p.detach().clone() for p in model.parameters()])
+        reports.append(optimizer.report)
+    return points, reports
+
+
+def test_lr_is_the_part_of_the_step_that_is_taken():
+    (start, whole), (full,) = stepped(1.0, steps=1)
+    (_, part), (half,) = stepped(0.5, steps=1)
+    for a, b, c in zip(start, whole, part, strict=True):
+        torch.testing.assert_close(c, 0.5 * (a + b))
+    assert (half.length, half.ratio) == (0.5 * full.length, full.ratio)
+    assert half.mass == full.mass
+    assert (half.predicted, half.loss) == (full.predicted, full.loss)
+
+
+def test_part_of_a_step_follows_the_retraction():
+    (start, whole), _ = stepped(1.0, "sphere", steps=1)
+    (_, part), _ = stepped(0.3, "sphere", steps=1)
+    x, there, here = (
+        each[0].as_subclass(torch.Tensor) for each in (start, whole, part)
+    )
+    vector = there / (x * there).sum(-1, keepdim=True) - x
+    torch.testing.assert_close(here, F.normalize(x + 0.3 * vector, dim=-1))
+
+
+def test_a_scheduler_of_torch_sets_the_part():
+    torch.manual_seed(2)
+    model, metric, pull_back, outputs, loss = problem()
+    optimizer = GaussNewton(metric)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=2)
+    lengths = []
+    for _ in range(3):
+        pull_back()
+        before = [p.detach().clone() for p in model.parameters()]
+        optimizer.step(outputs, loss)
+        schedule.step()
+        lengths.append(optimizer.report.length)
+    assert lengths == [1.0, 0.5, 0.0]
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+def test_where_the_part_is_no_point_nothing_moves():
+    torch.manual_seed(2)
+    model, metric, pull_back, outputs, loss = problem()
+    optimizer = GaussNewton(metric, lr=0.5)
+    pull_back()
+    before = [p.detach().clone() for p in model.parameters()]
+    calls = []
+
+    def broken(z):
+        calls.append(z)
+        return loss(z) * (math.inf if len(calls) == 3 else 1.0)
+
+    assert optimizer.step(outputs, broken) == optimizer.report.loss
+    assert len(calls) == 3
+    assert optimizer.report.length == 0.0
+    assert not optimizer.report.accepted
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+@pytest.mark.parametrize("lr", [0.0, 1.5, -1.0, math.nan, "0.1", True, None])
+def test_parts_that_are_none(lr):
+    model, metric, pull_back, outputs, loss = problem()
+    with pytest.raises(ValueError, match="part of each step"):
+        GaussNewton(metric, lr=lr)
+    optimizer = GaussNewton(metric)
+    pull_back()
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer.param_groups[0]["lr"] = 2.0
+    with pytest.raises(ValueError, match=r"lr=2\.0.*part of each step"):
+        optimizer.step(outputs, loss)
+    assert all(map(torch.equal, before, model.parameters()))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("mass", [1e-6, 1e-3, 1.0])
 def test_every_initial_mass_gets_there(mass, dtype):

@@ -2,8 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,42 +10,22 @@ from torch import Tensor
 
 from riemannian_modules.block import Part
 from riemannian_modules.declared import Declared
-from riemannian_modules.errors import (
-    NonFiniteError,
-    NotRecordedError,
-    OutputMetricError,
-)
+from riemannian_modules.errors import NotRecordedError, OutputMetricError
 from riemannian_modules.heads import OutputLike
 from riemannian_modules.layerwise import LayerwiseMetric
 from riemannian_modules.model_metric import ModelMetric
 from riemannian_modules.optim.conjugate import Proximal, Truncated
-from riemannian_modules.optim.joint_map import JointMap
-from riemannian_modules.optim.kinds import (
-    refuse_scaler,
-    require_differentiable,
-    require_kinds,
-)
+from riemannian_modules.optim.kinds import refuse_scaler, require_kinds
 from riemannian_modules.optim.kronecker import KroneckerInverse
-from riemannian_modules.optim.output_map import OutputMap
+from riemannian_modules.optim.linearised import Linearised, linearised
 from riemannian_modules.optim.trial import Trial
 from riemannian_modules.optim.trial_reports import GaussNewtonReport
 from riemannian_modules.optim.weighing import WeighingOptimizer
-from riemannian_modules.precision import wide_dot
 from riemannian_modules.retractions import Retraction
 
 __all__ = ["GaussNewton"]
 
 _ARMIJO = 1e-4
-
-
-@dataclass(frozen=True)
-class _Point:
-    map: OutputMap | JointMap
-    gradient: Mapping[str, Tensor]
-    loss: float
-
-    def slope(self, u: Mapping[str, Tensor]) -> float:
-        return sum(float(wide_dot(self.gradient[name], x)) for name, x in u.items())
 
 
 class GaussNewton(WeighingOptimizer):
@@ -62,8 +41,9 @@ class GaussNewton(WeighingOptimizer):
     :class:`LevenbergMarquardt`; a step that does not lower the loss is shortened
     first. Neither a step length nor a good first mass has to be found.
 
-    For full batches and large ones: the loss must be the same function during a step,
-    without dropout. ``.grad`` is not touched.
+    The loss must be the same function during a step, without dropout. A minibatch is
+    fitted better than the rest of the data by a whole step: give ``lr`` there, and let
+    it fall to zero by a scheduler of torch. ``.grad`` is not touched.
 
     Args:
         metric: the model's geometry, usually of ``output=Sampled(...)`` with one
@@ -79,7 +59,8 @@ class GaussNewton(WeighingOptimizer):
         shorten: how often a proposal may be shortened.
         trials: how many proposals to make before the step is given up.
         retraction: how a tangent step becomes a point.
-        lr: refused: there is no learning rate.
+        lr: part of each step that is taken, in (0, 1]: 1 for full batches, 0.5 or a
+            schedule from 1 to 0 for minibatches. The mass is found for whole steps.
 
     Attributes:
         report: what the last step did, a :class:`GaussNewtonReport`; None before it.
@@ -125,9 +106,10 @@ class GaussNewton(WeighingOptimizer):
         shorten: int = 4,
         trials: int = 6,
         retraction: Retraction | None = None,
-        lr: None = None,
+        lr: float = 1.0,
     ) -> None:
-        require_kinds("GaussNewton(metric)", metric, retraction, lr)
+        require_kinds("GaussNewton(metric)", metric, retraction)
+        _require_part(lr)
         if not (0.0 < shrink <= 1.0 <= grow and 0.0 < bad <= good):
             raise ValueError(
                 f"shrink={shrink}, grow={grow}, bad={bad}, good={good}: needs "
@@ -141,6 +123,7 @@ class GaussNewton(WeighingOptimizer):
             )
         self.report: GaussNewtonReport | None = None
         defaults = {
+            "lr": lr,
             "iterations": iterations,
             "greed": greed,
             "shrink": shrink,
@@ -177,8 +160,10 @@ class GaussNewton(WeighingOptimizer):
             NonFiniteError: the loss or its gradient is not finite where the step
                 begins.
             OutputMetricError: an output has no metric.
+            ValueError: the group's ``"lr"`` is not in [0, 1].
         """
         refuse_scaler(self)
+        _require_part(self.param_groups[0]["lr"], least=True)
         metric = self.metric
         if not metric.blocks:
             raise NotRecordedError(
@@ -198,42 +183,6 @@ class GaussNewton(WeighingOptimizer):
             self.report = self._search(trial, outputs, loss)
         return self.report.new_loss
 
-    def _linearise(
-        self, outputs: Callable[[], OutputLike], loss: Callable[[Any], Tensor]
-    ) -> _Point:
-        exchange = self.metric.exchange
-        shared = nullcontext() if exchange is None else exchange.guard("outputs")
-        with shared, torch.enable_grad():
-            evaluated = outputs()
-            own = OutputMap(
-                {d.name: d.tensor for d in self.metric.parameters},
-                self.metric.output,
-                evaluated,
-                self.metric.reduction,
-            )
-            found = loss(evaluated)
-            require_differentiable(found)
-            costates = torch.autograd.grad(
-                found, own.outputs, allow_unused=True, retain_graph=True
-            )
-        map: OutputMap | JointMap = own
-        if exchange is not None:
-            share = exchange.share(own.terms, self.metric.reduction)
-            map = JointMap(own, exchange, share)
-        value = map.total(float(found.detach()))
-        cotangents = [
-            torch.zeros_like(z) if costate is None else costate.detach()
-            for z, costate in zip(own.outputs, costates, strict=True)
-        ]
-        gradient = map.pull(cotangents)
-        finite = all(bool(e.isfinite().all()) for e in gradient.values())
-        if not (math.isfinite(value) and finite):
-            raise NonFiniteError(
-                f"the loss is {value} where the step begins, or its gradient is not "
-                "finite; nothing was changed. Load a good state"
-            )
-        return _Point(map, gradient, value)
-
     def _search(
         self,
         trial: Trial,
@@ -251,7 +200,7 @@ class GaussNewton(WeighingOptimizer):
         iterations = tried = 0
         for _ in range(group["trials"]):
             # Anew after a trial that failed: it wrote what the graph had kept.
-            start = self._linearise(outputs, loss)
+            start = linearised(self.metric, outputs, loss)
             with torch.no_grad():
                 spaces = {name: d.space() for name, d in moving.items()}
                 model = Proximal(start.map, spaces, start.gradient)
@@ -275,6 +224,9 @@ class GaussNewton(WeighingOptimizer):
                     self._weigh_both(inverse, group["grow"])
                 elif ratio > group["good"] and self._may_shrink(found):
                     self._weigh_both(inverse, group["shrink"])
+                if group["lr"] < 1.0:
+                    part = float(group["lr"]) * length
+                    length, reached = self._part(trial, found, start, closure, part)
                 break
             self._weigh_both(inverse, group["grow"] ** 2)
             before = None
@@ -298,7 +250,7 @@ class GaussNewton(WeighingOptimizer):
         self,
         trial: Trial,
         found: Truncated,
-        start: _Point,
+        start: Linearised,
         closure: Callable[[], float],
     ) -> tuple[float, float, int]:
         """Try the step and parts of it; back to the start if none lowers the loss."""
@@ -317,6 +269,22 @@ class GaussNewton(WeighingOptimizer):
             length *= min(0.5, max(0.1, part)) if math.isfinite(rise) else 0.1
         trial.restore()
         return 0.0, loss, count
+
+    def _part(
+        self,
+        trial: Trial,
+        found: Truncated,
+        start: Linearised,
+        closure: Callable[[], float],
+        part: float,
+    ) -> tuple[float, float]:
+        """Take a part of a step that was good; where that is no point, none of it."""
+        trial.move({name: part * x for name, x in found.vectors.items()})
+        reached = start.map.total(trial.value(closure))
+        if math.isfinite(reached):
+            return part, reached
+        trial.restore()
+        return 0.0, start.loss
 
     def _preconditioner(self, moving: Mapping[str, Declared]) -> KroneckerInverse:
         factors = {
@@ -344,3 +312,14 @@ class GaussNewton(WeighingOptimizer):
 
     def _weigh_both(self, inverse: KroneckerInverse, factor: float) -> None:
         inverse.scale_mass(self._weigh(factor))
+
+
+def _require_part(lr: object, *, least: bool = False) -> None:
+    if isinstance(lr, int | float | Tensor) and not isinstance(lr, bool):
+        part = float(lr)
+        if 0.0 < part <= 1.0 or (least and part == 0.0):
+            return
+    raise ValueError(
+        f"lr={lr!r}; it is the part of each step that is taken, a number in (0, 1]: 1 "
+        "for full batches, 0.5 or a schedule from 1 to 0 for minibatches"
+    )
