@@ -144,7 +144,9 @@ class Embedding(Problem):
         output: rm.output.OutputMetric = rm.output.Categorical()
         if probes is not None:
             output = rm.output.Sampled(output, probes=probes)
-        metric = rm.LayerwiseMetric(model, output=output, mass=mass, blocks=blocks)
+        metric = rm.LayerwiseMetric(
+            model, output=output, mass=mass, blocks=blocks, static_graph=True
+        )
 
         def backward(batch: Batch) -> Tensor:
             with metric.record():

@@ -27,7 +27,8 @@ def rsgd(
     """Return a step of RiemannianSGD; without "lr" in the settings it finds its own.
 
     Steps of sampled rows, and of functions, are captured: what is solved by conjugate
-    gradients is not, since the number of products is another one in each step.
+    gradients is not, since the number of products is another one in each step, nor are
+    embeddings, since that of the tokens that occur is.
     """
     geometry = geometry_of(problem, model, settings, blocks)
     lr = torch.tensor(settings["lr"]) if "lr" in settings else None
@@ -37,7 +38,8 @@ def rsgd(
         geometry.backward(batch)
         optimizer.step()
 
-    pays = "probes" in settings or problem.kind == "functions"
+    sampled = "probes" in settings and problem.name != "poincare"
+    pays = sampled or problem.kind == "functions"
     captured = rm.optim.CapturedStep(optimizer, work) if pays else work
 
     def step(batch: Batch, gone: float) -> None:

@@ -9,7 +9,7 @@ from captured_cases import bits
 from conftest import seed_torch
 from torch import Tensor
 
-from riemannian_modules.capture import Program, Slot, Trace, UncapturableError
+from riemannian_modules.capture import Missed, Program, Slot, Trace, UncapturableError
 from riemannian_modules.optim.rehearsal import Before, rehearsed
 from riemannian_modules.optim.step_kinds import before
 from riemannian_modules.reading import number
@@ -114,9 +114,15 @@ def test_a_guard_ends_it_before_anything_is_changed() -> None:
     x = torch.ones(N)
     program = Program(*traced(run, x))
     h.zero_()
-    where = program([-x], [])
-    assert isinstance(where, str)
-    assert where.startswith(f"{__file__}:")
+    missed = program([-x], [])
+    assert isinstance(missed, Missed)
+    assert missed.where.startswith(f"{__file__}:")
+    (at,) = program.decided
+    assert missed.way == {at: False} == {at: not program.decided[at]}
+    assert 0.0 < missed.part < 1.0
+    assert not program.may_go(missed.way)
+    assert program.may_go({at: True})
+    assert program.may_go({})
     assert torch.equal(h, torch.zeros(N))
     assert program([2.0 * x], []) == (torch.tensor(6.0),)
 
@@ -143,7 +149,7 @@ def test_an_operation_that_fails_before_anything_is_changed() -> None:
     x = torch.ones(N)
     program = Program(*traced(run, x, torch.tensor([0])))
     h.zero_()
-    assert "fails" in program([x, torch.tensor([7])], [])
+    assert "fails" in program([x, torch.tensor([7])], []).where
     assert torch.equal(h, torch.zeros(N))
 
 

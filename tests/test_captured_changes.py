@@ -111,7 +111,7 @@ CHANGES: dict[str, tuple[Callable[[], Training], Change, int]] = {
     "momentum reloaded": (training(**MOMENTUM), reload_optimizer, 11),
     "state from the beginning": (training(), restart_optimizer, 10),
     "state forgotten": (training(**MOMENTUM), forget_state, 10),
-    "state laid otherwise": (training(**MOMENTUM), other_layout, 5),
+    "state laid otherwise": (training(**MOMENTUM), other_layout, 6),
     "state of the model": (training(), reload_model, 11),
     "parameters in place": (training(), scaled, 11),
     "another module": (training(), other_module, 5),

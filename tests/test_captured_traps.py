@@ -217,14 +217,58 @@ def flipping(built: Training) -> Callable[..., Any]:
     return step
 
 
-def test_a_step_that_decides_otherwise_every_third_time_is_given_up() -> None:
+@pytest.mark.parametrize("often", [2, 3, 5])
+def test_a_step_that_goes_two_ways_has_two_programs(often: int) -> None:
     def batch(index: int) -> tuple[Tensor, Tensor, Tensor]:
-        return *classes()(index), torch.tensor(index > 12 and index % 3 == 2)
+        return *classes()(index), torch.tensor(index > 12 and index % often == 0)
 
-    with pytest.warns(NotCapturedWarning):
-        captured = same_bits(replacing(flipping, batch=batch), 120, replayed=-1)
+    captured = same_bits(replacing(flipping, batch=batch), 90, replayed=-1)
+    assert captured.reason is None
+    # Those that fit nothing yet, and what is looked at.
+    assert captured.replayed >= 90 - 7 - 7
+    (kind,) = [kind for kind in captured._kinds.values() if kind.known]
+    assert len(kind.known) == 2
+
+
+def counting(built: Training) -> Callable[..., Any]:
+    """The host reads how often to do something once most of the step is done."""
+
+    def step(x: Tensor, y: Tensor, count: Tensor) -> Tensor:
+        with built.metric.record():
+            outputs = built.model(x)
+        loss = F.cross_entropy(outputs, y)
+        built.metric.backward(loss, outputs)
+        found = loss.detach()
+        for _ in range(int(count)):
+            found = found + 1.0
+        built.optimizer.step()
+        return found
+
+    return step
+
+
+def test_a_step_that_goes_too_many_ways_is_given_up() -> None:
+    def batch(index: int) -> tuple[Tensor, Tensor, Tensor]:
+        count = index * index % 13 if index > 12 else 0
+        return *classes()(index), torch.tensor(count)
+
+    with pytest.warns(
+        NotCapturedWarning, match="again and again|from step to step|run again"
+    ):
+        captured = same_bits(replacing(counting, batch=batch), 120, replayed=-1)
     assert captured.reason is not None
-    assert 0 < captured.replayed < 60
+    assert 0 < captured.replayed < 90
+
+
+def test_at_most_four_ways_are_kept_and_the_last_that_fitted_is_tried_first() -> None:
+    def batch(index: int) -> tuple[Tensor, Tensor, Tensor]:
+        return *classes()(index), torch.tensor(index // 20)
+
+    captured = same_bits(replacing(counting, batch=batch), 140, replayed=-1)
+    (kind,) = [kind for kind in captured._kinds.values() if kind.known]
+    assert len(kind.known) == 4
+    # Seven ways, each of them for so long that it is worth a program.
+    assert captured.replayed == 20 - 7 + 6 * (20 - 5)
 
 
 def test_the_reason_is_there_to_be_read() -> None:

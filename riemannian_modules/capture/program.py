@@ -1,17 +1,18 @@
 """The operations of a trace as one function without anything between them."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from riemannian_modules.capture.operation import Operation, Slot
+from riemannian_modules.capture.operation import Operation, Slot, same
 from riemannian_modules.capture.simplify import Simple, simplified
 from riemannian_modules.capture.trace import Trace
 
-__all__ = ["Program", "UncapturableError"]
+__all__ = ["Missed", "OtherWayError", "Program", "UncapturableError"]
 
 _FILE = "<captured step>"
 _ELSEWHERE = (torch._C._VariableFunctions, torch._C._nn)
@@ -21,6 +22,26 @@ _PLAIN: set[Any] = set()
 
 class UncapturableError(Exception):
     """Why operations alone would not be the same step."""
+
+
+class OtherWayError(UncapturableError):
+    """A step went another way than the one that was taken down."""
+
+
+@dataclass(frozen=True)
+class Missed:
+    """How a program ended early.
+
+    Attributes:
+        where: the line of Python that would decide otherwise now, or what failed.
+        part: how much of the program had been run, in (0, 1].
+        way: what was read, by the operations of the trace: all that fitted, and at
+            last what did not.
+    """
+
+    where: str
+    part: float = 0.0
+    way: Mapping[int, object] = field(default_factory=dict)
 
 
 class Program:
@@ -40,6 +61,7 @@ class Program:
         places: which places it looks into.
         operations: what it calls, in this order.
         source: what it is, in Python.
+        decided: what is read, by the operations of the trace.
 
     Raises:
         UncapturableError: something is read after something was changed.
@@ -51,7 +73,12 @@ class Program:
         _require_order(trace, simple)
         self.operations = simple.operations
         self.generators = trace.generators()
-        self._wheres = simple.wheres
+        self._wheres, self._indices = simple.wheres, simple.indices
+        self.decided = {
+            index: operation.value
+            for index, operation in zip(simple.indices, simple.operations, strict=True)
+            if operation.ends
+        }
         used = {slot for each in simple.operations for slot in each.given}
         used.update(simple.wanted)
         self.places = sorted(slot.number for slot in used if slot.kind == "p")
@@ -73,7 +100,7 @@ class Program:
     def _write(self) -> None:
         """Write the source, and compile it."""
         trace, simple, arguments = self._trace, self._simple, self._arguments
-        self._names: dict[str, Any] = {"read": Tensor.item}
+        self._names: dict[str, Any] = {"read": Tensor.item, "miss": _Miss}
         self._called: dict[int, str] = {}
         for index, tensor in enumerate(trace.held):
             self._names[f"h{index}"] = tensor
@@ -91,11 +118,20 @@ class Program:
         lines.append(f"    return ({''.join(f'{slot}, ' for slot in simple.wanted)})")
         self.source = "\n".join(lines) + "\n"
         exec(compile(self.source, _FILE, "exec"), self._names)
-        self._run: Callable[..., tuple[Tensor, ...] | int] = self._names["run"]
+        self._run: Callable[..., tuple[Tensor, ...] | _Miss] = self._names["run"]
+
+    def may_go(self, way: Mapping[int, object]) -> bool:
+        """Whether it decides like a step of which the first decisions are known.
+
+        Args:
+            way: from a program of the same step that ended early.
+        """
+        own = self.decided
+        return all(same(own[index], way[index]) for index in way if index in own)
 
     def __call__(
         self, arguments: Sequence[Tensor], places: Sequence[Tensor]
-    ) -> tuple[Tensor, ...] | str:
+    ) -> tuple[Tensor, ...] | Missed:
         """Run it.
 
         Args:
@@ -103,8 +139,8 @@ class Program:
             places: what is in :attr:`places` now.
 
         Returns:
-            The tensors that were wanted; or the line of Python that would decide
-            otherwise now, or that an operation fails, and then nothing was changed.
+            The tensors that were wanted; or where it would decide otherwise now, or
+            that an operation fails, and then nothing was changed.
         """
         try:
             return self.run(arguments, places)
@@ -115,15 +151,20 @@ class Program:
             changed = self._safe is not None and trace is not None
             if changed and trace is not None and trace.tb_lineno > (self._safe or 0):
                 raise
-            return f"an operation fails ({error})"
+            return Missed(f"an operation fails ({error})", 1.0)
 
     def run(
         self, arguments: Sequence[Tensor], places: Sequence[Tensor]
-    ) -> tuple[Tensor, ...] | str:
+    ) -> tuple[Tensor, ...] | Missed:
         """Run it, and let errors of operations through."""
         with torch.no_grad():
             found = self._run(arguments, places)
-        return self._wheres[found] if isinstance(found, int) else found
+        if not isinstance(found, _Miss):
+            return found
+        at = self._indices[found.index]
+        way = {index: value for index, value in self.decided.items() if index < at}
+        part = (found.index + 1) / len(self.operations)
+        return Missed(self._wheres[found.index], part, {**way, at: found.value})
 
     def _line(self, index: int, operation: Operation) -> Iterator[str]:
         given = [self._text(each) for each in operation.args]
@@ -134,7 +175,8 @@ class Program:
         if operation.reads:
             if operation.decides is not None:
                 call = f"{self._constant(operation.decides)}({call})"
-            yield f"if {call} != {self._text(operation.value)}: return {index}"
+            yield f"r = {call}"
+            yield f"if r != {self._text(operation.value)}: return miss({index}, r)"
             return
         targets = [str(slot) if slot else "_" for slot in operation.made]
         if any(operation.made):
@@ -144,10 +186,10 @@ class Program:
             yield call
         if operation.value is not None:
             assert isinstance(operation.value, tuple)
-            for slot, shape in zip(operation.made, operation.value, strict=True):
-                if slot is not None:
-                    known = self._constant(shape)
-                    yield f"if {slot}.shape != {known}: return {index}"
+            shapes = [f"{slot}.shape" if slot else "None" for slot in operation.made]
+            yield f"r = ({', '.join(shapes)},)"
+            known = self._constant(operation.value)
+            yield f"if r != {known}: return miss({index}, r)"
 
     def _function(self, function: Any) -> str:
         if id(function) not in self._called:
@@ -172,6 +214,12 @@ class Program:
         name = f"k{len(self._names)}"
         self._names[name] = value
         return name
+
+
+@dataclass
+class _Miss:
+    index: int
+    value: object
 
 
 def _binding(function: Any) -> Any:

@@ -25,12 +25,14 @@ class Simple:
     Attributes:
         operations: the calls, in their order.
         wheres: the lines of Python that they come from.
+        indices: which of the trace's operations they are.
         wanted: the slots of what to return.
         constants: slots whose tensors are made once.
     """
 
     operations: list[Operation] = field(default_factory=list)
     wheres: list[str] = field(default_factory=list)
+    indices: list[int] = field(default_factory=list)
     wanted: list[Slot] = field(default_factory=list)
     constants: dict[Slot, Tensor] = field(default_factory=dict)
 
@@ -55,6 +57,7 @@ def simplified(trace: Trace, wanted: Sequence[Slot]) -> Simple:
     for index, operation in kept:
         found.operations.append(operation)
         found.wheres.append(trace.wheres[index])
+        found.indices.append(index)
     return found
 
 

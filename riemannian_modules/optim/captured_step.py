@@ -7,18 +7,24 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from riemannian_modules.capture import Slot, Trace, UncapturableError
+from riemannian_modules.capture import (
+    Missed,
+    OtherWayError,
+    Slot,
+    Trace,
+    UncapturableError,
+)
 from riemannian_modules.errors import NotCapturedWarning, RiemannianModulesError
 from riemannian_modules.optim.places import Place, gradient_places, memory_places
 from riemannian_modules.optim.rehearsal import rehearsed
 from riemannian_modules.optim.rsgd import RiemannianSGD
 from riemannian_modules.optim.step_kinds import (
     Held,
-    Kind,
     OneStep,
     before,
     ends_of,
     has_hooks,
+    laid,
     require_capturable,
 )
 from riemannian_modules.optim.step_settings import (
@@ -26,19 +32,18 @@ from riemannian_modules.optim.step_settings import (
     Key,
     copied,
     key_of,
-    looks_of,
     settings_of,
     written_back,
 )
+from riemannian_modules.optim.step_ways import Kind, Known
 from riemannian_modules.precision import without_autocast
 
 __all__ = ["CapturedStep"]
 
 # Steps that find out about the graph, before one is worth looking at.
 _FIRST = 3
-# So often a kind of step is looked at, more often where there was a program, and so
-# many replays in a row may not fit; one of three is too many, too, for what it wastes.
-_FEW, _LOOKS, _MISSES, _WEIGHT = 4, 8, 3, 3
+# So often a kind of step is looked at for its first program.
+_LOOKS = 4
 _KINDS = 32
 
 
@@ -55,7 +60,8 @@ class CapturedStep:
     Other shapes, data types or modes are other kinds of steps, and so are other
     settings of the optimizer and other masses. Where the step would decide otherwise
     than it did (a matrix asks for float64, something is not finite), it is taken as
-    usual, with its own errors, and nothing was changed before. What is promised is that
+    usual, with its own errors, and nothing was changed before; ways that it goes often
+    have a program each, up to four. What is promised is that
     the step is a function of its arguments, the parameters and the optimizer's state:
     what Python makes of anything else (a global variable, a counter, a hook that
     prints) stays as it was.
@@ -170,9 +176,12 @@ class CapturedStep:
         kind = self._kind_of(flat, spec)
         if kind is None or kind.hopeless:
             return self.ordinary(*args, **kwargs)
-        if kind.program is not None:
-            found = self._replay(kind, tensors)
-            return self.ordinary(*args, **kwargs) if found is None else found[0]
+        if kind.known:
+            found = self._replayed(kind, tensors)
+            if found is not None:
+                return found[0]
+            if not kind.seeks:
+                return self.ordinary(*args, **kwargs)
         kind.steps += 1
         if kind.steps <= _FIRST:
             return self.ordinary(*args, **kwargs)
@@ -259,7 +268,7 @@ class CapturedStep:
         differs = None if last is None else last[0].differs(trace)
         if differs is None and last is not None and last[1] != ends:
             differs = "the step returns or keeps other things in each step"
-        if differs is not None and kind.looks >= (_LOOKS if kind.worked else _FEW):
+        if differs is not None and kind.looks >= _LOOKS:
             self._give_up(kind, differs)
             return result
         kind.last, kind.agreed = (trace, ends), last is not None and differs is None
@@ -280,30 +289,42 @@ class CapturedStep:
         try:
             with without_autocast(self._device):
                 program = rehearsed(trace, ends.wanted, start, tensors, contents, left)
+        except OtherWayError as error:
+            kind.looks += 1
+            kind.last, kind.agreed = (trace, ends), True
+            if kind.looks >= 2 * _LOOKS:
+                self._give_up(kind, str(error))
+            return result
         except UncapturableError as error:
             self._give_up(kind, str(error))
             return result
-        kind.program, kind.ends, kind.worked = program, ends, True
-        kind.contents = tuple([_lies(contents[index]) for index in program.places])
+        places = [contents[index] for index in program.places]
+        kind.learns(Known(program, ends, laid(places)))
         return result
 
-    def _replay(self, kind: Kind, tensors: Sequence[Tensor]) -> tuple[Any] | None:
-        """Run the program; None where it decides otherwise, and nothing was changed."""
-        program, ends = kind.program, kind.ends
-        assert program is not None
-        assert ends is not None
+    def _replayed(self, kind: Kind, tensors: Sequence[Tensor]) -> tuple[Any] | None:
+        """Run a program that fits; None where none does, and nothing was changed."""
+        found = kind.through(lambda known: self._replay(known, tensors))
+        if not isinstance(found, Missed):
+            return found
+        if kind.wasteful:
+            why = f"{found.where} decides otherwise again and again"
+            self._give_up(kind, why, all=True)
+        return None
+
+    def _replay(self, known: Known, tensors: Sequence[Tensor]) -> tuple[Any] | Missed:
+        """Run a program; where it decides otherwise, then nothing was changed."""
+        program, ends = known.program, known.ends
         contents = [self._places[index].read() for index in program.places]
         states = [generator.get_state() for generator in program.generators]
-        found: tuple[Tensor, ...] | str = "a tensor of the optimizer is of another kind"
-        if tuple(map(_lies, contents)) == kind.contents:
+        found: tuple[Tensor, ...] | Missed = Missed("a tensor is of another kind")
+        if laid(contents) == known.contents:
             with without_autocast(self._device):
                 found = program(tensors, [c for c in contents if c is not None])
-        if isinstance(found, str):
+        if isinstance(found, Missed):
             for generator, state in zip(program.generators, states, strict=True):
                 generator.set_state(state)
-            self._missed(kind, found)
-            return None
-        kind.misses = max(0, kind.misses - 1)
+            return found
         values = iter(found)
         leaves = [next(values) if isinstance(e, Slot) else e for e in ends.results]
         for index, slot in ends.places.items():
@@ -314,17 +335,9 @@ class CapturedStep:
         self.taken, self.replayed = self.taken + 1, self.replayed + 1
         return (tree_unflatten(leaves, ends.spec),)
 
-    def _missed(self, kind: Kind, where: str) -> None:
-        kind.misses += _WEIGHT
-        if kind.misses < _MISSES * _WEIGHT:
-            return
-        kind.program, kind.steps, kind.misses = None, _FIRST, 0
-        if kind.looks >= _LOOKS:
-            self._give_up(kind, f"{where} decides otherwise again and again")
-
-    def _give_up(self, kind: Kind, why: str) -> None:
-        kind.hopeless, kind.last, kind.program = True, None, None
-        self._warn(why)
+    def _give_up(self, kind: Kind, why: str, *, all: bool = False) -> None:
+        if kind.stop(all=all):
+            self._warn(why)
 
     def _warn(self, why: str) -> None:
         if why != self.reason:
@@ -332,8 +345,3 @@ class CapturedStep:
             warnings.warn(
                 f"steps are taken as usual: {why}", NotCapturedWarning, stacklevel=4
             )
-
-
-def _lies(tensor: Tensor | None) -> Key:
-    # An operation may ask where in its memory a tensor begins.
-    return () if tensor is None else (*looks_of(tensor), tensor.storage_offset())

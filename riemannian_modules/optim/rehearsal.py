@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from riemannian_modules.capture import Program, Slot, Trace, UncapturableError
+from riemannian_modules.capture import (
+    Missed,
+    OtherWayError,
+    Program,
+    Slot,
+    Trace,
+    UncapturableError,
+)
 from riemannian_modules.capture.operation import same
 
 __all__ = ["Before", "rehearsed"]
@@ -95,6 +102,7 @@ def rehearsed(
 
     Raises:
         UncapturableError: it does something else.
+        OtherWayError: the step went another way than the trace.
     """
     after, plain = before.now(), set[Any]()
     program = Program(trace, wanted)
@@ -112,8 +120,8 @@ def rehearsed(
             program.call_plainly(wrong)
         elif isinstance(found, Exception):
             raise UncapturableError(f"an operation fails outside of the step: {found}")
-        elif isinstance(found, str):
-            raise UncapturableError(f"{found} decides otherwise when it is run again")
+        elif isinstance(found, Missed):
+            raise OtherWayError(f"{found.where} decides otherwise when it is run again")
         elif not ends.ends_like(after):
             raise UncapturableError("the step sets the state of a random generator")
         elif not all(map(_equal, [*found, *ends.values], [*results, *after.values])):
@@ -124,10 +132,10 @@ def rehearsed(
 
 def _run(
     program: Program, arguments: Sequence[Tensor], places: Sequence[Tensor]
-) -> tuple[list[Call], tuple[Tensor, ...] | str | Exception]:
+) -> tuple[list[Call], tuple[Tensor, ...] | Missed | Exception]:
     """Run a program, and return the operations that were called, and what it left."""
     calls = _Calls()
-    found: tuple[Tensor, ...] | str | Exception
+    found: tuple[Tensor, ...] | Missed | Exception
     with calls:
         try:
             found = program.run(arguments, places)

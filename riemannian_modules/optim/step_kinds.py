@@ -1,7 +1,6 @@
 """What tells one kind of captured step from another, and what is known of it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from operator import is_
 from typing import Any
 
@@ -9,75 +8,34 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from riemannian_modules.capture import Program, Slot, Trace, UncapturableError
+from riemannian_modules.capture import Slot, Trace, UncapturableError
 from riemannian_modules.capture.memory import memory_of
 from riemannian_modules.layerwise import LayerwiseMetric
 from riemannian_modules.model_metric import ModelMetric
 from riemannian_modules.optim.places import Place
 from riemannian_modules.optim.rehearsal import Before
 from riemannian_modules.optim.rsgd import RiemannianSGD
-from riemannian_modules.optim.step_settings import PLAIN, Key
+from riemannian_modules.optim.step_settings import PLAIN, Key, looks_of
+from riemannian_modules.optim.step_ways import Ends
 
 __all__ = [
-    "Ends",
     "Held",
-    "Kind",
     "OneStep",
     "before",
     "ends_of",
     "has_hooks",
+    "laid",
     "require_capturable",
 ]
 
 
-@dataclass(frozen=True)
-class Ends:
-    """What a step returns, and what it leaves in places.
-
-    Attributes:
-        spec: how its results are nested.
-        results: their leaves, slots in the place of tensors.
-        places: by index of a place, the slot of what it puts there; or None.
-    """
-
-    spec: Any
-    results: tuple[object, ...]
-    places: dict[int, Slot | None]
-
-    @property
-    def wanted(self) -> list[Slot]:
-        """The slots among them."""
-        every = [*self.results, *self.places.values()]
-        return [each for each in every if isinstance(each, Slot)]
-
-
-@dataclass(eq=False)
-class Kind:
-    """What is known of steps of one kind.
-
-    Attributes:
-        steps: how many were taken as usual.
-        looks: how many of these were taken down.
-        last: the last of them that was, and what it left.
-        agreed: whether the one before was the same.
-        program: what runs in their place.
-        ends: what to make of its results.
-        contents: what the contents of the places looked like that it reads.
-        misses: grows with each replay that decided otherwise, and falls with others.
-        worked: whether there was a program.
-        hopeless: whether there will be none.
-    """
-
-    steps: int = 0
-    looks: int = 0
-    last: tuple[Trace, Ends] | None = None
-    agreed: bool = False
-    program: Program | None = None
-    ends: Ends | None = None
-    contents: Key = ()
-    misses: int = 0
-    worked: bool = False
-    hopeless: bool = False
+def laid(contents: Sequence[Tensor | None]) -> Key:
+    """Return how tensors look, and where in their memory they begin."""
+    # An operation may ask for that.
+    return tuple(
+        () if each is None else (*looks_of(each), each.storage_offset())
+        for each in contents
+    )
 
 
 def before(
