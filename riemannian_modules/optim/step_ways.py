@@ -120,7 +120,7 @@ class Kind:
     @property
     def seeks(self) -> bool:
         """Whether to look for another way."""
-        # Three steps in a row, or so many of ten.
+        # Three steps in a row, or of some thirty.
         missed = self.misses > _MISSES - 1.0
         return not self.closed and missed and self.looks < _LOOKS
 
