@@ -78,8 +78,8 @@ class CapturedStep:
         reason: why some kind of step is not captured; None: all is well so far.
 
     Cost: of a replay, its operations and some microseconds each; it leaves no report
-    and no blocks. The first six steps of a kind are usual ones, two of them at
-    ten times the cost, and one with a copy of the parameters.
+    and no blocks. The first six steps of a kind are usual ones, three of them at four
+    to ten times the cost, the last with a copy of the parameters.
 
     Raises:
         TypeError: another optimizer, or no function.
