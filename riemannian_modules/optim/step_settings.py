@@ -42,7 +42,8 @@ def key_of(flat: Sequence[Any], spec: Any, device: str) -> Key:
     tensors = [each for each in flat if isinstance(each, Tensor)]
     others = [each for each in flat if not isinstance(each, Tensor)]
     return (
-        spec,
+        # With dictionaries it has no hash in older versions of torch.
+        repr(spec),
         tuple([isinstance(each, Tensor) for each in flat]),
         tuple(map(_exactly, others)),
         tuple(map(looks_of, tensors)),
