@@ -12,7 +12,6 @@ from torch import Tensor, nn
 import riemannian_modules as rm
 from riemannian_modules.errors import NotCapturedWarning
 
-
 OLD = torch.__version__.startswith("2.6.")
 
 
