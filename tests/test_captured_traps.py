@@ -10,7 +10,9 @@ from captured_cases import Training, classes, run, same_bits, training
 from torch import Tensor, nn
 
 import riemannian_modules as rm
+from riemannian_modules.capture import Missed
 from riemannian_modules.errors import NotCapturedWarning
+from riemannian_modules.optim.step_ways import Kind, Known
 
 
 def replacing(step: Callable[[Training], Callable[..., Any]], **options: Any) -> Any:
@@ -269,6 +271,38 @@ def test_at_most_four_ways_are_kept_and_the_last_that_fitted_is_tried_first() ->
     assert len(kind.known) == 4
     # Seven ways, each of them for so long that it is worth a program.
     assert captured.replayed == 20 - 7 + 6 * (20 - 5)
+
+
+def test_the_last_way_that_fitted_is_tried_first() -> None:
+    def batch(index: int) -> tuple[Tensor, Tensor, Tensor]:
+        return *classes()(index), torch.tensor(20 <= index < 40).long()
+
+    captured = same_bits(replacing(counting, batch=batch), 50, replayed=-1)
+    (kind,) = [kind for kind in captured._kinds.values() if kind.known]
+    assert captured.replayed == 50 - 7 - 5
+    # The second way was learnt last, and the first one has fitted since.
+    first, second = (known.program for known in kind.known)
+    assert 0 in first.decided.values()
+    assert 1 in second.decided.values()
+
+
+def test_programs_that_are_run_in_vain_too_often() -> None:
+    class Other:
+        @staticmethod
+        def may_go(way: object) -> bool:
+            return False
+
+    known = Known(Other(), None, ())  # type: ignore[arg-type]
+    kind = Kind(known=[known])
+    for index in range(8):
+        assert not kind.wasteful
+        assert kind.seeks == (index >= 3)
+        assert isinstance(kind.through(lambda _: Missed("here", 1.0)), Missed)
+    assert kind.wasteful
+    # A step that fits saves half a program.
+    assert kind.through(lambda _: (1,)) == (1,)
+    assert kind.waste == 7.5
+    assert not kind.wasteful
 
 
 def test_the_reason_is_there_to_be_read() -> None:

@@ -581,3 +581,26 @@ def test_a_step_on_the_meta_device_reads_nothing() -> None:
     found = metric.solve(residual=torch.zeros(8, device="meta"))
     assert (found.converged, found.iterations) == (None, 4)
     assert found.vectors["w"].shape == (3, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@given(seed=st.integers(0, 2**31 - 1), pivots=st.sampled_from([20, 32, 64, 90, 100]))
+@settings(max_examples=8)
+def test_the_preconditioner_is_that_of_its_columns(dtype, seed, pivots):
+    torch.manual_seed(seed)
+    rows = torch.randn(100, 120, dtype=torch.float64)
+    rows *= torch.logspace(0, -2, 120, dtype=torch.float64)
+    M = rows @ rows.mT
+    found = PivotedPreconditioner(
+        M.diagonal(), lambda index: M[:, index].to(dtype), pivots
+    )
+    P = found.pivots
+    assert len(P) == len(P.unique()) == pivots
+    C = M[:, P]
+    known = C @ torch.linalg.solve(M[P][:, P], C.mT)
+    tolerance = 1e-8 if dtype == torch.float64 else 1e-3
+    left = M - known
+    assert abs(float(found.remaining - left.trace())) <= tolerance * float(M.trace())
+    v = torch.randn(100, dtype=torch.float64)
+    exact = torch.linalg.solve(torch.eye(100, dtype=torch.float64) + known, v)
+    assert (found(v) - exact).norm() <= tolerance * v.norm()
