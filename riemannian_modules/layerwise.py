@@ -9,7 +9,7 @@ The recursion of Pehle & Slotine (2026) in five lines:
     x    = sharp(K^T y + e),  L^T y + rest = v       the Riemannian gradient
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -295,12 +295,13 @@ class LayerwiseMetric(ModelMetric):
                 raise EmptyBatchError(
                     "all weights are zero: nothing in this batch counts; skip it"
                 )
-            carried: Sequence[Head] = heads
             if loss is not None and self._holds(loss):
                 # The factors stay: an ordinary backward pass, without rows.
-                carried = [(end, None) for end, _ in heads]
-            require_room(carried, self.max_memory)
-            found = self._recorder.linearize(carried, loss, self.reduction)
+                bare: list[Head] = [(end, None) for end, _ in heads]
+                found = self._recorder.differentiate(bare, loss, self.reduction)
+            else:
+                require_room(heads, self.max_memory)
+                found = self._recorder.linearize(heads, loss, self.reduction)
             if found.foreign and self.exchange is not None:
                 raise DistributedError(
                     "the loss depends on parameters outside the metric's model, whose "

@@ -25,6 +25,7 @@ from riemannian_modules.checks import (
 from riemannian_modules.declared import DeclaredParameters
 from riemannian_modules.errors import LinearizationError, NotRecordedError
 from riemannian_modules.explore import explore
+from riemannian_modules.gradient_alone import gradient_alone, paired
 from riemannian_modules.heads import Head, Reduction, output_rows
 from riemannian_modules.layout import random_scales
 from riemannian_modules.linearization import Linearization
@@ -133,18 +134,7 @@ class Recorder:
             NonFiniteError: NaN or infinity in the loss or the outputs.
         """
         ends = [tensor for tensor, _ in heads]
-        if self._used_up:
-            raise NotRecordedError(
-                "run the model inside 'with metric.record():' before every backward: "
-                "the recorded pass was linearised already, and can be only once. "
-                "Losses of the same outputs are added up: "
-                "metric.backward(one + other, outputs)"
-            )
-        unknown = self._tape is not None and self._tape.saw_nothing
-        if unknown and any(end.requires_grad for end in ends):
-            self._exploring = True
-            raise LinearizationError(f"{_OTHERWISE}: no layer was called")
-        tape = recorded_tape(self._tape, ends)
+        tape = self._recorded(ends)
         uses = self.watch.explaining(tape)
         if self.watch.generation != self._generation:
             self._forget()
@@ -162,7 +152,7 @@ class Recorder:
             alone = graph is not None and graph.alone and not in_float16(uses, ends)
             edges = [edge for use in uses for edge in use.edges] if alone else []
             costates, flat = output_costates(loss, ends, [*edges, *others])
-            foreign = _paired(others, flat[len(edges) :])
+            foreign = paired(others, flat[len(edges) :])
             if alone:
                 carried = [None if g is None else g[None] for g in flat[: len(edges)]]
                 below = by_use(uses, carried)
@@ -200,6 +190,53 @@ class Recorder:
             probes = moving and scales is not None
             graph.alone = travels_alone(rows, graph, probes=probes)
             return replace(taken_apart(whole, rows), foreign=foreign)
+
+    def differentiate(
+        self, heads: Sequence[Head], loss: Tensor, reduction: Reduction
+    ) -> Linearization:
+        """Return the gradient of the recorded pass alone, which is autograd's.
+
+        Args:
+            heads: the model's outputs, without metrics.
+            loss: scalar that depends on the parameters through the outputs only.
+            reduction: how the loss sums over examples.
+
+        Returns:
+            A linearisation without factors.
+
+        Raises:
+            NotRecordedError, LinearizationError, NonFiniteError: as :meth:`linearize`.
+        """
+        ends = [tensor for tensor, _ in heads]
+        tape = self._recorded(ends)
+        uses = self.watch.explaining(tape)
+        if in_float16(uses, ends):
+            return self.linearize(heads, loss, reduction)
+        graph = self._settled.get(_at_a_glance(uses, ends, loss))
+        check_values(tape, ends, inputs=graph is None)
+        require_finite(loss, "the loss", tape)
+        others = None if graph is None else graph.foreign
+        return gradient_alone(loss, ends, self._parameters, others)
+
+    def _recorded(self, ends: Sequence[Tensor]) -> Tape:
+        """Return the recorded pass.
+
+        Raises:
+            NotRecordedError: it was linearised, or does not lead to the outputs.
+            LinearizationError: it shows nothing that could be linearised.
+        """
+        if self._used_up:
+            raise NotRecordedError(
+                "run the model inside 'with metric.record():' before every backward: "
+                "the recorded pass was linearised already, and can be only once. "
+                "Losses of the same outputs are added up: "
+                "metric.backward(one + other, outputs)"
+            )
+        unknown = self._tape is not None and self._tape.saw_nothing
+        if unknown and any(end.requires_grad for end in ends):
+            self._exploring = True
+            raise LinearizationError(f"{_OTHERWISE}: no layer was called")
+        return recorded_tape(self._tape, ends)
 
     def _forget(self) -> None:
         """Forget all graphs: other modules explain the parameters now."""
@@ -287,17 +324,6 @@ class Recorder:
         )
         patterns = tuple(use.pattern(n) for use in uses)
         return (n == 1, patterns, operations), moving, foreign
-
-
-def _paired(
-    tensors: Sequence[Tensor], grads: Sequence[Tensor | None]
-) -> tuple[tuple[Tensor, Tensor], ...]:
-    """Return parameters with their gradients, of their own data type and memory."""
-    return tuple(
-        (tensor, grad.detach().clone().to(tensor.dtype))
-        for tensor, grad in zip(tensors, grads, strict=True)
-        if grad is not None
-    )
 
 
 def _at_a_glance(

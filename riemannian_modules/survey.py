@@ -14,8 +14,9 @@ from riemannian_modules.graph_kinds import (
     sums_over,
     turns,
 )
+from riemannian_modules.leaves import leaves_of
 
-__all__ = ["survey"]
+__all__ = ["foreign_leaves", "survey"]
 
 # The reentrant one of torch.utils.checkpoint; the other one leaves no node.
 _REENTRANT = "CheckpointFunctionBackward"
@@ -63,6 +64,20 @@ def survey(
     found.append("|")
     _walk([loss], found, seen, foreign, parameters, 0)
     return tuple(found), moving, foreign
+
+
+def foreign_leaves(loss: Tensor, parameters: DeclaredParameters) -> list[Tensor]:
+    """Return the parameters that a loss depends on and that are not the model's.
+
+    Args:
+        loss: scalar.
+        parameters: the model's parameters.
+    """
+    return [
+        leaf
+        for leaf in leaves_of([loss.grad_fn])
+        if isinstance(leaf, nn.Parameter) and parameters.name_of(leaf) is None
+    ]
 
 
 def _walk(

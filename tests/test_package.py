@@ -40,6 +40,7 @@ LAYERS = (
     {"carry", "checks", "deferred", "linearization", "linearize", "whitening"},
     {"assembly", "carry_rows", "explore", "joining", "probing", "rows"},
     {"exchange", "graph_kinds", "survey"},
+    {"gradient_alone"},
     {"gradients", "recorder"},
     {"model_metric"},
     {"functional", "layerwise"},

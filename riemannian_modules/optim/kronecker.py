@@ -11,7 +11,7 @@ from riemannian_modules.block import Part
 from riemannian_modules.factors import BiasFactor, LinearFactor, MetricFactor
 from riemannian_modules.tangent import TangentSpace
 
-__all__ = ["KroneckerInverse", "Sides", "sides"]
+__all__ = ["KroneckerInverse", "Sides", "sides", "sides_in_coordinates"]
 
 _CHUNK_ENTRIES = 1 << 22
 _LONGEST = 2048
@@ -82,7 +82,13 @@ def _(factor: BiasFactor) -> Sides:
     return Sides(_product(rows.mT), rows.square().sum().view(1, 1))
 
 
-def _sides_in_coordinates(factor: MetricFactor, space: TangentSpace) -> Sides:
+def sides_in_coordinates(factor: MetricFactor, space: TangentSpace) -> Sides:
+    """Return the sides of the rows of ``K C``, with the mass in C.
+
+    Args:
+        factor: the factor K of a parameter.
+        space: its tangent space, ``C C^T`` its inverse metric.
+    """
     divisor = space.divisor
     known = None if divisor is None else sides(factor)
     if known is not None and divisor is not None:
@@ -133,7 +139,7 @@ class KroneckerInverse:
         for part in parts:
             self._spaces[part.name] = part.space
             if part.factor is not None:
-                self._sides[part.name] = _sides_in_coordinates(part.factor, part.space)
+                self._sides[part.name] = sides_in_coordinates(part.factor, part.space)
         self._scale = 1.0
         self._known: dict[str, tuple[Tensor, Tensor]] | None = None
 

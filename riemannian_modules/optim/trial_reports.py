@@ -2,8 +2,11 @@
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 __all__ = [
     "GaussNewtonReport",
+    "KFACReport",
     "LineSearchReport",
     "TrialReport",
     "TrustRegionReport",
@@ -148,4 +151,30 @@ class TrustRegionReport:
             f"loss {self.loss:.4e} -> {self.new_loss:.4e}  ratio {self.ratio:.2f}  "
             f"norm {self.norm:.2e} ({where})  radius {self.radius:.2e}  "
             f"trials {self.trials}: {end}"
+        )
+
+
+@dataclass(frozen=True)
+class KFACReport:
+    """What one step of :class:`riemannian_modules.optim.KFAC` did.
+
+    Attributes:
+        length: of the natural gradient in the averaged metric, a scalar tensor.
+        share: what the clip left of it, a scalar tensor.
+        lr: the step length.
+        renewed: whether the averages had new rows.
+        healthy: on other devices than the CPU, whether the step was taken; else None.
+    """
+
+    length: Tensor
+    share: Tensor
+    lr: float | Tensor
+    renewed: bool
+    healthy: Tensor | None = None
+
+    def __str__(self) -> str:
+        new = "new rows" if self.renewed else "rows of before"
+        return (
+            f"length {float(self.length):.3g}  share {float(self.share):.3g}  "
+            f"lr {float(self.lr):.3g}  {new}"
         )

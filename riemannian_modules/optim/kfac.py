@@ -1,0 +1,288 @@
+"""K-FAC on manifolds: Kronecker products of averaged rows, for minibatches."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from riemannian_modules.assembly import full_precision
+from riemannian_modules.declared import Declared
+from riemannian_modules.errors import NonFiniteError
+from riemannian_modules.model_metric import ModelMetric
+from riemannian_modules.optim.averaged import (
+    Averaged,
+    AveragedInverse,
+    told,
+    unit_mass,
+)
+from riemannian_modules.optim.kinds import (
+    refuse_scaler,
+    require_kinds,
+    require_numbers,
+    require_pass,
+    require_ready,
+)
+from riemannian_modules.optim.kronecker import Sides, sides_in_coordinates
+from riemannian_modules.optim.plan import Plan, arrived, moves
+from riemannian_modules.optim.trial_reports import KFACReport
+from riemannian_modules.optim.whole_model import WholeModelOptimizer
+from riemannian_modules.precision import dot
+from riemannian_modules.retractions import Retraction
+
+__all__ = ["KFAC"]
+
+
+class KFAC(WholeModelOptimizer):
+    """Steps in a metric averaged over passes, one Kronecker product a parameter.
+
+    A step costs little more than one of Adam: the rows of the metric are renewed in
+    every tenth pass, say (``LayerwiseMetric(..., refresh=10)``), and what they say
+    enters exponential averages of their left and right Gram matrices
+    (:eq:`averaged-sides`; Martens & Grosse, 2015). Between these passes a step is an
+    ordinary backward pass and a few matrix products. Of a side longer than ``2 rank``
+    the ``rank`` largest eigenpairs are kept, and a multiple of the identity for the
+    rest. On a manifold all this happens in coordinates of the tangent space, and steps
+    are retracted.
+
+    Args:
+        metric: the model's geometry, with ``refresh=``, and usually of
+            ``output=Sampled(...)``. Of its masses those that are numbers may change.
+        lr: step length; torch's schedulers set it. Let it fall to zero.
+        momentum: factor of the step before, in [0, 1), as in Nesterov's method;
+            carried along manifolds by their own transport.
+        decay: weight of the averages so far when rows are renewed, in [0, 1). The
+            first passes are averaged alike.
+        clip: bound on ``lr`` times the natural gradient in the averaged metric of the
+            whole model, before the momentum; None: no bound. In a Fisher metric
+            ``clip^2 / 2`` is about how many nats predictions may change.
+        weight_decay: decoupled, as in :class:`RiemannianSGD`.
+        rank: how many eigenpairs of each long side are kept, at least 1.
+        retraction: how a tangent step becomes a point.
+
+    Attributes:
+        report: what the last step did, a :class:`KFACReport`; None before it.
+
+    Cost: for a matrix of n rows and m columns 4 n m rank at most for each side of a
+    step; where rows are renewed also their Gram matrices and n^2 rank + m^2 rank.
+
+    Raises:
+        ValueError: a hyperparameter out of its range.
+        TypeError: the first argument is no metric, or the retraction none.
+
+    >>> import riemannian_modules as rm
+    >>> _ = torch.manual_seed(0)
+    >>> model = torch.nn.Sequential(
+    ...     torch.nn.Linear(1, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1)
+    ... )
+    >>> x = torch.linspace(-2.0, 2.0, 64).unsqueeze(1)
+    >>> output = rm.output.Sampled(rm.output.Euclidean(2.0))
+    >>> metric = rm.LayerwiseMetric(model, output=output, mass=1e-3, refresh=10)
+    >>> optimizer = rm.optim.KFAC(metric)
+    >>> for _ in range(150):
+    ...     with metric.record():
+    ...         outputs = model(x)
+    ...     loss = torch.nn.functional.mse_loss(outputs, x.sin())
+    ...     metric.backward(loss, outputs)
+    ...     optimizer.step()
+    >>> bool(loss < 1e-2)
+    True
+    """
+
+    def __init__(
+        self,
+        metric: ModelMetric,
+        *,
+        lr: float | Tensor = 0.3,
+        momentum: float = 0.9,
+        decay: float = 0.95,
+        clip: float | None = 0.03,
+        weight_decay: float = 0.0,
+        rank: int = 32,
+        retraction: Retraction | None = None,
+    ) -> None:
+        require_kinds("KFAC(metric)", metric, retraction)
+        options = {
+            "lr": lr,
+            "momentum": momentum,
+            "clip": clip,
+            "weight_decay": weight_decay,
+        }
+        common = {"nesterov": False, "dampening": 0.0, "spring": None, "floor": None}
+        require_numbers({**options, **common, "normalize": False, "maximize": False})
+        if isinstance(rank, bool) or not (
+            0.0 <= decay < 1.0 and isinstance(rank, int) and rank >= 1
+        ):
+            raise ValueError(
+                f"decay={decay}, rank={rank}: decay lies in [0, 1), and at least one "
+                "eigenpair is kept"
+            )
+        self._report: KFACReport | None = None
+        self._absorbed = -1
+        self._inverses: dict[str, AveragedInverse] = {}
+        options |= {"decay": decay, "rank": rank, "passes": 0}
+        super().__init__(metric, retraction, options)
+
+    @property
+    def report(self) -> KFACReport | None:
+        """What the last step did; None before it.
+
+        Raises:
+            NonFiniteError: on a device whose outcome it could not wait for, the last
+                step was not finite or left its manifold; the parameters were left
+                alone.
+        """
+        found = self._report
+        if found is not None and found.healthy is not None and not bool(found.healthy):
+            raise NonFiniteError(
+                "the last step was not finite or an end point off its manifold, so it "
+                "changed nothing; check the data, raise the mass or lower the clip"
+            )
+        return found
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Take one step from the last ``metric.backward``.
+
+        Nothing changes if an error is raised.
+
+        Args:
+            closure: evaluates the model, calls ``metric.backward``, returns the loss.
+
+        Returns:
+            What the closure returned.
+
+        Raises:
+            NotRecordedError: no ``metric.backward`` since the last step.
+            LinearizationError: an input of a layer was overwritten since.
+            NonFiniteError, NotOnManifoldError: a step leaves numbers, or a manifold.
+        """
+        refuse_scaler(self)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        require_pass(self.metric, self._stepped)
+        require_ready(self.metric, self.param_groups)
+        with torch.no_grad(), full_precision(self.metric.parameters):
+            self._step()
+        self._stepped = self.metric.passes
+        return loss
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over the state of another one, with its averages.
+
+        Args:
+            state_dict: what ``state_dict()`` returned.
+
+        Raises:
+            ValueError: it is that of another model; nothing was changed.
+        """
+        super().load_state_dict(dict(state_dict))
+        self._inverses = {}
+
+    def _step(self) -> None:
+        group, moving = self.param_groups[0], self._moving()
+        gradient, new = self._gradient(moving), self._renewed()
+        inverses = {n: self._inverse(d, new.get(n)) for n, d in moving.items()}
+        vectors = {}
+        for n, declared in moving.items():
+            space, own = declared.space(), inverses[n]
+            vectors[n] = (
+                space.sharp(gradient[n]) if own is None else own(space, gradient[n])
+            )
+        slopes = {n: dot(vectors[n], gradient[n]) for n in moving}
+        length = torch.stack(list(slopes.values())).sum().clamp_min(0.0).sqrt()
+        on_host = all(d.tensor.device.type == "cpu" for d in moving.values())
+        if on_host:
+            _require_finite(slopes, length)
+        lr, share = group["lr"], torch.ones_like(length)
+        if group["clip"] is not None:
+            least = torch.finfo(length.dtype).tiny
+            share = (group["clip"] / (lr * length).clamp_min(least)).clamp_max(1.0)
+        plans = {n: self._plan(d) for n, d in moving.items()}
+        kept, vector = {}, {}
+        for n, plan in plans.items():
+            own, before = share.to(vectors[n].dtype) * vectors[n], plan.before()
+            kept[n] = (
+                own if before is None else own.add(before, alpha=group["momentum"])
+            )
+            # Nesterov's: from where the momentum will have led.
+            vector[n] = own.add(kept[n], alpha=group["momentum"])
+        updates = {n: p.update(vector[n], -lr) for n, p in plans.items()}
+        points = {n: p.retract(self.retraction, updates[n]) for n, p in plans.items()}
+        healthy = None if on_host else arrived(plans, points, [length])
+        after = {n: p.after(kept[n], points[n], healthy) for n, p in plans.items()}
+        for n, step in moves(dict.fromkeys(plans, -lr), vector, updates).items():
+            plans[n].commit(points[n], step, healthy)
+            self.state[plans[n].declared.tensor]["step"] = after[n]
+        self._keep(new, healthy)
+        self._inverses = {n: own for n, own in inverses.items() if own is not None}
+        self._report = KFACReport(length, share, lr, bool(new), healthy)
+
+    def _plan(self, declared: Declared) -> Plan:
+        group = self.param_groups[0]
+        lr, last = group["lr"], self.state.get(declared.tensor, {}).get("step")
+        # Whether there is any must not be asked of a tensor.
+        decay = lr * group["weight_decay"] if group["weight_decay"] else 0.0
+        known = declared, self.metric.gradients, 1.0, None, None
+        return Plan(*known, lr, decay, None, last)
+
+    def _renewed(self) -> dict[str, Averaged]:
+        """Return the averages with the rows of the last pass; none if they are old."""
+        metric, group = self.metric, self.param_groups[0]
+        if metric.version == self._absorbed:
+            return {}
+        metric.require_intact()
+        keep = min(group["decay"], 1.0 - 1.0 / (group["passes"] + 1))
+        new = {}
+        for block in metric.blocks.values():
+            for part in block.parts:
+                if part.factor is not None:
+                    found = sides_in_coordinates(part.factor, part.space)
+                    unit = unit_mass(part.space)
+                    found = Sides(unit * found.left, unit * found.right)
+                    known = self._known(metric.parameters[part.name])
+                    new[part.name] = Averaged.of(found, known, keep, group["rank"])
+        return new if metric.exchange is None else told(new, metric.exchange.tell)
+
+    def _known(self, declared: Declared) -> Averaged | None:
+        return Averaged.found(self.state.get(declared.tensor, {}))
+
+    def _keep(self, new: Mapping[str, Averaged], healthy: Tensor | None) -> None:
+        for name, own in new.items():
+            state = self.state[self.metric.parameters[name].tensor]
+            for place, value in own.tensors().items():
+                if healthy is not None:
+                    # What is not a number would stay in an average for ever.
+                    old = state.get(place, torch.zeros_like(value)).to(value)
+                    value = torch.where(healthy, value, old)
+                state[place] = value
+        if new:
+            self.param_groups[0]["passes"] += 1
+        self._absorbed = self.metric.version
+
+    def _inverse(
+        self, declared: Declared, new: Averaged | None
+    ) -> AveragedInverse | None:
+        """Return what is known of a parameter, for the mass of now."""
+        mass, known = unit_mass(declared.space()), self._inverses.get(declared.name)
+        if new is None and known is not None and known.mass == mass:
+            return known
+        own = self._known(declared) if new is None else new
+        return None if own is None else own.inverse(mass)
+
+
+def _require_finite(slopes: Mapping[str, Tensor], length: Tensor) -> None:
+    if bool(length.isfinite()):
+        return
+    name = next(n for n, slope in slopes.items() if not bool(slope.isfinite()))
+    raise NonFiniteError(
+        f"the step of '{name}' is not finite; nothing was changed. Check the gradient, "
+        "raise the mass or lower the learning rate"
+    )
