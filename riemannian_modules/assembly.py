@@ -181,14 +181,13 @@ def moved(blocks: Blocks, parameters: DeclaredParameters) -> dict[str, LayerMetr
     Returns:
         Metrics by block.
     """
-    return BlockMetrics(
-        {
-            name: block.at(
-                {part.name: parameters[part.name].space().point for part in block.parts}
-            )
-            for name, block in blocks.items()
-        }
-    )
+    found = {}
+    for name, block in blocks.items():
+        points = {p.name: parameters[p.name].space().point for p in block.parts}
+        # That of a Euclidean parameter is the parameter itself, wherever it is.
+        same = all(points[p.name] is p.space.point for p in block.parts)
+        found[name] = block if same else block.at(points)
+    return BlockMetrics(found)
 
 
 def reweighted(blocks: Blocks, factor: float) -> dict[str, LayerMetric]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Self
 
 import torch
@@ -39,6 +40,14 @@ class AveragedInverse:
     left: SideInverse | None
     right: SideInverse | None
 
+    @cached_property
+    def flat(self) -> tuple[SideInverse | None, SideInverse | None]:
+        """Left and right for a Euclidean parameter, the mass among them."""
+        if self.left is not None:
+            return self.left.divided(self.mass), self.right
+        assert self.right is not None
+        return None, self.right.divided(self.mass)
+
     def __call__(self, space: TangentSpace, e: Tensor) -> Tensor:
         """Return the tangent vector that represents a covector.
 
@@ -46,13 +55,9 @@ class AveragedInverse:
             space: the parameter's tangent space.
             e: of the parameter's shape.
         """
-        z = space.root_adjoint(e)
-        matrix = z.reshape(len(z) if z.ndim else 1, -1)
-        if self.left is not None:
-            matrix = self.left(matrix)
-        if self.right is not None:
-            matrix = self.right(matrix.mT).mT
-        return space.root(matrix.reshape(z.shape))
+        if space.divisor is not None:
+            return _between(e, *self.flat)
+        return space.root(_between(space.root_adjoint(e), self.left, self.right))
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,7 @@ class Averaged:
         return dict(zip(_PLACES, each, strict=True))
 
     def inverse(self, mass: float) -> AveragedInverse:
-        """Return the inverse of the mass and the average. Implements :eq:`averaged-sides`.
+        """Return the inverse of mass and average. Implements :eq:`averaged-sides`.
 
         Args:
             mass: a positive number.
@@ -124,6 +129,15 @@ class Averaged:
             self.right.inverse(share, 1 / ratio),
         )
         return AveragedInverse(mass, left, right)
+
+
+def _between(z: Tensor, left: SideInverse | None, right: SideInverse | None) -> Tensor:
+    matrix = z.reshape(len(z) if z.ndim else 1, -1)
+    if left is not None:
+        matrix = left.times(matrix)
+    if right is not None:
+        matrix = right.after(matrix)
+    return matrix.reshape(z.shape)
 
 
 def wide(value: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """K-FAC on manifolds: Kronecker products of averaged rows, for minibatches."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, overload
 
@@ -27,10 +28,13 @@ from riemannian_modules.optim.kronecker import Sides, sides_in_coordinates
 from riemannian_modules.optim.plan import Plan, arrived, moves
 from riemannian_modules.optim.trial_reports import KFACReport
 from riemannian_modules.optim.whole_model import WholeModelOptimizer
-from riemannian_modules.precision import dot
+from riemannian_modules.precision import wide_dot
 from riemannian_modules.retractions import Retraction
 
 __all__ = ["KFAC"]
+
+# Of a sum of squares; below it single ones may be missing in float32.
+_LEAST = 1e-30
 
 
 class KFAC(WholeModelOptimizer):
@@ -190,33 +194,24 @@ class KFAC(WholeModelOptimizer):
         group, moving = self.param_groups[0], self._moving()
         gradient, new = self._gradient(moving), self._renewed()
         inverses = {n: self._inverse(d, new.get(n)) for n, d in moving.items()}
-        vectors = {}
-        for n, declared in moving.items():
-            space, own = declared.space(), inverses[n]
-            vectors[n] = (
-                space.sharp(gradient[n]) if own is None else own(space, gradient[n])
-            )
-        slopes = {n: dot(vectors[n], gradient[n]) for n in moving}
-        length = torch.stack(list(slopes.values())).sum().clamp_min(0.0).sqrt()
-        on_host = all(d.tensor.device.type == "cpu" for d in moving.values())
-        if on_host:
-            _require_finite(slopes, length)
+        natural = {
+            n: self._natural(d, gradient[n], inverses[n]) for n, d in moving.items()
+        }
+        length = _length(natural, gradient)
         lr, share = group["lr"], torch.ones_like(length)
         if group["clip"] is not None:
             least = torch.finfo(length.dtype).tiny
             share = (group["clip"] / (lr * length).clamp_min(least)).clamp_max(1.0)
+        # Nesterov's: the gradient counts from where the momentum will have led.
         plans = {n: self._plan(d) for n, d in moving.items()}
-        kept, vector = {}, {}
-        for n, plan in plans.items():
-            own, before = share.to(vectors[n].dtype) * vectors[n], plan.before()
-            kept[n] = (
-                own if before is None else own.add(before, alpha=group["momentum"])
-            )
-            # Nesterov's: from where the momentum will have led.
-            vector[n] = own.add(kept[n], alpha=group["momentum"])
+        before = {n: p.before() for n, p in plans.items()}
+        own = _times(natural, share)
+        kept = _plus(own, before, group["momentum"])
+        vector = _plus(own, kept, group["momentum"])
         updates = {n: p.update(vector[n], -lr) for n, p in plans.items()}
         points = {n: p.retract(self.retraction, updates[n]) for n, p in plans.items()}
-        healthy = None if on_host else arrived(plans, points, [length])
+        waits = all(d.tensor.device.type == "cpu" for d in moving.values())
+        healthy = None if waits else arrived(plans, points, [length])
         after = {n: p.after(kept[n], points[n], healthy) for n, p in plans.items()}
         for n, step in moves(dict.fromkeys(plans, -lr), vector, updates).items():
             plans[n].commit(points[n], step, healthy)
@@ -224,6 +219,12 @@ class KFAC(WholeModelOptimizer):
         self._keep(new, healthy)
         self._inverses = {n: own for n, own in inverses.items() if own is not None}
         self._report = KFACReport(length, share, lr, bool(new), healthy)
+
+    def _natural(
+        self, declared: Declared, e: Tensor, inverse: AveragedInverse | None
+    ) -> Tensor:
+        space = declared.space()
+        return space.sharp(e) if inverse is None else inverse(space, e)
 
     def _plan(self, declared: Declared) -> Plan:
         group = self.param_groups[0]
@@ -258,11 +259,12 @@ class KFAC(WholeModelOptimizer):
         for name, own in new.items():
             state = self.state[self.metric.parameters[name].tensor]
             for place, value in own.tensors().items():
-                if healthy is not None:
-                    # What is not a number would stay in an average for ever.
-                    old = state.get(place, torch.zeros_like(value)).to(value)
-                    value = torch.where(healthy, value, old)
-                state[place] = value
+                if healthy is None:
+                    state[place] = value
+                    continue
+                # What is not a number would stay in an average for ever.
+                old = state.get(place, torch.zeros_like(value)).to(value)
+                state[place] = torch.where(healthy, value, old)
         if new:
             self.param_groups[0]["passes"] += 1
         self._absorbed = self.metric.version
@@ -278,11 +280,42 @@ class KFAC(WholeModelOptimizer):
         return None if own is None else own.inverse(mass)
 
 
-def _require_finite(slopes: Mapping[str, Tensor], length: Tensor) -> None:
-    if bool(length.isfinite()):
-        return
-    name = next(n for n, slope in slopes.items() if not bool(slope.isfinite()))
-    raise NonFiniteError(
-        f"the step of '{name}' is not finite; nothing was changed. Check the gradient, "
-        "raise the mass or lower the learning rate"
-    )
+def _times(vectors: Mapping[str, Tensor], factor: Tensor) -> dict[str, Tensor]:
+    found = torch._foreach_mul(list(vectors.values()), factor)
+    return dict(zip(vectors, found, strict=True))
+
+
+def _plus(
+    vectors: Mapping[str, Tensor], others: Mapping[str, Tensor | None], factor: float
+) -> dict[str, Tensor]:
+    """Return ``vectors + factor others``, of which some may be missing."""
+    there = {n: other for n, other in others.items() if other is not None}
+    found = dict(vectors)
+    if there:
+        some = [vectors[n] for n in there]
+        sums = torch._foreach_add(some, list(there.values()), alpha=factor)
+        found |= dict(zip(there, sums, strict=True))
+    return found
+
+
+def _length(natural: Mapping[str, Tensor], gradient: Mapping[str, Tensor]) -> Tensor:
+    """Return the length of the natural gradient, a scalar in float64.
+
+    Raises:
+        NonFiniteError: it is not finite; on the CPU only, where asking costs nothing.
+    """
+    pairs = [(x.reshape(-1), gradient[n].reshape(-1)) for n, x in natural.items()]
+    total = torch.stack([torch.dot(x, e).double() for x, e in pairs]).sum()
+    if not (total.is_cpu and _LEAST < float(total) < math.inf):
+        # Where the device makes nobody wait, or squares may have left the data type.
+        slopes = [wide_dot(x, e) for x, e in pairs]
+        total = torch.stack(slopes).sum().clamp_min(0.0)
+        if total.is_cpu and not bool(total.isfinite()):
+            bad = next(
+                n for n, s in zip(natural, slopes, strict=True) if not s.isfinite()
+            )
+            raise NonFiniteError(
+                f"the step of '{bad}' is not finite; nothing was changed. Check the "
+                "gradient, raise the mass or lower the learning rate"
+            )
+    return total.sqrt()
