@@ -25,7 +25,8 @@ from riemannian_modules.optim.kinds import (
     require_ready,
 )
 from riemannian_modules.optim.kronecker import Sides, sides_in_coordinates
-from riemannian_modules.optim.plan import Plan, arrived, moves
+from riemannian_modules.optim.nesterov import advance
+from riemannian_modules.optim.quadratic import QuadraticModel
 from riemannian_modules.optim.trial_reports import KFACReport
 from riemannian_modules.optim.whole_model import WholeModelOptimizer
 from riemannian_modules.precision import wide_dot
@@ -33,6 +34,11 @@ from riemannian_modules.retractions import Retraction
 
 __all__ = ["KFAC"]
 
+# What other optimizers are asked besides.
+_ABSENT: dict[str, Any] = {"nesterov": False, "dampening": 0.0, "spring": None}
+_ABSENT |= {"floor": None, "normalize": False, "maximize": False}
+# Part of the measured inflation that is kept where it is measured anew.
+_MEMORY = 0.8
 # Of a sum of squares; below it single ones may be missing in float32.
 _LEAST = 1e-30
 
@@ -41,25 +47,30 @@ class KFAC(WholeModelOptimizer):
     """Steps in a metric averaged over passes, one Kronecker product a parameter.
 
     A step costs little more than one of Adam: the rows of the metric are renewed in
-    every tenth pass, say (``LayerwiseMetric(..., refresh=10)``), and what they say
-    enters exponential averages of their left and right Gram matrices
-    (:eq:`averaged-sides`; Martens & Grosse, 2015). Between these passes a step is an
-    ordinary backward pass and a few matrix products. Of a side longer than ``2 rank``
-    the ``rank`` largest eigenpairs are kept, and a multiple of the identity for the
-    rest. On a manifold all this happens in coordinates of the tangent space, and steps
-    are retracted.
+    every tenth pass, say (``LayerwiseMetric(..., refresh=10)``), and enter exponential
+    averages of their left and right Gram matrices (:eq:`averaged-sides`; Martens &
+    Grosse, 2015). At first they are renewed more often, after 1, 2, 3, ... passes.
+    Between these passes a step is an ordinary backward pass and a few matrix products.
+    Of a side longer than ``2 rank`` the ``rank`` largest eigenpairs are kept, and a
+    multiple of the identity for the rest. On a manifold all this happens in
+    coordinates of the tangent space, and steps are retracted.
+
+    Parameters do not see each other in these products. How much longer a step is in
+    the metric of the whole model is measured with the rows themselves where they are
+    renewed, and steps are clipped by that length (:eq:`averaged-length`).
 
     Args:
         metric: the model's geometry, with ``refresh=``, and usually of
             ``output=Sampled(...)``. Of its masses those that are numbers may change.
-        lr: step length; torch's schedulers set it. Let it fall to zero.
+        lr: factor of the step; let a scheduler of torch take it to zero.
         momentum: factor of the step before, in [0, 1), as in Nesterov's method;
             carried along manifolds by their own transport.
-        decay: weight of the averages so far when rows are renewed, in [0, 1). The
+        decay: weight of the averages so far where rows are renewed, in [0, 1). The
             first passes are averaged alike.
-        clip: bound on ``lr`` times the natural gradient in the averaged metric of the
-            whole model, before the momentum; None: no bound. In a Fisher metric
-            ``clip^2 / 2`` is about how many nats predictions may change.
+        clip: bound on the length of the natural gradient in the metric of the whole
+            model, before ``lr`` and the momentum; None: no bound. In a Fisher metric
+            ``clip^2 / 2`` is by how many nats predictions may change.
+        warmup: in how many first steps the clip grows to what it is.
         weight_decay: decoupled, as in :class:`RiemannianSGD`.
         rank: how many eigenpairs of each long side are kept, at least 1.
         retraction: how a tangent step becomes a point.
@@ -68,7 +79,8 @@ class KFAC(WholeModelOptimizer):
         report: what the last step did, a :class:`KFACReport`; None before it.
 
     Cost: for a matrix of n rows and m columns 4 n m rank at most for each side of a
-    step; where rows are renewed also their Gram matrices and n^2 rank + m^2 rank.
+    step. Where rows are renewed also their Gram matrices, (n^2 + m^2) rank for their
+    eigenvectors, and a product with the rows. State: (n^2 + m^2) entries.
 
     Raises:
         ValueError: a hyperparameter out of its range.
@@ -83,13 +95,15 @@ class KFAC(WholeModelOptimizer):
     >>> output = rm.output.Sampled(rm.output.Euclidean(2.0))
     >>> metric = rm.LayerwiseMetric(model, output=output, mass=1e-3, refresh=10)
     >>> optimizer = rm.optim.KFAC(metric)
-    >>> for _ in range(150):
+    >>> schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=200)
+    >>> for _ in range(200):
     ...     with metric.record():
     ...         outputs = model(x)
     ...     loss = torch.nn.functional.mse_loss(outputs, x.sin())
     ...     metric.backward(loss, outputs)
     ...     optimizer.step()
-    >>> bool(loss < 1e-2)
+    ...     schedule.step()
+    >>> bool(loss < 1e-3)
     True
     """
 
@@ -97,34 +111,34 @@ class KFAC(WholeModelOptimizer):
         self,
         metric: ModelMetric,
         *,
-        lr: float | Tensor = 0.3,
+        lr: float | Tensor = 1.0,
         momentum: float = 0.9,
         decay: float = 0.95,
-        clip: float | None = 0.03,
+        clip: float | None = 0.1,
+        warmup: int = 20,
         weight_decay: float = 0.0,
         rank: int = 32,
         retraction: Retraction | None = None,
     ) -> None:
         require_kinds("KFAC(metric)", metric, retraction)
-        options = {
+        options: dict[str, Any] = {
             "lr": lr,
             "momentum": momentum,
             "clip": clip,
             "weight_decay": weight_decay,
         }
-        common = {"nesterov": False, "dampening": 0.0, "spring": None, "floor": None}
-        require_numbers({**options, **common, "normalize": False, "maximize": False})
-        if isinstance(rank, bool) or not (
-            0.0 <= decay < 1.0 and isinstance(rank, int) and rank >= 1
-        ):
+        require_numbers(_ABSENT | options)
+        whole = all(type(count) is int for count in (rank, warmup))
+        if not (whole and rank >= 1 and warmup >= 0 and 0.0 <= decay < 1.0):
             raise ValueError(
-                f"decay={decay}, rank={rank}: decay lies in [0, 1), and at least one "
-                "eigenpair is kept"
+                f"rank={rank}, warmup={warmup}, decay={decay}: rank is a whole number "
+                "of at least 1, warmup one of at least 0, and decay lies in [0, 1)"
             )
         self._report: KFACReport | None = None
         self._absorbed = -1
         self._inverses: dict[str, AveragedInverse] = {}
-        options |= {"decay": decay, "rank": rank, "passes": 0}
+        options |= {"decay": decay, "warmup": warmup, "rank": rank}
+        options |= {"passes": 0, "steps": 0, "inflation": None}
         super().__init__(metric, retraction, options)
 
     @property
@@ -197,42 +211,56 @@ class KFAC(WholeModelOptimizer):
         natural = {
             n: self._natural(d, gradient[n], inverses[n]) for n, d in moving.items()
         }
-        length = _length(natural, gradient)
-        lr, share = group["lr"], torch.ones_like(length)
+        length, inflation = _length(natural, gradient), group["inflation"]
+        if new:
+            inflation = self._inflation(natural, length)
+        if inflation is not None:
+            length = length * inflation.to(length).sqrt()
+        share = torch.ones_like(length)
         if group["clip"] is not None:
+            risen = min(1.0, (group["steps"] + 1) / (group["warmup"] + 1))
             least = torch.finfo(length.dtype).tiny
-            share = (group["clip"] / (lr * length).clamp_min(least)).clamp_max(1.0)
-        # Nesterov's: the gradient counts from where the momentum will have led.
-        plans = {n: self._plan(d) for n, d in moving.items()}
-        before = {n: p.before() for n, p in plans.items()}
-        own = _times(natural, share)
-        kept = _plus(own, before, group["momentum"])
-        vector = _plus(own, kept, group["momentum"])
-        updates = {n: p.update(vector[n], -lr) for n, p in plans.items()}
-        points = {n: p.retract(self.retraction, updates[n]) for n, p in plans.items()}
-        waits = all(d.tensor.device.type == "cpu" for d in moving.values())
-        healthy = None if waits else arrived(plans, points, [length])
-        after = {n: p.after(kept[n], points[n], healthy) for n, p in plans.items()}
-        for n, step in moves(dict.fromkeys(plans, -lr), vector, updates).items():
-            plans[n].commit(points[n], step, healthy)
-            self.state[plans[n].declared.tensor]["step"] = after[n]
+            share = (risen * group["clip"] / length.clamp_min(least)).clamp_max(1.0)
+        vectors = torch._foreach_mul(list(natural.values()), share)
+        after, healthy = advance(
+            moving,
+            dict(zip(natural, vectors, strict=True)),
+            {n: self.state.get(d.tensor, {}).get("step") for n, d in moving.items()},
+            group,
+            self.retraction,
+            self.metric.gradients,
+        )
+        for name, declared in moving.items():
+            self.state[declared.tensor]["step"] = after[name]
         self._keep(new, healthy)
+        group["inflation"], group["steps"] = inflation, group["steps"] + 1
         self._inverses = {n: own for n, own in inverses.items() if own is not None}
-        self._report = KFACReport(length, share, lr, bool(new), healthy)
+        self._report = KFACReport(length, share, group["lr"], bool(new), healthy)
+
+    def _inflation(self, natural: Mapping[str, Tensor], length: Tensor) -> Tensor:
+        """Return how much longer steps are, squared, than the averages say.
+
+        Implements :eq:`averaged-length`, with the rows of the last pass.
+        """
+        metric, group = self.metric, self.param_groups[0]
+        image = QuadraticModel(metric, {}).image(natural)
+        spaces = {name: metric.parameters[name].space() for name in natural}
+        mass = [space.inner(natural[n], natural[n]) for n, space in spaces.items()]
+        whole = wide_dot(image, image) + torch.stack(mass).sum().to(length)
+        found = (whole / length.square()).clamp_min(1.0)
+        if metric.exchange is not None:
+            found = metric.exchange.tell({"inflation": found})["inflation"]
+        old = group["inflation"]
+        before = torch.ones_like(found) if old is None else old.to(found)
+        found = torch.where(found.isfinite(), found, before)
+        keep = min(_MEMORY, 1.0 - 1.0 / (group["passes"] + 1))
+        return torch.lerp(found, before, keep)
 
     def _natural(
         self, declared: Declared, e: Tensor, inverse: AveragedInverse | None
     ) -> Tensor:
         space = declared.space()
         return space.sharp(e) if inverse is None else inverse(space, e)
-
-    def _plan(self, declared: Declared) -> Plan:
-        group = self.param_groups[0]
-        lr, last = group["lr"], self.state.get(declared.tensor, {}).get("step")
-        # Whether there is any must not be asked of a tensor.
-        decay = lr * group["weight_decay"] if group["weight_decay"] else 0.0
-        known = declared, self.metric.gradients, 1.0, None, None
-        return Plan(*known, lr, decay, None, last)
 
     def _renewed(self) -> dict[str, Averaged]:
         """Return the averages with the rows of the last pass; none if they are old."""
@@ -267,6 +295,8 @@ class KFAC(WholeModelOptimizer):
                 state[place] = torch.where(healthy, value, old)
         if new:
             self.param_groups[0]["passes"] += 1
+            # The first rows are all there is to average, and the point moves fast.
+            self.metric.fewer.patience = self.param_groups[0]["passes"]
         self._absorbed = self.metric.version
 
     def _inverse(
@@ -278,24 +308,6 @@ class KFAC(WholeModelOptimizer):
             return known
         own = self._known(declared) if new is None else new
         return None if own is None else own.inverse(mass)
-
-
-def _times(vectors: Mapping[str, Tensor], factor: Tensor) -> dict[str, Tensor]:
-    found = torch._foreach_mul(list(vectors.values()), factor)
-    return dict(zip(vectors, found, strict=True))
-
-
-def _plus(
-    vectors: Mapping[str, Tensor], others: Mapping[str, Tensor | None], factor: float
-) -> dict[str, Tensor]:
-    """Return ``vectors + factor others``, of which some may be missing."""
-    there = {n: other for n, other in others.items() if other is not None}
-    found = dict(vectors)
-    if there:
-        some = [vectors[n] for n in there]
-        sums = torch._foreach_add(some, list(there.values()), alpha=factor)
-        found |= dict(zip(there, sums, strict=True))
-    return found
 
 
 def _length(natural: Mapping[str, Tensor], gradient: Mapping[str, Tensor]) -> Tensor:

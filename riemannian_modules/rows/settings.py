@@ -31,6 +31,8 @@ class FewerRows:
 
     Attributes:
         neglected: what was left out of the last pass, or None.
+        patience: rows are held for no more passes than so many less one, whatever
+            ``refresh`` says; None: as it says. An optimizer that averages sets it.
 
     Raises:
         TypeError: no :class:`RowReduction`, or no :class:`History`.
@@ -64,6 +66,7 @@ class FewerRows:
         self.history = history
         self.refresh = refresh
         self.neglected: Neglected | None = None
+        self.patience: int | None = None
         self._past: list[Past] = []
         self._pending: tuple[Neglected | None, list[Past]] = (None, [])
         self._age = 0
@@ -94,7 +97,8 @@ class FewerRows:
     @property
     def holds(self) -> bool:
         """Whether the next backward pass keeps the rows of before."""
-        return self._age + 1 < self.refresh
+        bound = self.refresh if self.patience is None else self.patience
+        return self._age + 1 < min(self.refresh, bound)
 
     def held(self) -> None:
         """Count a backward pass that kept the rows."""
