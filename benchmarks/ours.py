@@ -83,6 +83,23 @@ def gauss_newton(problem: Problem, model: nn.Module, settings: Settings) -> Step
     return step
 
 
+def kfac(problem: Problem, model: nn.Module, settings: Settings) -> Step:
+    """Return a step of KFAC, whose rows are renewed in every tenth pass."""
+    assert isinstance(problem, NetworkProblem)
+    mass, probes = settings["mass"], int(settings["probes"])
+    geometry = problem.geometry(
+        model, blocks="layer", mass=mass, probes=probes, refresh=10
+    )
+    optimizer = rm.optim.KFAC(geometry.metric, lr=settings["lr"])
+
+    def step(batch: Batch, gone: float) -> None:
+        optimizer.param_groups[0]["lr"] = settings["lr"] * problem.schedule(gone)
+        geometry.backward(batch)
+        optimizer.step()
+
+    return step
+
+
 def geometry_of(
     problem: Problem, model: nn.Module, settings: Settings, blocks: Blocks
 ) -> Geometry:
@@ -121,6 +138,12 @@ def gauss_newton_grid(problem: Problem) -> Sequence[Settings]:
     if problem.full_batch:
         return masses
     return [{"lr": lr, **each} for lr in (0.5, 1.0) for each in masses]
+
+
+def kfac_grid(problem: Problem) -> Sequence[Settings]:
+    """Return two step lengths for each of three masses, one random row."""
+    rates, masses = (0.3, 1.0), problem.masses
+    return [{"lr": lr, "mass": mass, "probes": 1} for lr in rates for mass in masses]
 
 
 def sampled_mass_grid(problem: Problem) -> Sequence[Settings]:
@@ -212,6 +235,14 @@ def entries() -> Iterator[Method]:
         "GaussNewton, all rows by conjugate gradients, one random row in front",
         gauss_newton_grid,
         gauss_newton,
+        many_outputs,
+    )
+    yield Method(
+        "kfac",
+        "ours",
+        "KFAC: averaged Kronecker products of random rows, renewed every 10 steps",
+        kfac_grid,
+        kfac,
         many_outputs,
     )
 

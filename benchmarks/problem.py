@@ -210,6 +210,7 @@ class NetworkProblem(Problem):
         blocks: Blocks,
         mass: float,
         probes: int | None = None,
+        refresh: int = 1,
     ) -> Geometry:
         output = self.output()
         if probes is not None:
@@ -220,7 +221,9 @@ class NetworkProblem(Problem):
             mass=mass,
             blocks=blocks,
             static_graph=True,
-            fill_grad=False,
+            # Passes between make gradients alone.
+            fill_grad=refresh > 1,
+            refresh=refresh,
         )
 
         def backward(batch: Batch) -> Tensor:
