@@ -197,6 +197,9 @@ class Case:
     ) -> None:
         """Record, go backward, step."""
         self.differentiate(metric, x, numbers)
+        if isinstance(optimizer, rm.optim.KFAC):
+            optimizer.step()
+            return
         if isinstance(optimizer, rm.optim.GaussNewton):
             optimizer.step(lambda: metric.model(x), lambda z: self.loss(z, numbers))
             return
@@ -310,6 +313,12 @@ CASES: dict[str, Case] = {
     ),
     "trust region": Case(
         optimizer=None, searching=rm.optim.TrustRegion, options={"mass": 1e-2}
+    ),
+    "K-FAC": Case(
+        model=curved,
+        optimizer=None,
+        searching=lambda m: rm.optim.KFAC(m, rank=1),
+        options={"refresh": 3},
     ),
     "history": Case(options={"history": 2}),
     "refresh": Case(options={"refresh": 2, "mass": 1.0}, optimizer={"lr": 0.1}),
