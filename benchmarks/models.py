@@ -32,6 +32,8 @@ METHODS = (
     "sampled, gradient alone, captured, no .grad",
     "exact model",
     "exact layer",
+    "kfac, rows held",
+    "kfac, rows renewed",
 )
 
 Step = Callable[[], None]
@@ -119,8 +121,9 @@ def step_of(
     A method is "adam", or "sampled" (``probes`` random rows and no other, unless the
     gradient is kept, as is the default of the library, or has the only row) or "exact"
     with the blocks behind it: "layer" if nothing is said, or "model"; "no .grad" leaves
-    that empty. The step length is tiny, so that the thousandth step meets the same
-    problem as the first.
+    that empty. "kfac" has the gradient's row and one random row; most of its steps hold
+    them, or all renew them. The step length is tiny, so that the thousandth step meets
+    the same problem as the first.
     """
     if method == "adam":
         adam = torch.optim.Adam(model.parameters(), lr=1e-6)
@@ -133,20 +136,24 @@ def step_of(
         return plain
 
     output: rm.output.OutputMetric = rm.output.Categorical()
-    if method.startswith("sampled"):
+    averages = method.startswith("kfac")
+    if averages or method.startswith("sampled"):
         if "gradient alone" in method:
             probes = 0
-        kept = "gradient" in method
+        kept = averages or "gradient" in method
         output = rm.output.Sampled(output, probes=probes, gradient_rows=kept)
     metric = rm.LayerwiseMetric(
         model,
         output=output,
         mass=1e-2,
         blocks="model" if method.startswith("exact model") else "layer",
-        static_graph="static graph" in method or "captured" in method,
+        static_graph=averages or "static graph" in method or "captured" in method,
         fill_grad=not method.endswith("no .grad"),
+        refresh=1000 if method.endswith("held") else 1,
     )
-    optimizer = rm.optim.RiemannianSGD(metric, lr=1e-6)
+    optimizer: torch.optim.Optimizer = rm.optim.RiemannianSGD(metric, lr=1e-6)
+    if averages:
+        optimizer = rm.optim.KFAC(metric, lr=1e-6)
 
     def layered() -> None:
         with metric.record():
@@ -154,6 +161,10 @@ def step_of(
         metric.backward(F.cross_entropy(logits, y), logits)
         optimizer.step()
 
+    if averages:
+        # At first rows are renewed often.
+        for _ in range(8):
+            layered()
     if "captured" not in method:
         return layered
     captured = rm.optim.CapturedStep(optimizer, layered)
