@@ -234,7 +234,9 @@ class KFAC(WholeModelOptimizer):
             self.state[declared.tensor]["step"] = after[name]
         self._keep(new, healthy)
         group["inflation"], group["steps"] = inflation, group["steps"] + 1
-        self._inverses = {n: own for n, own in inverses.items() if own is not None}
+        known = {n: own for n, own in inverses.items() if own is not None}
+        # Elsewhere than on the CPU nobody knows yet whether the new ones count.
+        self._inverses = {} if new and healthy is not None else known
         self._report = KFACReport(length, share, group["lr"], bool(new), healthy)
 
     def _inflation(self, natural: Mapping[str, Tensor], length: Tensor) -> Tensor:
