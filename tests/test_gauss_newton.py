@@ -194,6 +194,7 @@ def test_sides_without_rows_are_those_of_the_rows(seed, r):
     cotangents = torch.randn(r, 5, 1, 4)
     for factor in (
         LinearFactor(torch.randn(5, 1, 3), cotangents),
+        LinearFactor(torch.randn(5, 2, 3), torch.randn(r, 5, 2, 4)),
         BiasFactor(torch.randn(r, 5, 2, 4)),
     ):
         rows = factor.to_dense().reshape(factor.rank, 4, -1)
@@ -201,7 +202,8 @@ def test_sides_without_rows_are_those_of_the_rows(seed, r):
         torch.testing.assert_close(found.left, (rows @ rows.mT).sum(0))
         torch.testing.assert_close(found.right, (rows.mT @ rows).sum(0))
         torch.testing.assert_close(found.trace, rows.square().sum())
-    assert sides(LinearFactor(torch.randn(5, 2, 3), torch.randn(r, 5, 2, 4))) is None
+    # With more positions than entries the rows are the shorter way.
+    assert sides(LinearFactor(torch.randn(5, 4, 3), torch.randn(r, 5, 4, 4))) is None
     assert sides(DenseFactor(rows)) is None
 
 

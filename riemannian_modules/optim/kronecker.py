@@ -64,8 +64,12 @@ def sides(factor: MetricFactor) -> Sides | None:
 
 @sides.register
 def _(factor: LinearFactor) -> Sides | None:
-    if factor.inputs.shape[1] != 1:
-        return None
+    positions, entries = factor.inputs.shape[1:]
+    if positions != 1:
+        outputs = factor.cotangents.shape[-1]
+        if positions > min(entries, outputs) or max(entries, outputs) > _LONGEST:
+            return None
+        return _sides_of_positions(factor.inputs, factor.cotangents)
     x = factor.inputs.squeeze(1)
     rows = factor.cotangents.squeeze(2)
     long = x.square().sum(1).sqrt()
@@ -74,6 +78,15 @@ def _(factor: LinearFactor) -> Sides | None:
         _product((rows * long[:, None]).flatten(0, 1).mT),
         _product((x * weight[:, None]).mT),
     )
+
+
+def _sides_of_positions(x: Tensor, rows: Tensor) -> Sides:
+    # A row is S^T X with positions first: (S^T X)(S^T X)^T = S^T (X X^T) S.
+    pairs = x @ x.mT
+    left = rows.flatten(0, 2).mT @ (pairs @ rows).flatten(0, 2)
+    pairs = (rows @ rows.mT).sum(0)
+    right = x.flatten(0, 1).mT @ (pairs @ x).flatten(0, 1)
+    return Sides(left, right)
 
 
 @sides.register
@@ -122,7 +135,8 @@ class KroneckerInverse:
     Args:
         parts: parameters with tangent spaces and factors; a factor of None is zero.
 
-    Cost: O(rank (in + out) (in + out)) for linear layers, and the rows themselves, in
+    Cost: O(rank P (in + out) (P + in + out)) for linear layers at P positions, as long
+    as these are fewer than entries of either side; the rows themselves, in
     chunks, for all other factors and on manifolds; a cube of each side's length.
 
     >>> import geoopt
