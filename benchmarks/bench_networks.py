@@ -23,6 +23,8 @@ METHODS = (
     "sampled, gradient alone, captured",
     "sampled, gradient alone, captured, no .grad",
     "exact layer",
+    "kfac, rows held",
+    "kfac, rows renewed",
 )
 
 # Ratios to Adam that a step must stay below.
