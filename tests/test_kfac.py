@@ -251,6 +251,85 @@ def test_the_length_is_that_in_the_metric_of_the_whole_model(manifold):
     )
 
 
+def test_the_first_passes_are_averaged_alike_and_later_ones_fade():
+    model, metric = problem()
+    optimizer, tensor = (
+        KFAC(metric, decay=0.7),
+        dict(model.named_parameters())["2.weight"],
+    )
+    grams = []
+    for _ in range(5):
+        backward(metric, torch.randn(8, 4))
+        part = next(p for p in parts_of(metric) if p.name == "2.weight")
+        grams.append(raw_sides(part).left)
+        optimizer.step()
+        # A past of 1/2 and 2/3, and then of 0.7.
+        average = grams[0]
+        for index, gram in enumerate(grams[1:], 2):
+            keep = min(0.7, 1.0 - 1.0 / index)
+            average = keep * average + (1.0 - keep) * gram
+        torch.testing.assert_close(optimizer.state[tensor]["left_average"], average)
+    assert optimizer.param_groups[0]["passes"] == 5
+
+
+def test_the_length_is_remembered_where_it_is_measured_anew():
+    model, metric = problem()
+    optimizer = KFAC(metric, lr=1e-2, momentum=0.0, clip=1.0, warmup=0)
+    ratios, known = [], []
+    for _ in range(7):
+        backward(metric, torch.randn(8, 4))
+        before = values(model)
+        grads = {n: p.grad.clone() for n, p in model.named_parameters()}
+        optimizer.step()
+        share, after = float(optimizer.report.share), values(model)
+        v = {n: (before[n] - after[n]) / (1e-2 * share) for n in before}
+        own = float(sum((v[n] * grads[n]).sum() for n in v))
+        rows = sum(
+            block.image({part.name: v[part.name] for part in block.parts})
+            for block in metric.blocks.values()
+        )
+        mass = 0.1 * float(sum(x.square().sum() for x in v.values()))
+        ratios.append(max(1.0, (float(rows.square().sum()) + mass) / own))
+        average = ratios[0]
+        for index, ratio in enumerate(ratios[1:], 2):
+            keep = min(0.8, 1.0 - 1.0 / index)
+            average = keep * average + (1.0 - keep) * ratio
+        known.append(average)
+        assert float(optimizer.report.length) == pytest.approx(
+            (average * own) ** 0.5, rel=1e-6
+        )
+    assert len({round(each, 3) for each in known}) > 3
+
+
+def test_a_gradient_whose_square_is_no_number_has_a_length():
+    lengths = []
+    for scale in (1.0, 1e-25):
+        _, metric = problem(dtype=torch.float32)
+        with metric.record():
+            z = metric.model(X.float())
+        metric.backward(scale * F.cross_entropy(z, Y), z)
+        optimizer = KFAC(metric, clip=None)
+        optimizer.step()
+        lengths.append(float(optimizer.report.length))
+        steps = [optimizer.state[p]["step"] for p in metric.model.parameters()]
+        assert {each.dtype for each in steps} == {torch.float32}
+    assert lengths[1] == pytest.approx(1e-25 * lengths[0], rel=1e-3)
+
+
+@pytest.mark.parametrize("blocks", ["tensor", "model"])
+def test_blocks_make_no_difference(blocks):
+    ends = []
+    for each in ("layer", blocks):
+        model, metric = problem(blocks=each)
+        optimizer = KFAC(metric)
+        for _ in range(3):
+            backward(metric)
+            optimizer.step()
+        ends.append(values(model))
+    for name, value in ends[0].items():
+        torch.testing.assert_close(value, ends[1][name])
+
+
 def test_the_clip_grows_in_the_first_steps():
     _, metric = problem()
     optimizer = KFAC(metric, clip=1e-3, warmup=3)
