@@ -212,6 +212,29 @@ def test_two_steps_are_those_of_the_formula(manifold):
         expected = values(model)
 
 
+def test_the_momentum_is_carried_by_the_manifold():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3))
+    ball = rm.manifolds.PoincareBall()
+    rm.geometrize(model, {"2.weight": ball})
+    metric = rm.LayerwiseMetric(model, Categorical(), mass=0.1)
+    optimizer = KFAC(metric, clip=None)
+    weight = dict(model.named_parameters())["2.weight"]
+    start = weight.detach().as_subclass(torch.Tensor).clone()
+    backward(metric)
+    part = next(p for p in parts_of(metric) if p.name == "2.weight")
+    kept = Averaged.of(raw_sides(part), None, 0.0, 32).inverse(0.1)(
+        part.space, weight.grad
+    )
+    optimizer.step()
+    end = weight.detach().as_subclass(torch.Tensor)
+    found = optimizer.state[weight]["step"]
+    torch.testing.assert_close(found, ball.transp(start, end, kept))
+    assert float((found - kept).norm()) > 1e-3 * float(kept.norm())
+    # What a step has written is known to be on its manifold.
+    assert all(d.verified == d.tensor._version for d in metric.parameters)
+
+
 def test_weight_decay_is_decoupled():
     ends = []
     for decay in (0.0, 0.3):
@@ -571,6 +594,7 @@ def test_gradients_alone_are_autograd_s_and_have_memory_of_their_own(sparse):
         outside.grad = None
         F.cross_entropy(model(x) * outside, y).backward()
         torch.testing.assert_close(beside, outside.grad)
+        outside.grad = None
         for name, p in model.named_parameters():
             wanted = p.grad.to_dense() if p.grad.is_sparse else p.grad
             torch.testing.assert_close(found[name], wanted)
