@@ -12,7 +12,7 @@ from riemannian_modules.optim.kronecker import Sides
 from riemannian_modules.optim.sides import Side, SideInverse
 from riemannian_modules.tangent import TangentSpace
 
-__all__ = ["Averaged", "AveragedInverse", "unit_mass"]
+__all__ = ["Averaged", "AveragedInverse", "told", "unit_mass", "wide"]
 
 _PLACES = tuple(
     f"{side}_{name}"

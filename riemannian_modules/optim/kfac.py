@@ -46,8 +46,8 @@ _LEAST = 1e-30
 class KFAC(WholeModelOptimizer):
     """Steps in a metric averaged over passes, one Kronecker product a parameter.
 
-    A step costs little more than one of Adam: the rows of the metric are renewed in
-    every tenth pass, say (``LayerwiseMetric(..., refresh=10)``), and enter exponential
+    A step costs two to three of Adam's: the rows of the metric are renewed in every
+    tenth pass, say (``LayerwiseMetric(..., refresh=10)``), and enter exponential
     averages of their left and right Gram matrices (:eq:`averaged-sides`; Martens &
     Grosse, 2015). At first they are renewed more often, after 1, 2, 3, ... passes.
     Between these passes a step is an ordinary backward pass and a few matrix products.
