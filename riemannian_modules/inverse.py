@@ -11,7 +11,7 @@ With the masses absorbed in ``sharp`` and ``C C^T = sharp`` the inverse of
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property, partial
 
@@ -20,9 +20,10 @@ from torch import Tensor
 
 from riemannian_modules import woodbury
 from riemannian_modules.block import Block, Vectors
+from riemannian_modules.coordinates import in_coordinates
 from riemannian_modules.errors import NotConvergedWarning, NotPositiveDefiniteError
 from riemannian_modules.factors import MetricFactor
-from riemannian_modules.precision import single_suffices
+from riemannian_modules.precision import SINGLE_LOSS, single_suffices
 from riemannian_modules.reading import number
 from riemannian_modules.solution import Solution
 from riemannian_modules.strategy import Once, Solver, Strategy
@@ -33,7 +34,6 @@ _FALLBACK_ENTRIES = 1 << 23
 _LOSS = 1e-3
 
 Source = Mapping[str, MetricFactor] | None
-Map = Callable[[Tensor], Tensor]
 
 
 class Inverse:
@@ -221,7 +221,9 @@ class Inverse:
             wider = self._wider
             return self._qr(y, e) if wider is None else wider.solve(y, e)
         if self.form == "primal":
-            return self._coordinates(y, e, self.factor.solve, "primal")
+            return in_coordinates(
+                self.block, self._rows, y, e, self.factor.solve, "primal"
+            )
         if refinements is None:
             # The subtracting form loses log10 |S| digits, which the trace bounds; where
             # that is not known, or negative by rounding, refine always.
@@ -256,16 +258,37 @@ class Inverse:
 
     def _pushing(self, y: Tensor) -> Solution:
         a = self._solve(y)
-        x, eps = self.block.direction(a), torch.finfo(self.factor.lower.dtype).eps
+        block, x = self._stepped(y, a)
+        eps = torch.finfo(self.factor.lower.dtype).eps
 
         def velocity() -> Tensor:
             found = y - a
             # Where the difference cancels, as of a y that no step can change by much.
             if y.device.type == "cpu" and bool(found.norm() < eps**0.5 * y.norm()):
-                return self.block.matvec(x).to(y)
+                return block.matvec(x).to(y)
             return found
 
-        return Solution(x, velocity, self.block, "push-through")
+        narrow = {p.name: x[p.name].to(p.space.point) for p in self.block.parts}
+        return Solution(narrow, velocity, self.block, "push-through")
+
+    def _stepped(self, y: Tensor, a: Tensor) -> tuple[Block, dict[str, Tensor]]:
+        """Return ``sharp K^T a``, in float64 where it would lose its digits else.
+
+        Implements :eq:`cg-rounding` for a step of the squared length
+        ``a (y - a) + |y - a|^2``. Returns the block in that precision as well.
+        """
+        block, x = self.block, self.block.direction(a)
+        narrow = block.dtype != torch.float64 and block.device.type == "cpu"
+        if not narrow or self.factor.lower.dtype != torch.float64:
+            return block, x
+        moved = y - a
+        size = (torch.dot(a, moved) + torch.dot(moved, moved)).clamp_min(0.0).sqrt()
+        lost = torch.finfo(block.dtype).eps * max(self._trace, 0.0) ** 0.5 * a.norm()
+        seen = (moved - block.matvec(x).to(moved)).norm()
+        if not bool(seen + lost > SINGLE_LOSS * size):
+            return block, x
+        wide = block.double()
+        return wide, wide.direction(a)
 
     def _solve(self, rhs: Tensor) -> Tensor:
         lower = self.factor.lower
@@ -288,44 +311,11 @@ class Inverse:
         c = self._solve(self.block.image(e, source))
         return self.block.direction(c, e, source), c
 
-    def _coordinates(
-        self, y: Tensor | None, e: Vectors | None, solve: Map, branch: str
-    ) -> Solution:
-        # A small block: all of it in float64, since G^-1 amplifies what rounding
-        # leaves in K^T y by the inverse of the mass.
-        if self._rows is not None:
-            return self._from_rows(self._rows, y, e, solve, branch)
-        wide = self.block.double()
-        total = {p.name: torch.zeros_like(p.space.point) for p in wide.parts}
-        if y is not None:
-            total = wide.rmatvec(y.double())
-        if e is not None:
-            total = {name: t + e[name].double() for name, t in total.items()}
-        adjoint = {p.name: p.space.root_adjoint(total[p.name]) for p in wide.parts}
-        z = wide.unstack(solve(wide.stack(adjoint)))
-        x = {p.name: p.space.root(z[p.name]) for p in wide.parts}
-        narrow = {p.name: x[p.name].to(p.space.point) for p in self.block.parts}
-        return Solution(narrow, wide.matvec(x), self.block, branch)
-
-    def _from_rows(
-        self, rows: Tensor, y: Tensor | None, e: Vectors | None, solve: Map, branch: str
-    ) -> Solution:
-        spaces = {p.name: p.space.to(torch.float64) for p in self.block.parts}
-        total = rows.new_zeros(rows.shape[1]) if y is None else rows.mT @ y.double()
-        if e is not None:
-            adjoint = {n: s.root_adjoint(e[n].double()) for n, s in spaces.items()}
-            total = total + self.block.stack(adjoint)
-        z = solve(total)
-        roots = self.block.unstack(z)
-        x = {
-            p.name: spaces[p.name].root(roots[p.name]).to(p.space.point)
-            for p in self.block.parts
-        }
-        return Solution(x, rows @ z, self.block, branch)
-
     def _qr(self, y: Tensor | None, e: Vectors | None) -> Solution:
         KC = self._rows_of_failed()
-        return self._coordinates(y, e, lambda g: woodbury.qr(KC, 1.0, g), "qr")
+        return in_coordinates(
+            self.block, None, y, e, lambda g: woodbury.qr(KC, 1.0, g), "qr"
+        )
 
     def _rows_of_failed(self) -> Tensor:
         # K C, where the matrix could not be factorised in float64 either.

@@ -11,7 +11,7 @@ from riemannian_modules.reading import number
 
 __all__ = ["dot", "single_suffices", "wide_dot", "without_autocast"]
 
-_SINGLE_LOSS = 7e-6
+SINGLE_LOSS = 7e-6
 # So many entries are widened at a time: a large tensor has no copy in float64.
 _PIECE = 1 << 22
 
@@ -84,7 +84,7 @@ def single_suffices(trace: float) -> bool:
     >>> single_suffices(1.0), single_suffices(1e6), single_suffices(-1e-6)
     (True, False, False)
     """
-    return trace >= 0.0 and torch.finfo(torch.float32).eps * trace**0.5 <= _SINGLE_LOSS
+    return trace >= 0.0 and torch.finfo(torch.float32).eps * trace**0.5 <= SINGLE_LOSS
 
 
 def without_autocast(kind: str) -> AbstractContextManager[object]:

@@ -22,6 +22,7 @@ LAYERS = (
     {
         "block",
         "conjugate",
+        "coordinates",
         "cost_model",
         "inverse",
         "iterative",

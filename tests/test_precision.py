@@ -152,6 +152,27 @@ def test_without_independent_rows_the_error_grows_like_the_inverse_mass() -> Non
     assert errors[1] > 3.0 * errors[0]
 
 
+@pytest.mark.parametrize("mass", [1e-2, 1e-4, 1e-6])
+@pytest.mark.parametrize(
+    ("sizes", "n"), [([5, 4, 3], 8), ([5, 4, 3], 24), ([20, 30, 10], 100)]
+)
+def test_dependent_rows_keep_the_digits_that_the_metric_sees(sizes, n, mass) -> None:
+    (i, h, o), single = sizes, {"dtype": torch.float32}
+    model = nn.Sequential(
+        nn.Linear(i, h, **single), nn.Tanh(), nn.Linear(h, o, **single)
+    )
+    case = model, torch.randn(n, i, **single), torch.arange(n) % o
+    options = {"mass": mass, "solver": "cholesky"}
+    exact = pulled_back(case, torch.float64, **options)
+    metric = pulled_back(case, torch.float32, **options)
+    assert {each.branch for each in metric.solve().values()} == {"push-through"}
+    found, wanted = metric.natural_gradient(), exact.natural_gradient()
+    for block in exact.blocks.values():
+        own = {part.name: wanted[part.name] for part in block.parts}
+        off = {name: found[name].double() - x for name, x in own.items()}
+        assert block.norm(off) <= 1e-5 * block.norm(own)
+
+
 @pytest.mark.parametrize("blocks", ["layer", "model"])
 def test_the_subtracting_form_in_float32_is_not(digits: Digits, blocks: str) -> None:
     exact = pulled_back(digits, torch.float64, mass=1e-6, blocks=blocks)
