@@ -1,10 +1,11 @@
 """Train a small convolutional network with Stiefel filters on Fashion-MNIST.
 
-The filters of both convolutions, one for each row of a matrix, are orthonormal. Three
+The filters of both convolutions, one for each row of a matrix, are orthonormal. Four
 methods start at the same network and see the same batches in the same order:
 
 - the layer metric: RiemannianSGD of this library, softmax Fisher metric on the
   outputs (one random row for each image), pulled back to every layer;
+- KFAC of this library: such rows, renewed in every tenth step and averaged;
 - Adam of torch, which takes the filters for plain numbers and leaves the manifold;
 - RiemannianAdam of geoopt, on the same manifold with its own (base) metric.
 
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import geoopt
 import torch
+import torch.nn.functional as F
 from digits import (
     DEBIAN_FOLDER,
     Curve,
@@ -37,12 +39,14 @@ from digits import (
     table,
 )
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
 
 import riemannian_modules as rm
 
 METHODS = {
     "layer": "layer metric",
+    "kfac": "KFAC",
     "adam": "Adam (leaves Stiefel)",
     "geoopt": "geoopt RiemannianAdam",
 }
@@ -114,7 +118,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
         description="Train a convolutional network with Stiefel filters on "
-        "Fashion-MNIST: the layer metric next to Adam and geoopt's RiemannianAdam."
+        "Fashion-MNIST: the layer metric and KFAC next to Adam and geoopt's "
+        "RiemannianAdam."
     )
     add = parser.add_argument
     add("--folder", type=Path, default=Path(DEBIAN_FOLDER), help="of the four files")
@@ -124,6 +129,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--batch-size", type=positive(int), default=128)
     add("--lr", type=positive(float), default=0.03, help="in the layer metric")
     add("--mass", type=positive(float), default=0.1, help="of the layer metric")
+    add("--kfac-lr", type=positive(float), default=1.0)
+    add("--kfac-mass", type=positive(float), default=1e-2)
     # By the training loss after one epoch on seed 1000: of 3e-4, 1e-3, 3e-3 and 1e-2
     # for Adam, of 1e-3, 3e-3, 1e-2 and 3e-2 for geoopt.
     add("--adam-lr", type=positive(float), default=3e-3)
@@ -135,6 +142,28 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if options.plot and len(options.methods) != len(METHODS):
         parser.error("--plot compares all methods: leave --methods out")
     return options
+
+
+def kfac(model: nn.Module, steps: int, options: argparse.Namespace) -> Step:
+    """Return a training step of KFAC whose learning rate falls to zero."""
+    metric = rm.LayerwiseMetric(
+        model,
+        rm.output.Sampled(rm.output.Categorical()),
+        mass=options.kfac_mass,
+        refresh=10,
+        static_graph=True,
+    )
+    optimizer = rm.optim.KFAC(metric, lr=options.kfac_lr)
+    schedule = CosineAnnealingLR(optimizer, steps)
+
+    def step(x: Tensor, y: Tensor) -> None:
+        with metric.record():
+            logits = model(x)
+        metric.backward(F.cross_entropy(logits, y), logits)
+        optimizer.step()
+        schedule.step()
+
+    return step
 
 
 def adam(
@@ -197,6 +226,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if method == "layer":
             output = rm.output.Sampled(rm.output.Categorical())
             step, report = layer_metric(model, output, options.lr, options.mass)
+        elif method == "kfac":
+            step = kfac(model, len(order), options)
         else:
             step = ordinary(model, adam(model, method, options))
         curves.append(train(METHODS[method], model, step, data, order))
