@@ -109,10 +109,21 @@ def peak_of(metric: LayerMetric) -> tuple[int, dict[str, Tensor], str]:
     return memory.peak, solution.vectors, solution.branch
 
 
-@pytest.mark.parametrize("solver", ["cholesky", "cg"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("kind", MANIFOLDS)
-@pytest.mark.parametrize("make", FACTORS)
+def in_both_types() -> list[Any]:
+    """Every factor, manifold and solver together, and each two in both data types."""
+    types = torch.float32, torch.float64
+    return [
+        pytest.param(
+            make, kind, dtype, solver, id=f"{make.__name__}-{kind}-{dtype}-{solver}"
+        )
+        for i, make in enumerate(FACTORS)
+        for j, kind in enumerate(MANIFOLDS)
+        for k, solver in enumerate(("cholesky", "cg"))
+        for dtype in [types[(i + j + k) % 2]]
+    ]
+
+
+@pytest.mark.parametrize(("make", "kind", "dtype", "solver"), in_both_types())
 def test_the_smallest_bound_is_kept(make, kind, dtype, solver) -> None:
     options = {"solver": solver}
     with pytest.raises(MemoryBoundError, match="smallest bound is") as refused:
