@@ -258,37 +258,38 @@ class Inverse:
 
     def _pushing(self, y: Tensor) -> Solution:
         a = self._solve(y)
-        block, x = self._stepped(y, a)
-        eps = torch.finfo(self.factor.lower.dtype).eps
+        x, eps = self._stepped(y, a), torch.finfo(self.factor.lower.dtype).eps
 
         def velocity() -> Tensor:
             found = y - a
             # Where the difference cancels, as of a y that no step can change by much.
             if y.device.type == "cpu" and bool(found.norm() < eps**0.5 * y.norm()):
-                return block.matvec(x).to(y)
+                return self.block.matvec(x).to(y)
             return found
 
-        narrow = {p.name: x[p.name].to(p.space.point) for p in self.block.parts}
-        return Solution(narrow, velocity, self.block, "push-through")
+        return Solution(x, velocity, self.block, "push-through")
 
-    def _stepped(self, y: Tensor, a: Tensor) -> tuple[Block, dict[str, Tensor]]:
-        """Return ``sharp K^T a``, in float64 where it would lose its digits else.
+    def _stepped(self, y: Tensor, a: Tensor) -> dict[str, Tensor]:
+        """Return ``sharp K^T a``, made in float64 where it would lose its digits else.
 
         Implements :eq:`cg-rounding` for a step of the squared length
-        ``a (y - a) + |y - a|^2``. Returns the block in that precision as well.
+        ``a (y - a) + |y - a|^2`` in the metric.
         """
         block, x = self.block, self.block.direction(a)
         narrow = block.dtype != torch.float64 and block.device.type == "cpu"
         if not narrow or self.factor.lower.dtype != torch.float64:
-            return block, x
+            return x
         moved = y - a
         size = (torch.dot(a, moved) + torch.dot(moved, moved)).clamp_min(0.0).sqrt()
         lost = torch.finfo(block.dtype).eps * max(self._trace, 0.0) ** 0.5 * a.norm()
         seen = (moved - block.matvec(x).to(moved)).norm()
-        if not bool(seen + lost > SINGLE_LOSS * size):
-            return block, x
-        wide = block.double()
-        return wide, wide.direction(a)
+        if bool(seen + lost > SINGLE_LOSS * size):
+            # One factor at a time is copied, as for the small matrix.
+            for part in block.parts:
+                if part.factor is not None:
+                    wide = Block([part], block.name, torch.float64).double()
+                    x[part.name] = wide.direction(a)[part.name].to(x[part.name])
+        return x
 
     def _solve(self, rhs: Tensor) -> Tensor:
         lower = self.factor.lower
