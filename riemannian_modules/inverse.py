@@ -73,6 +73,7 @@ class Inverse:
         self.strategy = Strategy(block, solver, small, start, max_memory, once)
         self.form = self.strategy.form
         self._trace = math.inf
+        self._total: Tensor | None = None
         self._rows: Tensor | None = None
         self._told: Tensor | None = None
 
@@ -112,7 +113,8 @@ class Inverse:
         diagonal = matrix.diagonal()
         # Off the CPU reading it would wait for the device.
         if diagonal.device.type == "cpu":
-            self._trace = number(diagonal.sum(), partial(_decided, self.block.dtype))
+            self._total = diagonal.sum()
+            self._trace = number(self._total, partial(_decided, self.block.dtype))
         diagonal.add_(1.0)
         return matrix
 
@@ -277,11 +279,13 @@ class Inverse:
         """
         block, x = self.block, self.block.direction(a)
         narrow = block.dtype != torch.float64 and block.device.type == "cpu"
-        if not narrow or self.factor.lower.dtype != torch.float64:
+        single = self.factor.lower.dtype != torch.float64
+        if not narrow or single or self._total is None:
             return x
         moved = y - a
         size = (torch.dot(a, moved) + torch.dot(moved, moved)).clamp_min(0.0).sqrt()
-        lost = torch.finfo(block.dtype).eps * max(self._trace, 0.0) ** 0.5 * a.norm()
+        root = self._total.clamp_min(0.0).sqrt()
+        lost = torch.finfo(block.dtype).eps * root * a.norm()
         seen = (moved - block.matvec(x).to(moved)).norm()
         if bool(seen + lost > SINGLE_LOSS * size):
             # One factor at a time is copied, as for the small matrix.
